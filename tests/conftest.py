@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Shared test set-up: strict numerics, and the folder of reference fixtures."""
+
+import os
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_default_matmul_precision", "highest")
+
+GOLDEN_ROOT = pathlib.Path(
+    os.environ.get("VQJAX_GOLDEN", pathlib.Path(__file__).parents[2] / "shared")
+)
+
+
+def golden_files(folder: str, pattern: str) -> list[pathlib.Path]:
+    """Reference files below $VQJAX_GOLDEN/<folder>, discovered: held-out ones run the same tests."""
+    return sorted((GOLDEN_ROOT / folder).glob(pattern))
+
+
+def golden_params(folder: str, pattern: str) -> list:
+    """Parameters for `pytest.mark.parametrize`: one per file, or one skip that says why."""
+    files = golden_files(folder, pattern)
+    if not files:
+        reason = f"no {pattern} under {GOLDEN_ROOT / folder} (set VQJAX_GOLDEN)"
+        return [pytest.param(None, marks=pytest.mark.skip(reason=reason))]
+    return [pytest.param(path, id=path.stem) for path in files]
+
+
+def relative_rms(found, expected) -> float:
+    """RMS of the difference over RMS of the expected array, in float64."""
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    assert found.shape == expected.shape, f"shape {found.shape}, expected {expected.shape}"
+    return float(np.sqrt(np.mean((found - expected) ** 2) / np.mean(expected**2)))

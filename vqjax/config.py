@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Model configurations: frozen dataclasses that describe a latent diffusion model completely.
+
+They are plain data (JSON in, JSON out through `to_dict` and `from_dict`) and import nothing of ours, so that
+every layer may use them. The constructors carry the published configurations of
+CompVis/latent-diffusion (`configs/latent-diffusion/*.yaml`, commit a506df5).
+"""
+
+import dataclasses
+from typing import Any, Self
+
+from vqjax.errors import VqjaxError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UNetConfig:
+    """The noise-prediction U-Net (LDM `openaimodel.UNetModel`). Field names are the original ones.
+
+    Attributes:
+      attention_resolutions: downsampling factors (1, 2, 4, ...) at which attention is used.
+      channel_mult: channels of each level, as multiples of `model_channels`.
+      num_heads: attention heads; ignored where `num_head_channels` is set.
+      num_head_channels: channels of one head, or None to use `num_heads`.
+      context_dim: width of the context tokens, or None for a model without context. With a context,
+        attention is a `SpatialTransformer` (self-attention, cross-attention, GEGLU); without, an
+        `AttentionBlock` (self-attention alone).
+      use_scale_shift_norm: the time embedding scales and shifts the second norm of a residual block.
+      resblock_updown: residual blocks change the resolution, in place of plain convolutions.
+    """
+
+    in_channels: int = 3
+    out_channels: int = 3
+    model_channels: int = 192
+    num_res_blocks: int = 2
+    attention_resolutions: tuple[int, ...] = (2, 4, 8)
+    channel_mult: tuple[int, ...] = (1, 2, 3, 5)
+    num_heads: int = 1
+    num_head_channels: int | None = None
+    transformer_depth: int = 1
+    context_dim: int | None = None
+    use_scale_shift_norm: bool = False
+    resblock_updown: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AutoencoderConfig:
+    """The first stage (LDM `VQModelInterface` or `AutoencoderKL`), `ddconfig` names kept.
+
+    Attributes:
+      kind: "vq" quantizes the latent with a codebook in decode; "kl" has none and a Gaussian posterior.
+      resolution: image height and width in pixels that the model was trained for.
+      embed_dim: latent channels, as the U-Net sees them.
+      n_embed: codebook rows; 0 for "kl".
+    """
+
+    kind: str = "vq"
+    resolution: int = 256
+    in_channels: int = 3
+    out_channels: int = 3
+    ch: int = 128
+    ch_mult: tuple[int, ...] = (1, 2, 4)
+    num_res_blocks: int = 2
+    attn_resolutions: tuple[int, ...] = ()
+    z_channels: int = 3
+    embed_dim: int = 3
+    n_embed: int = 8192
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels per latent position along one axis: 4 for f4, 8 for f8."""
+        return 2 ** (len(self.ch_mult) - 1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LatentDiffusionConfig:
+    """A whole latent diffusion model: U-Net, first stage, class embedder and noise schedule.
+
+    Attributes:
+      name: what reports call it.
+      n_classes: rows of the class embedding including the unconditional one; 0 for an unconditional model.
+        The last row is the "no class" of classifier-free guidance.
+      linear_start, linear_end: ends of the noise schedule; beta is linear in its square root.
+      scale_factor: the U-Net sees first-stage latents times this.
+    """
+
+    name: str
+    unet: UNetConfig
+    first_stage: AutoencoderConfig
+    n_classes: int = 0
+    timesteps: int = 1000
+    linear_start: float = 0.0015
+    linear_end: float = 0.0195
+    scale_factor: float = 1.0
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of the latent (NHWC without N)."""
+        side = self.first_stage.resolution // self.first_stage.downsampling
+        return side, side, self.unet.in_channels
+
+    @property
+    def null_class(self) -> int:
+        """Class id of the unconditional branch."""
+        return self.n_classes - 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns nested plain dicts, lists and scalars, ready for `json.dumps`."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Self:
+        """The inverse of `to_dict`.
+
+        Raises:
+          VqjaxError: names every missing or unknown field.
+        """
+        data = dict(data)
+        data["unet"] = _build(UNetConfig, data.get("unet", {}), "unet")
+        data["first_stage"] = _build(AutoencoderConfig, data.get("first_stage", {}), "first_stage")
+        return _build(cls, data, "model config")
+
+    @classmethod
+    def cin256_v2(cls) -> Self:
+        """Class-conditional ImageNet 256x256, VQ-f4 (`cin256-v2.yaml`): 400,920,579 U-Net parameters."""
+        return cls(name="cin256-v2", unet=UNetConfig(context_dim=512), first_stage=AutoencoderConfig(), n_classes=1001)
+
+    @classmethod
+    def _vq_f4_unconditional(cls, name: str) -> Self:
+        unet = UNetConfig(model_channels=224, channel_mult=(1, 2, 3, 4), num_head_channels=32)
+        return cls(name=name, unet=unet, first_stage=AutoencoderConfig())
+
+    @classmethod
+    def celebahq(cls) -> Self:
+        """CelebA-HQ 256x256, unconditional, VQ-f4 (`celebahq-ldm-vq-4.yaml`)."""
+        return cls._vq_f4_unconditional("celebahq")
+
+    @classmethod
+    def ffhq(cls) -> Self:
+        """FFHQ 256x256, unconditional, VQ-f4 (`ffhq-ldm-vq-4.yaml`)."""
+        return cls._vq_f4_unconditional("ffhq")
+
+    @classmethod
+    def lsun_bedrooms(cls) -> Self:
+        """LSUN bedrooms 256x256, unconditional, VQ-f4 (`lsun_bedrooms-ldm-vq-4.yaml`)."""
+        return cls._vq_f4_unconditional("lsun_bedrooms")
+
+    @classmethod
+    def lsun_churches(cls) -> Self:
+        """LSUN churches 256x256, unconditional, KL-f8 (`lsun_churches-ldm-kl-8.yaml`)."""
+        return cls(
+            name="lsun_churches",
+            unet=UNetConfig(
+                in_channels=4,
+                out_channels=4,
+                attention_resolutions=(1, 2, 4, 8),
+                channel_mult=(1, 2, 2, 4, 4),
+                num_heads=8,
+                use_scale_shift_norm=True,
+                resblock_updown=True,
+            ),
+            first_stage=AutoencoderConfig(kind="kl", ch_mult=(1, 2, 4, 4), z_channels=4, embed_dim=4, n_embed=0),
+            linear_end=0.0155,
+        )
+
+    @classmethod
+    def digits(cls) -> Self:
+        """The embedded model: handwritten digits 32x32, every part of the `cin256-v2` path at small size."""
+        return cls(
+            name="digits",
+            unet=UNetConfig(
+                model_channels=32,
+                channel_mult=(2, 3),
+                num_res_blocks=1,
+                attention_resolutions=(2,),
+                context_dim=64,
+            ),
+            first_stage=AutoencoderConfig(resolution=32, ch=32, ch_mult=(1, 1, 2), num_res_blocks=1, n_embed=512),
+            n_classes=11,
+        )
+
+
+PRESETS = {
+    "cin256-v2": LatentDiffusionConfig.cin256_v2,
+    "celebahq": LatentDiffusionConfig.celebahq,
+    "ffhq": LatentDiffusionConfig.ffhq,
+    "lsun_bedrooms": LatentDiffusionConfig.lsun_bedrooms,
+    "lsun_churches": LatentDiffusionConfig.lsun_churches,
+    "digits": LatentDiffusionConfig.digits,
+}
+"""Published configurations by name, as `--config` takes them."""
+
+
+def _build(cls: type, data: dict[str, Any], where: str) -> Any:
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    unknown = sorted(set(data) - set(fields))
+    missing = sorted(
+        name
+        for name, field in fields.items()
+        if name not in data and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    )
+    if unknown or missing:
+        raise VqjaxError(f"{where}: unknown fields {unknown}, missing fields {missing}; expected {sorted(fields)}")
+    return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in data.items()})
