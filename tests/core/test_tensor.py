@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""VQTensor: exact inverses, exact bytes, and life as a leaf of a pytree."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vqjax.core import grouping
+from vqjax.core.tensor import VQTensor
+from vqjax.errors import VqjaxError
+
+
+def _tensor(shape=(20, 6), group=8, books=3, entries=16, name="linear", seed=0, int8=False):
+    rng = np.random.default_rng(seed)
+    outputs, fan_in = grouping.matrix_shape(shape)
+    groups = grouping.groups_per_row(fan_in, group)
+    codes = rng.integers(0, entries, (outputs, groups, books))
+    values = rng.normal(size=(books, entries, group))
+    codebooks = np.round(values * 20).astype(np.int8) if int8 else values.astype(np.float16)
+    scales = rng.uniform(0.5, 2, outputs).astype(np.float16)
+    scale = jnp.float32(0.05) if int8 else None
+    tensor = VQTensor.pack(
+        jnp.asarray(codes),
+        jnp.asarray(codebooks),
+        jnp.asarray(scales),
+        shape=shape,
+        grouping=name,
+        codebook_scale=scale,
+    )
+    return tensor, codes, codebooks.astype(np.float32) * (0.05 if int8 else 1), scales
+
+
+def _decode_by_loops(codes, codebooks, scales, fan_in):
+    rows = []
+    for o in range(codes.shape[0]):
+        vectors = [sum(codebooks[m, c] for m, c in enumerate(code)) for code in codes[o]]
+        rows.append(np.concatenate(vectors)[:fan_in] * np.float32(scales[o]))
+    return np.stack(rows)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "group", "name"),
+    [((20, 6), 8, "linear"), ((3, 3, 4, 5), 9, "conv3x3"), ((1, 1, 7, 3), 8, "linear")],
+)
+def test_decode_is_the_sum_of_entries(shape, group, name, int8):
+    tensor, codes, codebooks, scales = _tensor(shape, group, name=name, int8=int8)
+    expected = _decode_by_loops(codes, codebooks, scales, grouping.matrix_shape(shape)[1])
+    np.testing.assert_allclose(tensor.decode_matrix(), expected, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(grouping.to_matrix(tensor.decode()), expected, rtol=1e-6, atol=1e-6)
+    np.testing.assert_array_equal(tensor.unpack(), codes)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    shape=st.sampled_from([(1, 1), (5, 3), (17, 2), (3, 3, 1, 2), (3, 3, 5, 3), (1, 1, 9, 2)]),
+    books=st.integers(1, 8),
+    entries=st.integers(2, 4096),
+)
+def test_pack_and_unpack_are_inverses_and_bytes_are_exact(shape, books, entries):
+    group = 9 if shape[0] == 3 else 8
+    tensor, codes, _, _ = _tensor(shape, group, books, entries, "linear", seed=books)
+    np.testing.assert_array_equal(tensor.unpack(), codes)
+    outputs, fan_in = grouping.matrix_shape(shape)
+    groups = -(-fan_in // group)
+    code_bits = groups * books * int(np.ceil(np.log2(entries)))
+    expected = outputs * -(-code_bits // 8) + 2 * books * entries * group + 2 * outputs
+    assert tensor.nbytes == expected
+    assert tensor.bits_per_weight == 8 * expected / (outputs * fan_in)
+
+
+def test_works_under_jit_vmap_and_eval_shape():
+    tensors = [_tensor(seed=seed)[0] for seed in range(3)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *tensors)
+    batched = jax.jit(jax.vmap(lambda tensor: tensor.decode()))(stacked)
+    np.testing.assert_array_equal(batched, jnp.stack([tensor.decode() for tensor in tensors]))
+    abstract = jax.eval_shape(lambda tensor: tensor, tensors[0])
+    assert abstract.nbytes == tensors[0].nbytes
+    assert jax.eval_shape(lambda tensor: tensor.decode(), abstract).shape == tensors[0].shape
+
+
+def test_gradients_reach_codebooks_and_scales():
+    tensor, *_ = _tensor(entries=4)
+    floats = (tensor.codebooks.astype(jnp.float32), tensor.scales.astype(jnp.float32))
+
+    def loss(codebooks, scales):
+        moved = dataclasses.replace(tensor, codebooks=codebooks, scales=scales)
+        return jnp.sum(jnp.sin(moved.decode()))
+
+    books_grad, scales_grad = jax.grad(loss, argnums=(0, 1))(*floats)
+    step = 1e-2
+    bumped = floats[0].at[1, 2, 3].add(step), floats[0].at[1, 2, 3].add(-step)
+    numeric = (loss(bumped[0], floats[1]) - loss(bumped[1], floats[1])) / (2 * step)
+    np.testing.assert_allclose(books_grad[1, 2, 3], numeric, rtol=2e-2, atol=1e-3)
+    assert np.all(np.asarray(scales_grad) != 0)
+
+
+def test_is_accepted_as_a_leaf_of_linen_params():
+    tensor, *_ = _tensor(shape=(8, 4))
+
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            assert self.has_variable("params", "kernel")
+            return x @ self.get_variable("params", "kernel").decode()
+
+    x = jnp.ones((2, 8))
+    found = jax.jit(Layer().apply)({"params": {"kernel": tensor}}, x)
+    np.testing.assert_allclose(found, x @ tensor.decode(), rtol=1e-5)
+
+
+def test_misfits_are_named_together():
+    codes, books, scales = jnp.zeros((6, 3, 2), int), jnp.zeros((3, 4, 8)), jnp.zeros(5)
+    with pytest.raises(VqjaxError) as caught:
+        VQTensor.pack(codes, books, scales, shape=(20, 6), grouping="rows")
+    text = str(caught.value)
+    assert "grouping 'rows', expected one of ['conv3x3', 'linear', 'scalar']" in text
+    assert "codes (6, 3, 2), expected (6, 3, 3)" in text
+    assert "scales (5,), expected (6,)" in text
+    with pytest.raises(VqjaxError, match="int8 and codebook_scale go together"):
+        VQTensor.pack(
+            jnp.zeros((6, 3, 3), int),
+            books.astype(jnp.int8),
+            jnp.zeros(6),
+            shape=(20, 6),
+            grouping="linear",
+        )

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bit packing against Python integers, and the ops defined by decoding."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vqjax.core.tensor import VQTensor
+from vqjax.kernels import decode
+from vqjax.kernels.vq_conv.ref import vq_conv
+from vqjax.kernels.vq_matmul.ref import vq_matmul
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    bits=st.integers(1, 12),
+    count=st.integers(1, 19),
+    rows=st.integers(1, 3),
+    seed=st.integers(0, 9),
+)
+def test_packed_rows_are_little_endian_bit_strings(bits, count, rows, seed):
+    codes = np.random.default_rng(seed).integers(0, 2**bits, (rows, count))
+    packed = decode.pack(jnp.asarray(codes), bits)
+    assert packed.shape == (rows, decode.packed_bytes(count, bits))
+    for row, stored in zip(codes, np.asarray(packed)):
+        number = sum(int(code) << (bits * place) for place, code in enumerate(row))
+        assert bytes(stored) == number.to_bytes(len(stored), "little")
+    np.testing.assert_array_equal(decode.unpack(packed, count, bits), codes)
+
+
+@pytest.mark.parametrize(
+    ("entries", "bits"), [(2, 1), (3, 2), (16, 4), (17, 5), (256, 8), (4096, 12)]
+)
+def test_code_bits(entries, bits):
+    assert decode.code_bits(entries) == bits
+
+
+def _tensor(shape, group, name):
+    rng = np.random.default_rng(1)
+    outputs, fan_in = shape[-1], int(np.prod(shape[:-1]))
+    codes = rng.integers(0, 16, (outputs, -(-fan_in // group), 2))
+    books = rng.normal(size=(2, 16, group)).astype(np.float16)
+    scales = rng.uniform(1, 2, outputs).astype(np.float16)
+    return VQTensor.pack(
+        jnp.asarray(codes), jnp.asarray(books), jnp.asarray(scales), shape=shape, grouping=name
+    )
+
+
+def _parts(tensor):
+    return tensor.codes, tensor.codebooks, tensor.scales
+
+
+def test_vq_matmul_equals_the_decoded_product():
+    tensor = _tensor((13, 6), 8, "linear")
+    x = jax.random.normal(jax.random.key(0), (4, 13))
+    np.testing.assert_allclose(
+        vq_matmul(x, *_parts(tensor)), x @ tensor.decode(), rtol=1e-5, atol=1e-5
+    )
+    assert vq_matmul(x.astype(jnp.bfloat16), *_parts(tensor)).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(("window", "group", "name"), [(3, 9, "conv3x3"), (1, 8, "linear")])
+def test_vq_conv_equals_the_decoded_convolution(window, group, name):
+    tensor = _tensor((window, window, 5, 6), group, name)
+    x = jax.random.normal(jax.random.key(0), (2, 7, 7, 5))
+    found = vq_conv(x, *_parts(tensor), window=window, strides=(2, 2), padding=[(1, 1), (1, 1)])
+    expected = jax.lax.conv_general_dilated(
+        x, tensor.decode(), (2, 2), [(1, 1), (1, 1)], dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)

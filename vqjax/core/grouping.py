@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a kernel is cut into vectors: its matrix view, and which weights share one vector.
+
+Dimension key:  O outputs   I inputs   H W window   N fan-in (I * H * W)   G weights of a vector
+                J vectors of a row (N / G, rounded up)   P padded fan-in (J * G)
+
+A row of the matrix holds everything that one output reads, ordered (input channel, ky, kx). Thus
+the nine weights of one 3x3 kernel lie side by side and make one vector (kernel-aware quantization,
+AQUATIC-Diff, arXiv:2506.05960), and eight neighbours along the input axis make one elsewhere.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from vqjax.errors import VqjaxError
+
+GROUPS = {"conv3x3": 9, "linear": 8, "scalar": 1}
+"""Weights of one vector, by grouping."""
+
+
+def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Returns (O, N) of a kernel shape in Linen layout: [I, O] or [H, W, I, O].
+
+    Raises:
+      VqjaxError: for kernels of other ranks.
+    """
+    if len(shape) not in (2, 4):
+        raise VqjaxError(
+            f"kernel of shape {tuple(shape)}: only linear [in, out] and convolution "
+            f"[height, width, in, out] kernels have a matrix view"
+        )
+    return shape[-1], math.prod(shape[:-1])
+
+
+def to_matrix(kernel: jax.Array) -> jax.Array:
+    """Returns the [O, N] view of a kernel, columns ordered (input channel, ky, kx)."""
+    outputs, fan_in = matrix_shape(kernel.shape)
+    if kernel.ndim == 4:
+        kernel = jnp.transpose(kernel, (3, 2, 0, 1))
+        return kernel.reshape(outputs, fan_in)
+    return kernel.T
+
+
+def from_matrix(matrix_ON: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """The inverse of `to_matrix`: [O, N] back to a kernel of the given Linen shape."""
+    if len(shape) == 4:
+        height, width, inputs, outputs = shape
+        return jnp.transpose(matrix_ON.reshape(outputs, inputs, height, width), (2, 3, 1, 0))
+    return matrix_ON.T
+
+
+def groups_per_row(fan_in: int, group: int) -> int:
+    """Returns J: vectors needed for one row, the last one zero-padded where G does not divide N."""
+    return -(-fan_in // group)
+
+
+def pad_columns(matrix_ON: jax.Array, group: int) -> jax.Array:
+    """Returns the matrix with zero columns added up to a multiple of `group`: [O, P]."""
+    missing = -matrix_ON.shape[1] % group
+    return jnp.pad(matrix_ON, ((0, 0), (0, missing)))
+
+
+def pad_moment(moment_NN: jax.Array, group: int) -> jax.Array:
+    """Returns the moment for `pad_columns`: added inputs, and so their moments, are zero."""
+    missing = -moment_NN.shape[0] % group
+    return jnp.pad(moment_NN, ((0, missing), (0, missing)))

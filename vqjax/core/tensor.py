@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one data type: a weight stored as packed codes into shared codebooks.
+
+Dimension key:  O outputs   N fan-in   J vectors of a row   M codebooks   K entries   G weights of a
+                vector   Y bytes of a row of codes
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from vqjax.core import grouping as grouping_lib
+from vqjax.errors import VqjaxError
+from vqjax.kernels import decode as decode_lib
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["codes", "codebooks", "scales", "codebook_scale"],
+    meta_fields=["shape", "grouping"],
+)
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class VQTensor:
+    """Stands where a kernel stood in the tree of parameters; memory in use equals the bits claimed.
+
+    Invariants, which `pack` checks:
+      * row o, vector j decodes to scales[o] * sum over m of codebooks[m, code[o, j, m]];
+      * the vectors of a row are consecutive columns of the kernel's matrix view (`core.grouping`),
+        the last one zero-padded where G does not divide N;
+      * codes are below K, stored in ceil(log2 K) bits each, in the order (j, m), each row in whole
+        bytes (`kernels.decode`);
+      * `codebook_scale` is given exactly where the codebooks are int8.
+
+    It is a pytree: `jit`, `vmap`, `scan` and checkpointing see the arrays, while `shape` and
+    `grouping` are static.
+
+    Attributes:
+      codes: uint8 [O, Y].
+      codebooks: float16 [M, K, G], or int8.
+      scales: float16 [O].
+      codebook_scale: float32 scalar, or None.
+      shape: kernel shape in Linen layout.
+      grouping: "conv3x3", "linear" or "scalar".
+    """
+
+    codes: jax.Array
+    codebooks: jax.Array
+    scales: jax.Array
+    codebook_scale: jax.Array | None = None
+    shape: tuple[int, ...]
+    grouping: str
+
+    @classmethod
+    def pack(
+        cls,
+        codes_OJM: jax.Array,
+        codebooks_MKG: jax.Array,
+        scales_O: jax.Array,
+        *,
+        shape: tuple[int, ...],
+        grouping: str,
+        codebook_scale: jax.Array | None = None,
+    ) -> "VQTensor":
+        """Packs integer codes. Codebooks and scales are stored in the types they come in.
+
+        Raises:
+          VqjaxError: if the parts do not fit together; every misfit is named.
+        """
+        outputs, fan_in = grouping_lib.matrix_shape(shape)
+        books, entries, group = codebooks_MKG.shape
+        groups = grouping_lib.groups_per_row(fan_in, group)
+        problems = []
+        if grouping not in grouping_lib.GROUPS:
+            problems.append(f"grouping {grouping!r}, expected one of {sorted(grouping_lib.GROUPS)}")
+        if codes_OJM.shape != (outputs, groups, books):
+            problems.append(f"codes {codes_OJM.shape}, expected {(outputs, groups, books)}")
+        if scales_O.shape != (outputs,):
+            problems.append(f"scales {scales_O.shape}, expected {(outputs,)}")
+        if (codebooks_MKG.dtype == jnp.int8) != (codebook_scale is not None):
+            problems.append(f"{codebooks_MKG.dtype} codebooks; int8 and codebook_scale go together")
+        if problems:
+            found = "; ".join(problems)
+            raise VqjaxError(f"kernel {tuple(shape)} in vectors of {group} does not fit: {found}")
+        packed = decode_lib.pack(
+            codes_OJM.reshape(outputs, groups * books), decode_lib.code_bits(entries)
+        )
+        return cls(
+            codes=packed,
+            codebooks=codebooks_MKG,
+            scales=scales_O,
+            codebook_scale=codebook_scale,
+            shape=tuple(shape),
+            grouping=grouping,
+        )
+
+    @property
+    def ndim(self) -> int:
+        """Axes of the kernel."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Weights of the kernel, padding not counted."""
+        return math.prod(self.shape)
+
+    @property
+    def groups(self) -> int:
+        """J, vectors of a row."""
+        _, fan_in = grouping_lib.matrix_shape(self.shape)
+        return grouping_lib.groups_per_row(fan_in, self.codebooks.shape[-1])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything stored: codes, codebooks and scales."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+
+    @property
+    def bits_per_weight(self) -> float:
+        """All stored bits over the weights of the kernel."""
+        return 8 * self.nbytes / self.size
+
+    def unpack(self) -> jax.Array:
+        """Returns the codes as int32 [O, J, M]."""
+        books, entries, _ = self.codebooks.shape
+        bits = decode_lib.code_bits(entries)
+        codes = decode_lib.unpack(self.codes, self.groups * books, bits)
+        return codes.reshape(self.codes.shape[0], self.groups, books)
+
+    def decode_matrix(self) -> jax.Array:
+        """Returns the matrix view in float32, [O, N]."""
+        _, fan_in = grouping_lib.matrix_shape(self.shape)
+        matrix = decode_lib.decode(
+            self.codes, self.codebooks, self.scales, self.codebook_scale, groups=self.groups
+        )
+        return matrix[:, :fan_in]
+
+    def decode(self, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
+        """Returns the kernel in its own shape. Summed in float32, rounded to `dtype` at the end."""
+        return grouping_lib.from_matrix(self.decode_matrix(), self.shape).astype(dtype)
