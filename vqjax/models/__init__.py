@@ -1,1 +1,152 @@
 # SPDX-License-Identifier: Apache-2.0
+"""The only place that knows Flax. Everything outside sees these functions on dicts of arrays.
+
+Dimension key:  B batch   H W image or latent   C channels   N context tokens   X context features
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vqjax.config import LatentDiffusionConfig
+from vqjax.models.autoencoder import Autoencoder
+from vqjax.models.layers import Conv, Dense
+from vqjax.models.unet import UNet
+
+Params = dict[str, Any]
+
+__all__ = [
+    "capture_inputs",
+    "decode",
+    "embed_classes",
+    "encode",
+    "init_params",
+    "nearest_codes",
+    "param_shapes",
+    "predict_noise",
+]
+
+
+def init_params(config: LatentDiffusionConfig, key: jax.Array) -> Params:
+    """Random parameters of the whole model, float32: {"unet", "first_stage"[, "cond_stage"]}."""
+    key_unet, key_first, key_class = jax.random.split(key, 3)
+    c = config.unet
+    x_BHWC = jnp.zeros((1, *config.latent_shape))
+    context = None if c.context_dim is None else jnp.zeros((1, 1, c.context_dim))
+    side = config.first_stage.resolution
+    image_BHWC = jnp.zeros((1, side, side, config.first_stage.in_channels))
+    t_B = jnp.zeros((1,), jnp.int32)
+    params = {
+        "unet": UNet(c).init(key_unet, x_BHWC, t_B, context)["params"],
+        "first_stage": Autoencoder(config.first_stage).init(key_first, image_BHWC)["params"],
+    }
+    if config.n_classes:
+        shape = (config.n_classes, c.context_dim)
+        params["cond_stage"] = {"embedding": jax.random.normal(key_class, shape, jnp.float32)}
+    return params
+
+
+def param_shapes(config: LatentDiffusionConfig) -> Params:
+    """The tree of `init_params` as `jax.ShapeDtypeStruct` leaves; nothing is computed."""
+    return jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
+
+
+def predict_noise(
+    config: LatentDiffusionConfig,
+    params: Params,
+    x_BHWC: jax.Array,
+    t_B: jax.Array,
+    context_BNX: jax.Array | None,
+) -> jax.Array:
+    """The U-Net's noise prediction, computed in the dtype of `x_BHWC`.
+
+    Args:
+      params: the whole model's tree; kernels below "unet" may be `VQTensor`.
+      x_BHWC: noisy latent.
+      t_B: integer timesteps in [0, config.timesteps).
+      context_BNX: from `embed_classes`; None for an unconditional model.
+    """
+    return UNet(config.unet).apply({"params": params["unet"]}, x_BHWC, t_B, context_BNX)
+
+
+def capture_inputs(
+    config: LatentDiffusionConfig,
+    params: Params,
+    x_BHWC: jax.Array,
+    t_B: jax.Array,
+    context_BNX: jax.Array | None,
+    reduce: Callable[[str, jax.Array, dict[str, Any]], Any],
+) -> tuple[jax.Array, dict[str, Any]]:
+    """`predict_noise`, and what `reduce` makes of the input of every Dense and Conv of the U-Net.
+
+    Args:
+      reduce: called as `reduce(path, x, window)` while tracing. `path` is the kernel's path
+        ("unet/.../kernel"), `x` the layer's input [..., I], and `window` is
+        {"window", "stride", "padding"} of a convolution or {} of a Dense. It may return None to
+        skip a layer.
+
+    Returns:
+      The prediction, and the reduced values by kernel path.
+    """
+    captured: dict[str, Any] = {}
+
+    def intercept(call, args, kwargs, context):
+        module = context.module
+        if isinstance(module, Dense | Conv) and context.method_name == "__call__":
+            path = "/".join(("unet", *module.path, "kernel"))
+            window = {}
+            if isinstance(module, Conv):
+                fields = ("window", "stride", "padding")
+                window = {name: getattr(module, name) for name in fields}
+            value = reduce(path, args[0], window)
+            if value is not None:
+                captured[path] = value
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(intercept):
+        eps_BHWC = predict_noise(config, params, x_BHWC, t_B, context_BNX)
+    return eps_BHWC, captured
+
+
+def embed_classes(
+    config: LatentDiffusionConfig, params: Params, ids_B: jax.Array
+) -> jax.Array | None:
+    """Class ids to context tokens [B, 1, X], or None for an unconditional model."""
+    if not config.n_classes:
+        return None
+    return jnp.asarray(params["cond_stage"]["embedding"])[ids_B][:, None]
+
+
+def encode(config: LatentDiffusionConfig, params: Params, images_BHWC: jax.Array) -> jax.Array:
+    """Images in [-1, 1] to the latents that the U-Net is trained on, not yet vector-quantized."""
+    z_BHWC = _first_stage(config, params, images_BHWC, Autoencoder.encode)
+    return z_BHWC * config.scale_factor
+
+
+def nearest_codes(
+    config: LatentDiffusionConfig, params: Params, z_BHWC: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Nearest codebook rows [B, H, W, C] and their numbers [B, H, W] of a "vq" first stage."""
+    return _first_stage(config, params, z_BHWC / config.scale_factor, Autoencoder.quantize)
+
+
+def decode(
+    config: LatentDiffusionConfig, params: Params, z_BHWC: jax.Array, *, quantize: bool = True
+) -> jax.Array:
+    """Latents to images, about [-1, 1] and not clamped.
+
+    Args:
+      quantize: vector-quantize first, as the original does; a "kl" model has nothing to quantize.
+    """
+    z_BHWC = z_BHWC / config.scale_factor
+    if quantize and config.first_stage.kind == "vq":
+        z_BHWC = _first_stage(config, params, z_BHWC, Autoencoder.quantize)[0]
+    return _first_stage(config, params, z_BHWC, Autoencoder.decode)
+
+
+def _first_stage(config: LatentDiffusionConfig, params: Params, x, method) -> Any:
+    return Autoencoder(config.first_stage).apply({"params": params["first_stage"]}, x, method=method)
