@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scores against the reference evaluator's fixtures, and against cases with a known answer."""
+
+import re
+
+import numpy as np
+import pytest
+
+from tests.conftest import golden_params
+from vqjax.eval import metrics
+
+FIXTURES = golden_params("golden_eval", "metrics*.npz")
+
+
+def _sets(fixture: dict, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """The (reference, samples) pair that a case name such as 300_vs_500 or pr_2048 speaks of."""
+    by_size: dict[str, dict[tuple, np.ndarray]] = {"gen": {}, "ref": {}}
+    for key, array in fixture.items():
+        found = re.fullmatch(r"(?:small_)?(gen|ref)_(\d+)x(\d+)", key)
+        if found:
+            by_size[found[1]][int(found[2]), int(found[3])] = array
+    sizes = [int(number) for number in re.findall(r"\d+", name)]
+    if len(sizes) == 1:  # a feature dimension
+        pairs = [{s: a for s, a in by_size[k].items() if s[1] == sizes[0]} for k in ("ref", "gen")]
+        return max(pairs[0].items())[1], max(pairs[1].items())[1]
+    ref = next(a for (n, _), a in by_size["ref"].items() if n == sizes[1])
+    longer = [
+        a for (n, f), a in sorted(by_size["gen"].items()) if n >= sizes[0] and f == ref.shape[1]
+    ]
+    return ref, longer[0][: sizes[0]]
+
+
+def _cases(fixture: dict, pattern: str) -> list[tuple[str, str]]:
+    found = [(key, match[1]) for key in fixture if (match := re.fullmatch(pattern, key))]
+    assert found, f"the fixture has no key of the form {pattern}"
+    return found
+
+
+@pytest.fixture(scope="module", params=FIXTURES)
+def fixture(request):
+    return dict(np.load(request.param))
+
+
+def test_fixture_moments(fixture):
+    for key, which in _cases(fixture, r"exp_mu_(ref|gen)"):
+        rows = next(a for k, a in fixture.items() if re.fullmatch(rf"{which}_\d+x64", k))
+        found = metrics.moments(rows)
+        np.testing.assert_allclose(found.mean, fixture[key], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(found.covariance, fixture[f"exp_sigma_{which}"], rtol=1e-10)
+
+
+def test_fixture_frechet_distance(fixture):
+    for key, case in _cases(fixture, r"exp_fid_((?:rank_deficient_)?\d+_vs_\d+)(?:_eigh)?"):
+        ref, gen = _sets(fixture, case)
+        found = metrics.frechet_distance(metrics.moments(gen), metrics.moments(ref))
+        assert found == pytest.approx(float(fixture[key]), rel=1e-6), key
+
+
+def test_fixture_spatial_distance(fixture):
+    spatial = {
+        which: metrics.moments(array[..., :7].reshape(len(array), -1))
+        for key, array in fixture.items()
+        for which in re.findall(r"^spat_(ref|gen)_", key)
+    }
+    for key, _ in _cases(fixture, r"exp_sfid_(\d+_vs_\d+)"):
+        found = metrics.frechet_distance(spatial["gen"], spatial["ref"])
+        assert found == pytest.approx(float(fixture[key]), rel=1e-6)
+
+
+def test_fixture_inception_score(fixture):
+    gen = next(a for k, a in fixture.items() if re.fullmatch(r"gen_\d+x64", k))
+    weights = next(a for k, a in fixture.items() if k.startswith("softmax_w"))
+    for key, split in _cases(fixture, r"exp_is_split_(\d+)"):
+        found = metrics.inception_score(gen @ weights, split=int(split))
+        assert found == pytest.approx(float(fixture[key]), rel=1e-4)
+
+
+def test_fixture_precision_and_recall(fixture):
+    for key, case in _cases(fixture, r"exp_pr_(\w+)_precision_recall_fp32"):
+        ref, gen = _sets(fixture, case)
+        ref = ref[: len(fixture[f"exp_pr_{case}_radii_ref_fp64"])]
+        scale = np.float32(120 if "scaled" in case else 1)
+        found = metrics.precision_recall(ref * scale, gen * scale)
+        np.testing.assert_allclose(found, fixture[key], atol=1e-12, err_msg=case)
+        radii = metrics.radii(ref * scale)
+        np.testing.assert_allclose(radii, fixture[f"exp_pr_{case}_radii_ref_fp64"], rtol=1e-3)
+
+
+def test_batches_give_the_moments_of_the_whole():
+    rows = np.random.default_rng(0).normal(1000.0, 1.0, (257, 5)).astype(np.float32)
+    accumulator = metrics.Accumulator()
+    for start in range(0, 257, 50):
+        accumulator.add(rows[start : start + 50])
+    found = accumulator.moments()
+    assert found.count == 257
+    np.testing.assert_allclose(found.mean, rows.mean(0, dtype=np.float64), rtol=1e-12)
+    np.testing.assert_allclose(found.covariance, np.cov(rows, rowvar=False), rtol=1e-9)
+
+
+def test_distance_of_two_known_gaussians():
+    a = metrics.Moments(np.zeros(2), np.diag([4.0, 9.0]), 10)
+    b = metrics.Moments(np.array([3.0, 4.0]), np.diag([1.0, 25.0]), 10)
+    # Diagonal covariances: |step|^2 + sum of (sd difference)^2 = 25 + 1 + 4.
+    assert metrics.frechet_distance(a, b) == pytest.approx(30.0)
+    assert metrics.frechet_distance(a, a) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_inception_score_of_sure_and_unsure_classifiers():
+    sure = 1e4 * np.eye(10)[np.arange(100) % 10]  # exact zeros after the softmax
+    assert metrics.inception_score(sure) == pytest.approx(10.0)
+    assert metrics.inception_score(np.zeros((100, 10))) == pytest.approx(1.0)
+
+
+def test_collapse_keeps_precision_and_loses_recall():
+    rng = np.random.default_rng(0)
+    real = rng.normal(size=(300, 4))
+    one_mode = real[0] + 1e-3 * rng.normal(size=(300, 4))
+    precision, recall = metrics.precision_recall(real, one_mode)
+    assert precision == 1.0
+    assert recall < 0.01
+
+
+def test_nearest_distance_can_skip_the_row_itself():
+    rows = np.array([[0.0, 0], [3, 4], [0, 1]])
+    assert metrics.nearest_distance(rows, rows).tolist() == [0, 0, 0]
+    np.testing.assert_allclose(
+        metrics.nearest_distance(rows, rows, skip_itself=True), [1, np.sqrt(18), 1]
+    )
+
+
+def test_block_size_does_not_change_results(monkeypatch):
+    rng = np.random.default_rng(0)
+    real, samples = rng.normal(size=(100, 3)), rng.normal(size=(90, 3))
+    whole = metrics.precision_recall(real, samples)
+    monkeypatch.setattr(metrics, "_BLOCK_ROWS", 7)
+    assert metrics.precision_recall(real, samples) == whole
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: metrics.moments(np.zeros((1, 3))), "at least 2 feature rows, found 1"),
+        (lambda: metrics.moments(np.zeros(3)), r"found shape \(3,\)"),
+        (lambda: metrics.radii(np.zeros((3, 2))), "need more than 3 rows"),
+        (lambda: metrics.accuracy(np.zeros((3, 2)), np.zeros(2)), "3 rows of logits, 2 labels"),
+        (
+            lambda: metrics.precision_recall(np.zeros((9, 2)), np.zeros((9, 3))),
+            "do not compare",
+        ),
+        (
+            lambda: metrics.frechet_distance(
+                metrics.Moments(np.array([np.nan]), np.eye(1), 2),
+                metrics.Moments(np.zeros(1), np.eye(1), 2),
+            ),
+            "NaN or infinity",
+        ),
+    ],
+)
+def test_messages(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
