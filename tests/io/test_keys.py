@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table from checkpoint keys to parameter paths, against counts and key lists measured elsewhere."""
+"""The table from checkpoint keys to paths, against counts and key lists measured elsewhere."""
 
 import json
 import math
@@ -38,7 +38,7 @@ def test_cin256_counts():
 
 @pytest.mark.parametrize(
     ("name", "unet"),
-    # Parameter counts of the published models in millions, as the paper (arXiv:2112.10752, table 12) cuts them.
+    # In millions, digits cut, as the paper gives them (arXiv:2112.10752, table 12).
     [("celebahq", 274), ("ffhq", 274), ("lsun_bedrooms", 274), ("lsun_churches", 294)],
 )
 def test_unconditional_unet_sizes(name, unet):

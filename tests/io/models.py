@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small models with random weights, made from the key table alone."""
+
+import zlib
+
+import jax.numpy as jnp
+import numpy as np
+
+from vqjax.config import AutoencoderConfig, LatentDiffusionConfig, UNetConfig
+from vqjax.core import grouping, tree
+from vqjax.core.model import Model
+from vqjax.core.tensor import VQTensor
+from vqjax.io import keys
+
+STAGE = AutoencoderConfig(resolution=32, ch=32, ch_mult=(1, 2), num_res_blocks=1, n_embed=16)
+_SMALL = {"model_channels": 32, "channel_mult": (1, 2), "num_res_blocks": 1}
+CLASSES = LatentDiffusionConfig(
+    name="small-classes",
+    unet=UNetConfig(**_SMALL, attention_resolutions=(2,), context_dim=8),
+    first_stage=STAGE,
+    n_classes=4,
+)
+PLAIN = LatentDiffusionConfig(
+    name="small-plain",
+    unet=UNetConfig(**_SMALL, attention_resolutions=(1, 2), num_head_channels=16),
+    first_stage=STAGE,
+)
+UPDOWN = LatentDiffusionConfig(
+    name="small-updown",
+    unet=UNetConfig(
+        **_SMALL,
+        in_channels=4,
+        out_channels=4,
+        attention_resolutions=(1,),
+        num_heads=4,
+        use_scale_shift_norm=True,
+        resblock_updown=True,
+    ),
+    first_stage=AutoencoderConfig(
+        kind="kl",
+        resolution=32,
+        ch=32,
+        ch_mult=(1, 2),
+        num_res_blocks=1,
+        attn_resolutions=(16,),
+        z_channels=4,
+        embed_dim=4,
+        n_embed=0,
+    ),
+)
+
+
+def tensors(config: LatentDiffusionConfig, dtype=np.float32) -> dict[str, np.ndarray]:
+    """Random checkpoint tensors by LDM key, each from a seed of its own."""
+    return {entry.key: _random(entry.key, entry.shape, dtype) for entry in keys.table(config)}
+
+
+def dense(config: LatentDiffusionConfig, dtype=np.float32) -> Model:
+    """The model that `tensors(config)` describes."""
+    flat = {
+        entry.path: jnp.asarray(entry.to_param(_random(entry.key, entry.shape, dtype)))
+        for entry in keys.table(config)
+    }
+    return Model(config=config, params=tree.unflatten(flat))
+
+
+def quantized(config: LatentDiffusionConfig) -> Model:
+    """Every kind of leaf: nine, eight and one weight to a vector, padding, int8, odd code sizes."""
+    model, rng = dense(config, np.float16), np.random.default_rng(0)
+    flat = tree.flatten(model.params)
+    kernels = [path for path in flat if path.startswith("unet/") and path.endswith("/kernel")]
+    for index, path in enumerate([*kernels[::12], "unet/out/conv/kernel"]):
+        shape = flat[path].shape
+        kind = "conv3x3" if shape[:2] == (3, 3) else "linear"
+        entries = (16, 5, 8)[index % 3]
+        if index % 7 == 0:
+            kind, entries = "scalar", 256
+        flat[path] = random_tensor(rng, shape, kind, entries, int8=index % 5 == 0)
+    return Model(config=config, params=tree.unflatten(flat))
+
+
+def random_tensor(rng, shape, kind: str, entries: int, *, int8: bool = False) -> VQTensor:
+    outputs, fan_in = grouping.matrix_shape(shape)
+    group, books = grouping.GROUPS[kind], 1 if kind == "scalar" else 3
+    groups = grouping.groups_per_row(fan_in, group)
+    values = rng.standard_normal((books, entries, group))
+    books_MKG = (values * 40).astype(np.int8) if int8 else values.astype(np.float16)
+    return VQTensor.pack(
+        jnp.asarray(rng.integers(0, entries, (outputs, groups, books))),
+        jnp.asarray(books_MKG),
+        jnp.asarray(rng.random(outputs).astype(np.float16)),
+        shape=shape,
+        grouping=kind,
+        codebook_scale=jnp.float32(0.03) if int8 else None,
+    )
+
+
+def assert_equal(found: Model, expected: Model) -> None:
+    """Same config, same paths, same types, same bits."""
+    assert found.config == expected.config
+    flat, wanted = tree.flatten(found.params), tree.flatten(expected.params)
+    assert flat.keys() == wanted.keys()
+    for path, leaf in wanted.items():
+        if isinstance(leaf, VQTensor):
+            assert isinstance(flat[path], VQTensor)
+            assert (flat[path].shape, flat[path].grouping) == (leaf.shape, leaf.grouping)
+            names = ("codes", "codebooks", "scales", "codebook_scale")
+            pairs = [(getattr(flat[path], name), getattr(leaf, name)) for name in names]
+        else:
+            pairs = [(flat[path], leaf)]
+        for a, b in pairs:
+            assert (a is None) == (b is None)
+            if a is not None:
+                assert a.dtype == b.dtype
+                np.testing.assert_array_equal(np.asarray(a), np.asarray(b), err_msg=path)
+
+
+def _random(key: str, shape: tuple[int, ...], dtype) -> np.ndarray:
+    rng = np.random.default_rng(zlib.crc32(key.encode()))
+    return rng.standard_normal(shape, np.float32).astype(dtype)

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The single-file format: round trips, the numpy-only reader, and what it refuses."""
+
+import importlib.util
+import json
+import pathlib
+
+import numpy as np
+import pytest
+from safetensors import numpy as safetensors_numpy
+from safetensors import safe_open
+
+from tests.io import models
+from vqjax.core import tree
+from vqjax.core.model import Model
+from vqjax.core.tensor import VQTensor
+from vqjax.errors import VqjaxError
+from vqjax.io import native
+
+READER = pathlib.Path(__file__).parents[2] / "docs" / "read_vqjax.py"
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    model = models.quantized(models.CLASSES)
+    path = tmp_path_factory.mktemp("native") / "model.safetensors"
+    size = native.save_model(path, model, {"plan": {"rules": [1]}})
+    assert size == path.stat().st_size
+    return path, model
+
+
+def test_round_trip_keeps_every_bit(exported):
+    path, model = exported
+    models.assert_equal(native.load(path), model)
+    assert native.metadata(path)["plan"] == {"rules": [1]}
+
+
+def test_equal_models_give_equal_bytes(exported, tmp_path):
+    path, model = exported
+    for _ in range(5):
+        native.save_model(tmp_path / "again.safetensors", model, {"plan": {"rules": [1]}})
+        assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
+    assert [p.name for p in tmp_path.iterdir()] == ["again.safetensors"]
+
+
+def test_numpy_reader_decodes_as_we_do(exported):
+    path, model = exported
+    spec = importlib.util.spec_from_file_location("read_vqjax", READER)
+    reader = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(reader)
+    found, expected = reader.read(path), tree.flatten(model.params)
+    assert found.keys() == expected.keys()
+    for name, leaf in expected.items():
+        leaf = leaf.decode() if isinstance(leaf, VQTensor) else leaf
+        np.testing.assert_array_equal(found[name], np.asarray(leaf, np.float32), err_msg=name)
+
+
+def test_numpy_reader_is_short_and_needs_numpy_alone():
+    lines = READER.read_text().splitlines()
+    assert sum(bool(line.strip()) for line in lines) <= 44
+    imports = {line.split()[1] for line in lines if line.startswith(("import", "from"))}
+    assert imports == {"json", "struct", "sys", "numpy"}
+
+
+def test_folded_weights_may_be_absent(tmp_path):
+    model = models.dense(models.CLASSES)
+    dead = ("attn2/to_q/", "attn2/to_k/", "/norm2/")
+    flat = {
+        path: leaf
+        for path, leaf in tree.flatten(model.params).items()
+        if not ("/block_" in path and "attn" in path and any(name in path for name in dead))
+    }
+    assert len(flat) < len(tree.flatten(model.params))
+    model = Model(config=model.config, params=tree.unflatten(flat))
+    native.save_model(tmp_path / "folded.safetensors", model)
+    models.assert_equal(native.load(tmp_path / "folded.safetensors"), model)
+
+
+def rewrite(source, target, change_arrays=None, change_document=None):
+    """Writes a file whose parts were changed and whose hash is right again."""
+    arrays = safetensors_numpy.load_file(source)
+    with safe_open(source, framework="numpy") as file:
+        document = json.loads(file.metadata()["vqjax"])
+    if change_arrays:
+        change_arrays(arrays)
+    if change_document:
+        change_document(document)
+    if document.get("sha256") is not None:
+        document["sha256"] = native.content_hash(document, arrays)
+    safetensors_numpy.save_file(arrays, target, metadata={"vqjax": json.dumps(document)})
+    return target
+
+
+BAD = "unet/out/conv/kernel"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: a.pop(f"{BAD}.codes"), f"{BAD}: codes missing"),
+        (lambda a: a.pop("unet/out/conv/bias"), "unet/out/conv/bias: missing"),
+        (lambda a: a.update(stray=np.zeros(3, np.float32)), "stray: no such weight"),
+        (lambda a: a.update({"unet/out/conv/bias": np.zeros(9, np.float32)}), r"shape \(9,\)"),
+        (lambda a: a.update({"unet/out/conv/bias": np.zeros(3, np.int8)}), "int8, expected float"),
+        (
+            lambda a: a.update({"unet/out/conv/bias": np.full(3, np.nan, np.float32)}),
+            "3 of 3 values are NaN",
+        ),
+        (lambda a: a.update({f"{BAD}.scales": np.ones(2, np.float16)}), r"scales \(2,\), expected"),
+        (lambda a: a.update({f"{BAD}.scales": np.ones(3, np.float64)}), "scales float64, expected"),
+    ],
+)
+def test_wrong_arrays_are_named(exported, tmp_path, change, message):
+    path = rewrite(exported[0], tmp_path / "bad.safetensors", change)
+    with pytest.raises(VqjaxError, match=message):
+        native.load(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.update(version=7), "format version 7, this vqjax reads 1"),
+        (lambda d: d.update(sha256=None), "content does not match its SHA-256"),
+        (lambda d: d.pop("config"), "lacks config or quantized"),
+        (lambda d: d["config"].update(flavour=1), "unknown fields"),
+        (lambda d: d["quantized"][BAD].update(grouping="x"), "described as"),
+        (lambda d: d["quantized"][BAD].update(shape=[1, 2]), "expected"),
+        (lambda d: d["quantized"].update(other={}), "other: no such weight"),
+    ],
+)
+def test_wrong_documents_are_named(exported, tmp_path, change, message):
+    path = rewrite(exported[0], tmp_path / "bad.safetensors", change_document=change)
+    with pytest.raises(VqjaxError, match=message):
+        native.load(path)
+
+
+def test_codes_beyond_the_codebook_are_refused(exported, tmp_path):
+    flat = tree.flatten(exported[1].params)
+    path = next(p for p, x in flat.items() if isinstance(x, VQTensor) and x.codebooks.shape[1] == 5)
+
+    def change(arrays):
+        arrays[f"{path}.codes"] = np.full_like(arrays[f"{path}.codes"], 255)
+
+    bad = rewrite(exported[0], tmp_path / "bad.safetensors", change)
+    with pytest.raises(VqjaxError, match=f"{path}: code 7, expected below 5"):
+        native.load(bad)
+
+
+def test_any_damage_is_one_clear_error(exported, tmp_path):
+    data, rng = bytearray(exported[0].read_bytes()), np.random.default_rng(0)
+    path = tmp_path / "damaged.safetensors"
+    for trial in range(60):
+        broken = data.copy()
+        if trial % 2:
+            # The header is where damage has the most ways to go wrong.
+            limit = len(data) if trial % 4 == 1 else 20_000
+            broken[rng.integers(limit)] ^= 1 << rng.integers(8)
+        else:
+            broken = broken[: rng.integers(len(data))]
+        path.write_bytes(broken)
+        with pytest.raises(VqjaxError, match="damaged"):
+            native.load(path)
+
+
+def test_save_refuses_other_types_and_reserved_names(tmp_path):
+    model = models.dense(models.PLAIN)
+    model.params["unet"]["out"]["conv"]["bias"] = np.zeros(3, np.float64)
+    with pytest.raises(VqjaxError, match="unet/out/conv/bias: float64"):
+        native.save_model(tmp_path / "x.safetensors", model)
+    with pytest.raises(VqjaxError, match=r"names \['config'\]"):
+        native.save_model(tmp_path / "x.safetensors", models.dense(models.PLAIN), {"config": 1})
+    with pytest.raises(VqjaxError, match="cannot write"):
+        native.save_model(tmp_path / "no" / "x.safetensors", models.dense(models.PLAIN))
+
+
+def test_other_files_are_told_apart(tmp_path):
+    path = tmp_path / "x.safetensors"
+    safetensors_numpy.save_file({"a": np.zeros(3)}, path)
+    assert native.metadata(path) is None
+    with pytest.raises(VqjaxError, match="no 'vqjax' metadata"):
+        native.load(path)
+    path.write_bytes(b"<html>")
+    with pytest.raises(VqjaxError, match="not a readable"):
+        native.load(path)

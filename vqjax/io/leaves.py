@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model as flat named arrays and one JSON document, which is what our two formats store.
+
+Dimension key:  O outputs   J vectors of a row   M codebooks   K entries   G weights of a vector
+                C codes of a row (J * M)
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from vqjax.config import LatentDiffusionConfig
+from vqjax.core import grouping as grouping_lib
+from vqjax.core import tree
+from vqjax.core.model import Model
+from vqjax.core.tensor import VQTensor
+from vqjax.errors import gathered
+from vqjax.io import keys
+from vqjax.kernels import decode as decode_lib
+
+DENSE_DTYPES = ("float16", "float32")
+_PARTS = {"codes": ("uint8",), "codebooks": ("float16", "int8"), "scales": ("float16",)}
+# With one context token these have no influence, and folding removes them (`core.fold`).
+_FOLDABLE = re.compile(r"unet/.*/block_\d+/(norm2/(scale|bias)|attn2/to_[qk]/kernel)")
+
+
+def to_arrays(params: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Splits a params tree into arrays by name and the description of its quantized leaves.
+
+    A dense leaf is stored under its path; a quantized one as `<path>.codes`, `<path>.codebooks`,
+    `<path>.scales` and, with int8 codebooks, `<path>.codebook_scale`.
+
+    Returns:
+      `{name: array}` in sorted order and `{path: {"shape": [...], "grouping": ...}}`.
+
+    Raises:
+      VqjaxError: if a dense leaf is neither float16 nor float32.
+    """
+    arrays, quantized, problems = {}, {}, []
+    for path, leaf in tree.flatten(params).items():
+        if isinstance(leaf, VQTensor):
+            quantized[path] = {"shape": list(leaf.shape), "grouping": leaf.grouping}
+            parts = {part: getattr(leaf, part) for part in _PARTS}
+            if leaf.codebook_scale is not None:
+                parts["codebook_scale"] = leaf.codebook_scale
+            arrays |= {f"{path}.{part}": np.asarray(value) for part, value in parts.items()}
+        else:
+            arrays[path] = np.asarray(leaf)
+            if arrays[path].dtype.name not in DENSE_DTYPES:
+                problems.append(f"{path}: {arrays[path].dtype}")
+    if problems:
+        raise gathered(problems, f"dense weights are stored as {' or '.join(DENSE_DTYPES)}; cast:")
+    return dict(sorted(arrays.items())), quantized
+
+
+def from_arrays(
+    arrays: Mapping[str, Any],
+    quantized: Mapping[str, Any],
+    config: LatentDiffusionConfig,
+    *,
+    where: str,
+) -> Model:
+    """The inverse of `to_arrays`. Every array is checked against what `config` asks for.
+
+    Args:
+      arrays: values with `shape` and `dtype`; concrete numpy or jax arrays.
+      quantized: as `to_arrays` returns it.
+      where: names the file in errors.
+
+    Raises:
+      VqjaxError: lists every missing, unknown or misshapen array.
+    """
+    rest, leaves, problems = dict(arrays), {}, []
+    expected = {entry.path: entry.param_shape for entry in keys.table(config)}
+    for path, about in quantized.items():
+        parts = {part: rest.pop(f"{path}.{part}", None) for part in (*_PARTS, "codebook_scale")}
+        misfits = _misfits(parts, about, expected.get(path))
+        problems += [f"{path}: {misfit}" for misfit in misfits]
+        if not misfits:
+            parts = {k: None if v is None else jnp.asarray(v) for k, v in parts.items()}
+            shape, grouping = tuple(about["shape"]), about["grouping"]
+            leaves[path] = VQTensor(**parts, shape=shape, grouping=grouping)  # type: ignore[arg-type]
+    for path, array in rest.items():
+        problems += _dense_misfits(path, array, expected.get(path))
+        leaves[path] = jnp.asarray(array)
+    missing = set(expected) - set(rest) - set(quantized)
+    problems += [f"{path}: missing" for path in sorted(missing) if not _FOLDABLE.fullmatch(path)]
+    if problems:
+        raise gathered(problems, f"{where} does not hold the model its config describes; remake it")
+    return Model(config=config, params=tree.unflatten(leaves))
+
+
+def _dense_misfits(path: str, array: Any, expected: tuple[int, ...] | None) -> list[str]:
+    if expected is None:
+        return [f"{path}: no such weight in this model"]
+    found = []
+    if tuple(array.shape) != expected:
+        found.append(f"{path}: shape {tuple(array.shape)}, expected {expected}")
+    if array.dtype.name not in DENSE_DTYPES:
+        found.append(f"{path}: {array.dtype}, expected {' or '.join(DENSE_DTYPES)}")
+    return found or [f"{path}: {bad}" for bad in not_finite(np.asarray(array))]
+
+
+def not_finite(array: np.ndarray) -> list[str]:
+    """Returns one sentence if the array holds NaN or infinity, else nothing."""
+    if array.dtype.kind != "f" or np.isfinite(array).all():
+        return []
+    return [f"{np.count_nonzero(~np.isfinite(array))} of {array.size} values are NaN or infinite"]
+
+
+def _highest_code(packed_OY: np.ndarray, count: int, bits: int) -> int:
+    # numpy, because jnp would compile once per shape.
+    places = np.unpackbits(packed_OY, axis=1, count=count * bits, bitorder="little")
+    return int((places.reshape(-1, count, bits) @ (1 << np.arange(bits))).max())
+
+
+def _misfits(parts: Mapping[str, Any], about: Any, expected: tuple[int, ...] | None) -> list[str]:
+    """What is wrong with one quantized leaf; types first, since the sizes need them."""
+    if expected is None:
+        return ["no such weight in this model"]
+    if not isinstance(about, Mapping) or about.get("grouping") not in grouping_lib.GROUPS:
+        return [f"described as {about!r}, expected a shape and one of {list(grouping_lib.GROUPS)}"]
+    if about.get("shape") != list(expected):
+        return [f"shape {about.get('shape')}, expected {list(expected)}"]
+    found = [f"{part} missing" for part in _PARTS if parts[part] is None]
+    found += [
+        f"{part} {parts[part].dtype}, expected {' or '.join(dtypes)}"
+        for part, dtypes in _PARTS.items()
+        if parts[part] is not None and parts[part].dtype.name not in dtypes
+    ]
+    return found or _size_misfits(parts, about["grouping"], expected)
+
+
+def _size_misfits(parts: Mapping[str, Any], grouping: str, shape: tuple[int, ...]) -> list[str]:
+    books_MKG, scale = parts["codebooks"], parts["codebook_scale"]
+    group = grouping_lib.GROUPS[grouping]
+    if books_MKG.ndim != 3 or 0 in books_MKG.shape or books_MKG.shape[2] != group:
+        return [f"codebooks {books_MKG.shape}, expected [M, K, {group}]"]
+    outputs, fan_in = grouping_lib.matrix_shape(shape)
+    books, entries, _ = books_MKG.shape
+    count = grouping_lib.groups_per_row(fan_in, group) * books
+    bits = decode_lib.code_bits(entries)
+    if bits > decode_lib.MAX_BITS:
+        return [f"{entries} codebook entries, expected at most {2**decode_lib.MAX_BITS}"]
+    sizes = {"codes": (outputs, decode_lib.packed_bytes(count, bits)), "scales": (outputs,)}
+    found = [
+        f"{part} {tuple(parts[part].shape)}, expected {size}"
+        for part, size in sizes.items()
+        if tuple(parts[part].shape) != size
+    ]
+    if (books_MKG.dtype.name == "int8") != (scale is not None):
+        found.append(f"{books_MKG.dtype} codebooks; int8 and codebook_scale go together")
+    elif scale is not None and (scale.shape != () or scale.dtype.name != "float32"):
+        found.append(f"codebook_scale {scale.dtype} {scale.shape}, expected a float32 scalar")
+    for part in ("codebooks", "scales", "codebook_scale"):
+        if parts[part] is not None:
+            found += [f"{part}: {bad}" for bad in not_finite(np.asarray(parts[part]))]
+    if not found and entries != 2**bits:
+        highest = _highest_code(np.asarray(parts["codes"]), count, bits)
+        if highest >= entries:
+            found.append(f"code {highest}, expected below {entries}")
+    return found
