@@ -122,7 +122,12 @@ class LatentDiffusionConfig:
     @classmethod
     def cin256_v2(cls) -> Self:
         """Class-conditional ImageNet 256x256, VQ-f4 (`cin256-v2.yaml`): 400,920,579 U-Net parameters."""
-        return cls(name="cin256-v2", unet=UNetConfig(context_dim=512), first_stage=AutoencoderConfig(), n_classes=1001)
+        return cls(
+            name="cin256-v2",
+            unet=UNetConfig(context_dim=512),
+            first_stage=AutoencoderConfig(),
+            n_classes=1001,
+        )
 
     @classmethod
     def _vq_f4_unconditional(cls, name: str) -> Self:
@@ -158,7 +163,9 @@ class LatentDiffusionConfig:
                 use_scale_shift_norm=True,
                 resblock_updown=True,
             ),
-            first_stage=AutoencoderConfig(kind="kl", ch_mult=(1, 2, 4, 4), z_channels=4, embed_dim=4, n_embed=0),
+            first_stage=AutoencoderConfig(
+                kind="kl", ch_mult=(1, 2, 4, 4), z_channels=4, embed_dim=4, n_embed=0
+            ),
             linear_end=0.0155,
         )
 
@@ -174,7 +181,9 @@ class LatentDiffusionConfig:
                 attention_resolutions=(2,),
                 context_dim=64,
             ),
-            first_stage=AutoencoderConfig(resolution=32, ch=32, ch_mult=(1, 1, 2), num_res_blocks=1, n_embed=512),
+            first_stage=AutoencoderConfig(
+                resolution=32, ch=32, ch_mult=(1, 1, 2), num_res_blocks=1, n_embed=1024
+            ),
             n_classes=11,
         )
 
@@ -196,8 +205,14 @@ def _build(cls: type, data: dict[str, Any], where: str) -> Any:
     missing = sorted(
         name
         for name, field in fields.items()
-        if name not in data and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if name not in data
+        and field.default is dataclasses.MISSING
+        and field.default_factory is dataclasses.MISSING
     )
     if unknown or missing:
-        raise VqjaxError(f"{where}: unknown fields {unknown}, missing fields {missing}; expected {sorted(fields)}")
-    return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in data.items()})
+        raise VqjaxError(
+            f"{where}: unknown fields {unknown}, missing fields {missing}; expected {sorted(fields)}"
+        )
+    return cls(
+        **{name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
+    )

@@ -149,4 +149,6 @@ def decode(
 
 
 def _first_stage(config: LatentDiffusionConfig, params: Params, x, method) -> Any:
-    return Autoencoder(config.first_stage).apply({"params": params["first_stage"]}, x, method=method)
+    return Autoencoder(config.first_stage).apply(
+        {"params": params["first_stage"]}, x, method=method
+    )

@@ -90,7 +90,9 @@ class Encoder(nn.Module):
         for i, multiplier in enumerate(c.ch_mult):
             attention = c.resolution // 2**i in c.attn_resolutions
             resample = "down" if i < last else None
-            level = Level(c.ch * multiplier, c.num_res_blocks, attention, resample, name=f"down_{i}")
+            level = Level(
+                c.ch * multiplier, c.num_res_blocks, attention, resample, name=f"down_{i}"
+            )
             h = level(h)
         return _out(Mid(name="mid")(h), c.z_channels * (2 if c.kind == "kl" else 1))
 
@@ -109,7 +111,9 @@ class Decoder(nn.Module):
         for i, multiplier in reversed(list(enumerate(c.ch_mult))):
             attention = c.resolution // 2**i in c.attn_resolutions
             resample = "up" if i > 0 else None
-            level = Level(c.ch * multiplier, c.num_res_blocks + 1, attention, resample, name=f"up_{i}")
+            level = Level(
+                c.ch * multiplier, c.num_res_blocks + 1, attention, resample, name=f"up_{i}"
+            )
             h = level(h)
         return _out(h, c.out_channels)
 
@@ -126,7 +130,10 @@ class Codebook(nn.Module):
         rows_EZ = self.param("embedding", init, (self.rows, self.features), jnp.float32)
         # Nearest and second nearest row may differ by 1e-6: lower precision would flip codes.
         cross_BHWE = jnp.einsum(
-            "bhwz,ez->bhwe", z_BHWZ.astype(jnp.float32), rows_EZ, precision=jax.lax.Precision.HIGHEST
+            "bhwz,ez->bhwe",
+            z_BHWZ.astype(jnp.float32),
+            rows_EZ,
+            precision=jax.lax.Precision.HIGHEST,
         )
         distance_BHWE = jnp.sum(rows_EZ**2, -1)[None, None, None] - 2 * cross_BHWE
         codes_BHW = jnp.argmin(distance_BHWE, axis=-1)

@@ -272,7 +272,9 @@ class UNet(nn.Module):
         """
         c = self.config
         if (context_BNX is None) != (c.context_dim is None):
-            raise ValueError(f"context_dim is {c.context_dim}, context given: {context_BNX is not None}")
+            raise ValueError(
+                f"context_dim is {c.context_dim}, context given: {context_BNX is not None}"
+            )
         t_emb_BF = timestep_embedding(t_B, c.model_channels)
         emb_BT = TimeEmbed(4 * c.model_channels, name="time_embed")(t_emb_BF.astype(x_BHWC.dtype))
         self._record("t_emb", t_emb_BF)

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Noise schedule and DDIM coefficients, in numpy: exact in float64, stored as float32.
+
+Latent diffusion's schedule is linear in the square root of beta ("scaled linear" elsewhere); DDIM is
+arXiv 2010.02502, with the timestep choice of CompVis/latent-diffusion.
+
+Dimension key:  T training timesteps   S sampling steps
+"""
+
+import dataclasses
+
+import numpy as np
+
+from vqjax.config import LatentDiffusionConfig
+from vqjax.errors import VqjaxError
+
+
+def betas(config: LatentDiffusionConfig) -> np.ndarray:
+    """Noise variances beta_t, float64 [T]."""
+    ends = np.sqrt(config.linear_start), np.sqrt(config.linear_end)
+    return np.linspace(*ends, config.timesteps, dtype=np.float64) ** 2
+
+
+def alphas_cumprod(config: LatentDiffusionConfig) -> np.ndarray:
+    """Products of (1 - beta) up to each timestep, float64 [T]: the share of signal variance."""
+    return np.cumprod(1 - betas(config))
+
+
+@dataclasses.dataclass(frozen=True)
+class DDIMSchedule:
+    """What each DDIM step needs, in ascending order of timesteps; arrays of length S.
+
+    Attributes:
+      timesteps: int32; sampling runs through them backwards.
+      alphas: alpha-bar at the timestep, float32.
+      alphas_prev: alpha-bar at the next lower timestep. The lowest step goes to alpha-bar of timestep
+        0, not to 1: the last sample keeps a little noise, as in the original.
+      sigmas: standard deviation of the noise added, float32; 0 where eta is 0.
+    """
+
+    timesteps: np.ndarray
+    alphas: np.ndarray
+    alphas_prev: np.ndarray
+    sigmas: np.ndarray
+
+
+def ddim_schedule(config: LatentDiffusionConfig, steps: int, eta: float = 0.0) -> DDIMSchedule:
+    """The original's uniform choice of timesteps: every (T // steps)-th, beginning at 1.
+
+    Args:
+      steps: steps asked for. Where `steps` does not divide T, the original takes more (30 gives 31).
+      eta: 0 is deterministic DDIM, 1 has the noise of DDPM (arXiv 2010.02502, eq. 16).
+
+    Raises:
+      VqjaxError: if `steps` is not in [1, T - 1] or `eta` is negative.
+    """
+    if not 1 <= steps < config.timesteps:
+        raise VqjaxError(
+            f"steps: found {steps}, expected 1 to {config.timesteps - 1} "
+            f"(the model was trained on {config.timesteps} timesteps)"
+        )
+    if not 0 <= eta < float("inf"):
+        raise VqjaxError(f"eta: found {eta}, expected 0 (deterministic) or more, 1 for DDPM noise")
+    all_alphas = alphas_cumprod(config).astype(np.float32).astype(np.float64)
+    timesteps = np.arange(0, config.timesteps, config.timesteps // steps) + 1
+    timesteps = timesteps[timesteps < config.timesteps]
+    alphas = all_alphas[timesteps]
+    alphas_prev = np.concatenate([all_alphas[:1], all_alphas[timesteps[:-1]]])
+    sigmas = eta * np.sqrt((1 - alphas_prev) / (1 - alphas) * (1 - alphas / alphas_prev))
+    arrays = (a.astype(np.float32) for a in (alphas, alphas_prev, sigmas))
+    return DDIMSchedule(timesteps.astype(np.int32), *arrays)
