@@ -17,7 +17,7 @@ GOLDEN_ROOT = pathlib.Path(
 
 
 def golden_files(folder: str, pattern: str) -> list[pathlib.Path]:
-    """Reference files below $VQJAX_GOLDEN/<folder>, discovered: held-out ones run the same tests."""
+    """Reference files below $VQJAX_GOLDEN/<folder>, discovered: new ones run the same tests."""
     return sorted((GOLDEN_ROOT / folder).glob(pattern))
 
 

@@ -2,7 +2,8 @@
 """Trains the embedded model `digits`: real data, every part of the LDM-4 path, at small size.
 
 Two stages as in latent diffusion (arXiv 2112.10752): a vector-quantized autoencoder, then a
-class-conditional U-Net on its latents. One half of the 1,797 images trains, the other is never seen.
+class-conditional U-Net on its latents. One half of the 1,797 images trains, the other is
+never seen.
 
 Dimension key:  B batch   H W image or latent   C channels   V variants of an image
 """

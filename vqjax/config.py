@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Model configurations: frozen dataclasses that describe a latent diffusion model completely.
 
-They are plain data (JSON in, JSON out through `to_dict` and `from_dict`) and import nothing of ours, so that
-every layer may use them. The constructors carry the published configurations of
+They are plain data (JSON in, JSON out through `to_dict` and `from_dict`) and import nothing of
+ours, so that every layer may use them. The constructors carry the published configurations of
 CompVis/latent-diffusion (`configs/latent-diffusion/*.yaml`, commit a506df5).
 """
 
@@ -24,7 +24,7 @@ class UNetConfig:
       context_dim: width of the context tokens, or None for a model without context. With a context,
         attention is a `SpatialTransformer` (self-attention, cross-attention, GEGLU); without, an
         `AttentionBlock` (self-attention alone).
-      use_scale_shift_norm: the time embedding scales and shifts the second norm of a residual block.
+      use_scale_shift_norm: the time embedding scales and shifts a residual block's second norm.
       resblock_updown: residual blocks change the resolution, in place of plain convolutions.
     """
 
@@ -47,7 +47,7 @@ class AutoencoderConfig:
     """The first stage (LDM `VQModelInterface` or `AutoencoderKL`), `ddconfig` names kept.
 
     Attributes:
-      kind: "vq" quantizes the latent with a codebook in decode; "kl" has none and a Gaussian posterior.
+      kind: "vq" quantizes the latent with a codebook in decode, "kl" has a Gaussian posterior.
       resolution: image height and width in pixels that the model was trained for.
       embed_dim: latent channels, as the U-Net sees them.
       n_embed: codebook rows; 0 for "kl".
@@ -77,8 +77,8 @@ class LatentDiffusionConfig:
 
     Attributes:
       name: what reports call it.
-      n_classes: rows of the class embedding including the unconditional one; 0 for an unconditional model.
-        The last row is the "no class" of classifier-free guidance.
+      n_classes: rows of the class embedding, 0 for an unconditional model. The last row is the
+        "no class" of classifier-free guidance.
       linear_start, linear_end: ends of the noise schedule; beta is linear in its square root.
       scale_factor: the U-Net sees first-stage latents times this.
     """
@@ -121,7 +121,7 @@ class LatentDiffusionConfig:
 
     @classmethod
     def cin256_v2(cls) -> Self:
-        """Class-conditional ImageNet 256x256, VQ-f4 (`cin256-v2.yaml`): 400,920,579 U-Net parameters."""
+        """Class-conditional ImageNet 256x256, VQ-f4 (`cin256-v2.yaml`), 400.9M-parameter U-Net."""
         return cls(
             name="cin256-v2",
             unet=UNetConfig(context_dim=512),
@@ -171,7 +171,7 @@ class LatentDiffusionConfig:
 
     @classmethod
     def digits(cls) -> Self:
-        """The embedded model: handwritten digits 32x32, every part of the `cin256-v2` path at small size."""
+        """The embedded model: handwritten digits 32x32, every part of `cin256-v2` at small size."""
         return cls(
             name="digits",
             unet=UNetConfig(
@@ -211,7 +211,8 @@ def _build(cls: type, data: dict[str, Any], where: str) -> Any:
     )
     if unknown or missing:
         raise VqjaxError(
-            f"{where}: unknown fields {unknown}, missing fields {missing}; expected {sorted(fields)}"
+            f"{where}: unknown fields {unknown}, missing fields {missing}; "
+            f"expected {sorted(fields)}"
         )
     return cls(
         **{name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}

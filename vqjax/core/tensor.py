@@ -8,6 +8,8 @@ Dimension key:  O outputs   N fan-in   J vectors of a row   M codebooks   K entr
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -140,3 +142,12 @@ class VQTensor:
     def decode(self, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
         """Returns the kernel in its own shape. Summed in float32, rounded to `dtype` at the end."""
         return grouping_lib.from_matrix(self.decode_matrix(), self.shape).astype(dtype)
+
+
+def densify(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the tree with every `VQTensor` decoded to a float32 array; other leaves are kept."""
+    return jax.tree.map(
+        lambda leaf: leaf.decode() if isinstance(leaf, VQTensor) else leaf,
+        dict(params),
+        is_leaf=lambda leaf: isinstance(leaf, VQTensor),
+    )

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The first stage: images to latents and back (VQ with a codebook, or KL), NHWC inside.
 
-Port of CompVis `VQModelInterface` / `AutoencoderKL` with the taming-transformers encoder and decoder.
+Port of CompVis `VQModelInterface` and `AutoencoderKL` (taming-transformers encoder and decoder).
 
 Dimension key:  B batch   H W image or latent   C channels   Z latent channels   E codebook rows
 """

@@ -72,15 +72,16 @@ def apply(params: dict[str, jax.Array], images_NHWC: jax.Array) -> Features:
     return Features(pooled_NF, spatial_NS, logits_NK)
 
 
-def rescale(params: dict[str, jax.Array], factor: float) -> dict[str, jax.Array]:
-    """Multiplies the pooled features by `factor` > 0 and leaves the logits as they are.
+def rescale(params: dict[str, jax.Array], *, pooled: float, spatial: float) -> dict[str, jax.Array]:
+    """Multiplies both kinds of features by positive factors and leaves the logits as they are.
 
-    ReLU and the mean commute with a positive factor, so it moves from the last convolution to
-    the head. It puts separately trained extractors on one scale.
+    ReLU and the mean commute with a positive factor, so the layer after takes its inverse. It
+    puts separately trained extractors on one scale.
     """
-    last = f"conv{len(WIDTHS)}"
     return params | {
-        f"{last}/kernel": params[f"{last}/kernel"] * factor,
-        f"{last}/bias": params[f"{last}/bias"] * factor,
-        "head/kernel": params["head/kernel"] / factor,
+        "conv2/kernel": params["conv2/kernel"] * spatial,
+        "conv2/bias": params["conv2/bias"] * spatial,
+        "conv3/kernel": params["conv3/kernel"] * (pooled / spatial),
+        "conv3/bias": params["conv3/bias"] * pooled,
+        "head/kernel": params["head/kernel"] / pooled,
     }

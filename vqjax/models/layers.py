@@ -26,7 +26,7 @@ def _kernel(module: nn.Module, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.
 
 
 class Dense(nn.Module):
-    """Affine map of the last axis: [..., I] -> [..., features]; computed in the dtype of its input."""
+    """Affine map of the last axis, [..., I] -> [..., features], in the dtype of its input."""
 
     features: int
     use_bias: bool = True

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The noise-prediction U-Net of latent diffusion (arXiv 2112.10752), at any size, NHWC inside.
 
-Port of CompVis/latent-diffusion `UNetModel` (commit a506df5). Two attention blocks exist: models with
-a context (class or text tokens) use `SpatialTransformer`, models without use `AttentionBlock`.
+Port of CompVis/latent-diffusion `UNetModel` (commit a506df5). Two attention blocks exist: models
+with a context (class or text tokens) use `SpatialTransformer`, models without `AttentionBlock`.
 
 Dimension key:  B batch   H W latent   C channels   T time features   L image tokens
                 N context tokens   X context features
@@ -152,7 +152,7 @@ class SpatialTransformer(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention over the positions of an image, one projection for queries, keys and values."""
+    """Self-attention over the positions of an image; one projection for queries, keys, values."""
 
     heads: int
 
@@ -191,7 +191,7 @@ class Stage(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halves the resolution by a strided convolution or, with `resblock_updown`, a residual block."""
+    """Halves the resolution: a strided convolution or, with `resblock_updown`, a residual block."""
 
     config: UNetConfig
     features: int
@@ -251,7 +251,7 @@ def _attention(
 
 
 class UNet(nn.Module):
-    """Predicts the noise in a latent. Submodules keep the block numbers of the original checkpoint."""
+    """Predicts the noise in a latent. Blocks keep the numbers they have in the checkpoint."""
 
     config: UNetConfig
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Noise schedule and DDIM coefficients, in numpy: exact in float64, stored as float32.
 
-Latent diffusion's schedule is linear in the square root of beta ("scaled linear" elsewhere); DDIM is
-arXiv 2010.02502, with the timestep choice of CompVis/latent-diffusion.
+Latent diffusion's schedule is linear in the square root of beta ("scaled linear" elsewhere); DDIM
+is arXiv 2010.02502, with the timestep choice of CompVis/latent-diffusion.
 
 Dimension key:  T training timesteps   S sampling steps
 """
@@ -33,8 +33,8 @@ class DDIMSchedule:
     Attributes:
       timesteps: int32; sampling runs through them backwards.
       alphas: alpha-bar at the timestep, float32.
-      alphas_prev: alpha-bar at the next lower timestep. The lowest step goes to alpha-bar of timestep
-        0, not to 1: the last sample keeps a little noise, as in the original.
+      alphas_prev: alpha-bar at the next lower timestep. The lowest step goes to alpha-bar of
+        timestep 0, not to 1: the last sample keeps a little noise, as in the original.
       sigmas: standard deviation of the noise added, float32; 0 where eta is 0.
     """
 
@@ -48,7 +48,7 @@ def ddim_schedule(config: LatentDiffusionConfig, steps: int, eta: float = 0.0) -
     """The original's uniform choice of timesteps: every (T // steps)-th, beginning at 1.
 
     Args:
-      steps: steps asked for. Where `steps` does not divide T, the original takes more (30 gives 31).
+      steps: steps asked for. Where `steps` does not divide T, there are more (30 gives 31).
       eta: 0 is deterministic DDIM, 1 has the noise of DDPM (arXiv 2010.02502, eq. 16).
 
     Raises:
