@@ -162,7 +162,7 @@ def _unet(config: UNetConfig) -> Iterator[KeyEntry]:
             index += 1
 
     yield from _norm("out.0", "out/norm", channels)
-    yield from _conv("out.2", "out/conv", width, config.out_channels)
+    yield from _conv("out.2", "out/conv", channels, config.out_channels)
 
 
 def _res_block(
