@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exact byte accounting, before anything is compressed. Counts codes, codebooks and scales.
+
+Dimension key:  O outputs   J vectors of a row   M codebooks   K entries   G weights of a vector
+"""
+
+import dataclasses
+import math
+
+from vqjax.core import grouping
+from vqjax.kernels.decode import code_bits, packed_bytes
+
+SCALE_BITS = 16
+"""Bits of one row scale (float16)."""
+
+SHARED_SCALE_BITS = 32
+"""Bits of the one scale of int8 codebooks (float32)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredBits:
+    """Stored bits of one kernel by part; `total` is 8 * VQTensor.nbytes.
+
+    Attributes:
+      codes: padding of vectors and bytes included.
+      codebooks: entries and, for int8, their shared scale.
+      scales: one per output.
+      weights: weights of the kernel.
+    """
+
+    codes: int
+    codebooks: int
+    scales: int
+    weights: int
+
+    @property
+    def total(self) -> int:
+        """All stored bits."""
+        return self.codes + self.codebooks + self.scales
+
+    @property
+    def per_weight(self) -> float:
+        """All stored bits over the weights of the kernel."""
+        return self.total / self.weights
+
+    def __add__(self, other: "StoredBits") -> "StoredBits":
+        ours, theirs = dataclasses.astuple(self), dataclasses.astuple(other)
+        return StoredBits(*(a + b for a, b in zip(ours, theirs)))
+
+
+NOTHING = StoredBits(0, 0, 0, 0)
+"""The sum of no kernels."""
+
+
+def stored_bits(
+    shape: tuple[int, ...], *, group: int, books: int, entries: int, codebook_bits: int
+) -> StoredBits:
+    """Returns what a `VQTensor` of these sizes stores.
+
+    Args:
+      shape: kernel shape, Linen layout.
+      codebook_bits: 16 (float16) or 8 (int8 with one shared scale).
+    """
+    outputs, fan_in = grouping.matrix_shape(shape)
+    codes = grouping.groups_per_row(fan_in, group) * books
+    shared = SHARED_SCALE_BITS if codebook_bits == 8 else 0
+    return StoredBits(
+        codes=8 * outputs * packed_bytes(codes, code_bits(entries)),
+        codebooks=books * entries * group * codebook_bits + shared,
+        scales=outputs * SCALE_BITS,
+        weights=math.prod(shape),
+    )

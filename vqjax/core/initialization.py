@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""First codebooks: additive k-means on a sample of the vectors, under one mean metric.
+
+Dimension key:  V sampled vectors   M codebooks   K entries   G weights of a vector
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from vqjax.core.encode import dot, encode
+
+SAMPLE = 4096
+"""Vectors that the first codebooks are made from; more of them gain nothing measurable."""
+
+
+@functools.partial(jax.jit, static_argnames=("books", "entries", "steps", "beam"))
+def initial_codebooks(
+    vectors_VG: jax.Array,
+    metric_GG: jax.Array,
+    key: jax.Array,
+    *,
+    books: int,
+    entries: int,
+    steps: int,
+    beam: int = 0,
+) -> jax.Array:
+    """Returns codebooks [M, K, G] whose sums fit the vectors under the metric.
+
+    Codes by search and codebooks by least squares in turn, with noise on the codebooks that cools
+    down to zero (stochastic relaxation of LSQ++, Martinez et al., ECCV 2018, section 3.2). The
+    start is drawn from the vectors, each codebook's share of their size falling as the residual of
+    an ideal code of its rate would.
+    """
+    count, group = vectors_VG.shape
+    decay = entries ** (-1 / group)
+    shares = decay ** jnp.arange(books, dtype=jnp.float32)
+    shares = shares / jnp.linalg.norm(shares)
+    draw_key, noise_key = jax.random.split(key)
+    drawn = jax.random.randint(draw_key, (books, entries), 0, count)
+    start_MKG = vectors_VG[drawn] * shares[:, None, None]
+
+    def step(books_MKG, inputs):
+        temperature, key = inputs
+        codes_VM = encode(dot(vectors_VG, metric_GG), metric_GG, books_MKG, beam=beam)
+        fitted_MKG = fit_free(vectors_VG, codes_VM, books_MKG)
+        chosen = jax.nn.one_hot(codes_VM, entries).reshape(count, -1)
+        error_VG = vectors_VG - dot(chosen, fitted_MKG.reshape(-1, group))
+        # The error is shared by M codebooks: noise of its size on each would drown them.
+        size_G = jnp.std(error_VG, axis=0) / jnp.sqrt(1.0 * books)
+        noise_MKG = jax.random.normal(key, books_MKG.shape) * size_G[None, None]
+        return fitted_MKG + temperature * noise_MKG, None
+
+    temperatures = jnp.maximum(0.0, 1 - jnp.arange(1, steps + 1) / max(1, steps - 2)) ** 0.5
+    books_MKG, _ = jax.lax.scan(step, start_MKG, (temperatures, jax.random.split(noise_key, steps)))
+    return books_MKG
+
+
+def fit_free(vectors_VG: jax.Array, codes_VM: jax.Array, books_MKG: jax.Array) -> jax.Array:
+    """Returns codebooks of least squared error for these codes, all vectors weighted alike.
+
+    The solution does not depend on the metric as long as all vectors share it. A small pull towards
+    the given codebooks settles what the codes leave open (sums fix entries up to shared offsets).
+    """
+    books, entries, group = books_MKG.shape
+    chosen_VX = jax.nn.one_hot(codes_VM, entries).reshape(-1, books * entries)
+    together_XX = dot(chosen_VX.T, chosen_VX)
+    pull = 1e-3 * vectors_VG.shape[0] / entries
+    system_XX = together_XX + pull * jnp.eye(books * entries, dtype=jnp.float32)
+    given_XG = books_MKG.reshape(-1, group)
+    error_VG = vectors_VG - dot(chosen_VX, given_XG)
+    change_XG = jnp.linalg.solve(system_XX, dot(chosen_VX.T, error_VG))
+    return books_MKG + change_XG.reshape(books_MKG.shape)
