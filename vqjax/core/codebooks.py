@@ -54,9 +54,9 @@ def mean_metric(moment_NN: jax.Array, group: int) -> jax.Array:
 def fit_codebooks(w_ON, moment_NN, codes_OJM, books_MKG, scales_O, *, steps: int = 10) -> jax.Array:
     """Returns codebooks [M, K, G] of least loss for these codes and scales.
 
-    Conjugate gradients, preconditioned by each entry's weight times the mean diagonal block of S. In
-    float32 they would diverge after convergence, so they end once the preconditioned residual has
-    dropped by 1e-5 or the curvature along a direction is lost. Unused entries keep their values.
+    Conjugate gradients, preconditioned by each entry's weight times the mean diagonal block of S.
+    In float32 they would diverge after convergence, so they end once the preconditioned residual
+    has dropped by 1e-5 or the curvature along a direction is lost. Unused entries keep their values.
 
     Args:
       steps: at most so many iterations; each costs one product with S.

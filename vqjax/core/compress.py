@@ -53,7 +53,7 @@ class LayerStats(NamedTuple):
 
     Attributes:
       rel_weight_mse: ||W - Q||^2 / ||W||^2 of the stored tensor.
-      rel_output_mse: tr((W - Q) S (W - Q)^T) / tr(W S W^T) with the given S; equals `rel_weight_mse`
+      rel_output_mse: tr((W - Q) S (W - Q)^T) / tr(W S W^T) with the given S; `rel_weight_mse`
         where no moment was given.
       bits_per_weight: all stored bits over the weights.
       history: rel_output_mse after each round, before rounding to the stored types.

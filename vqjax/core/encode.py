@@ -4,9 +4,9 @@
 Dimension key:  O rows   M codebooks   K entries   G weights of a vector   B hypotheses
                 P, Q sums of the entries of one half of the codebooks
 
-For every row the cost of a sum q of entries is  q A q^T - 2 q . v : the output error of the layer as
-a function of one vector, all others held. The metric A is shared by the rows, v is not, which is
-what makes enumeration cheap.
+For every row the cost of a sum q of entries is  q A q^T - 2 q . v : the output error of the layer
+as a function of one vector, all others held. The metric A is shared by the rows, v is not, which
+is what makes enumeration cheap.
 """
 
 import jax

@@ -78,8 +78,8 @@ def scalar_baseline(
 ) -> ScalarLayer:
     """Uniform quantization with error feedback (GPTQ, arXiv:2210.17323), on the same moments.
 
-    Columns are visited in the order of falling second moment. Each row takes, out of several ranges,
-    the step and offset whose quantized row has the least output error.
+    Columns are visited in the order of falling second moment. Each row takes, out of several
+    ranges, the step and offset whose quantized row has the least output error.
 
     Args:
       kernel: [I, O] or [H, W, I, O].
@@ -92,7 +92,7 @@ def scalar_baseline(
     if not 1 <= bits <= 8:
         raise VqjaxError(f"scalar baseline at {bits} bits: 1 to 8 whole bits are possible")
     w_ON = grouping.to_matrix(jnp.asarray(kernel, jnp.float32))
-    outputs, fan_in = w_ON.shape
+    fan_in = w_ON.shape[1]
     moment_NN = jnp.eye(fan_in) if moment is None else jnp.asarray(moment, jnp.float32)
     order_N = jnp.argsort(-jnp.diagonal(moment_NN))
     sorted_ON, sorted_NN = w_ON[:, order_N], moment_NN[order_N][:, order_N]

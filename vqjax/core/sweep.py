@@ -102,7 +102,7 @@ def descend(
     *,
     beam: int = 0,
 ) -> jax.Array:
-    """One sweep of coordinate descent over the vectors; returns codes [O, J, M] of no larger loss."""
+    """One sweep of coordinate descent over the vectors; returns codes [O, J, M], no worse ones."""
     group = books_MKG.shape[-1]
     residual_ON = w_ON - reconstruct(codes_OJM, books_MKG, scales_O)
     found, size = [], block_size(codes_OJM.shape[1])
@@ -141,7 +141,7 @@ def feedback_factors(moment_NN: jax.Array, damping: float, *, group: int):
     size = moment_NN.shape[0]
     ridge = damping * jnp.mean(jnp.diagonal(moment_NN)) + jnp.finfo(jnp.float32).tiny
     damped_NN = moment_NN + ridge * jnp.eye(size, dtype=jnp.float32)
-    # Reversed twice, the Cholesky factor L of S gives the factor of its inverse without inverting S.
+    # Reversed twice, the Cholesky factor of S gives that of its inverse without inverting S.
     lower_NN = jnp.linalg.cholesky(damped_NN[::-1, ::-1])
     factor_NN = lower_NN[::-1, ::-1]  # S = R R^T, R upper triangular, and U = R^-1.
     starts = jnp.arange(0, size, group)
