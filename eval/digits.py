@@ -13,7 +13,7 @@ import functools
 import hashlib
 import importlib.resources
 import json
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +47,14 @@ class Extractors:
     sha256: str
 
 
+class Rows(NamedTuple):
+    """`vqjax.models.extractor.Features` of all pictures, as numpy float32."""
+
+    pooled: np.ndarray
+    spatial: np.ndarray
+    logits: np.ndarray
+
+
 @functools.cache
 def load_extractors() -> Extractors:
     """Reads the weight file in the package."""
@@ -64,7 +72,7 @@ def load_extractors() -> Extractors:
     )
 
 
-def features(images_NHWC: np.ndarray) -> list[extractor.Features]:
+def features(images_NHWC: np.ndarray) -> list[Rows]:
     """What each extractor sees, as numpy float32 rows.
 
     Args:
@@ -221,21 +229,19 @@ def memorization(images_NHWC: np.ndarray) -> dict[str, Any]:
     return {**summary(*found), "n": len(samples), "held_out": summary(*baseline)}
 
 
-def _scores(
-    real: extractor.Features, found: extractor.Features, labels_N: np.ndarray
-) -> dict[str, float]:
-    real_pooled, pooled = np.asarray(real.pooled), np.asarray(found.pooled)
-    logits = np.asarray(found.logits)
-    precision, recall = metrics.precision_recall(real_pooled, pooled)
-    pairs = ((real_pooled, pooled), (np.asarray(real.spatial), np.asarray(found.spatial)))
-    fd, sfd = (metrics.frechet_distance(metrics.moments(b), metrics.moments(a)) for a, b in pairs)
+def _scores(real: Rows, found: Rows, labels_N: np.ndarray) -> dict[str, float]:
+    precision, recall = metrics.precision_recall(real.pooled, found.pooled)
+    fd, sfd = (
+        metrics.frechet_distance(metrics.moments(b), metrics.moments(a))
+        for a, b in ((real.pooled, found.pooled), (real.spatial, found.spatial))
+    )
     return {
         "fd": fd,
         "sfd": sfd,
-        "is": metrics.inception_score(logits, split=len(logits)),
+        "is": metrics.inception_score(found.logits, split=len(found.logits)),
         "precision": precision,
         "recall": recall,
-        "accuracy": metrics.accuracy(logits, labels_N),
+        "accuracy": metrics.accuracy(found.logits, labels_N),
     }
 
 
@@ -248,8 +254,8 @@ def _weighted(rows_NF: np.ndarray, counts_N: np.ndarray) -> metrics.Moments:
     return metrics.Moments(mean, covariance, int(total))
 
 
-def _take(rows: extractor.Features, order: np.ndarray) -> extractor.Features:
-    return extractor.Features(*(array[order] for array in rows))
+def _take(rows: Rows, order: np.ndarray) -> Rows:
+    return Rows(*(array[order] for array in rows))
 
 
 def _pixels(images_NHWC: np.ndarray) -> np.ndarray:
@@ -274,7 +280,7 @@ def _reference(reference: Reference) -> tuple[np.ndarray, np.ndarray]:
 
 
 @functools.cache
-def _reference_features(reference: Reference) -> list[extractor.Features]:
+def _reference_features(reference: Reference) -> list[Rows]:
     return features(_reference(reference)[0])
 
 
@@ -283,7 +289,7 @@ def _apply(params: dict[str, jax.Array], images_BHWC: jax.Array) -> extractor.Fe
     return extractor.apply(params, images_BHWC.astype(jnp.float32) / 127.5 - 1)
 
 
-def _features(params: dict[str, jax.Array], images_NHWC: np.ndarray) -> extractor.Features:
+def _features(params: dict[str, jax.Array], images_NHWC: np.ndarray) -> Rows:
     """One compilation serves every N: the last batch is filled up with black and cut off."""
     parts = []
     for start in range(0, len(images_NHWC), _BATCH):
@@ -291,4 +297,5 @@ def _features(params: dict[str, jax.Array], images_NHWC: np.ndarray) -> extracto
         filler = np.zeros((_BATCH - len(batch), *batch.shape[1:]), np.uint8)
         rows = _apply(params, np.concatenate([batch, filler]))
         parts.append([np.asarray(array)[: len(batch)] for array in rows])
-    return extractor.Features(*(np.concatenate(arrays) for arrays in zip(*parts)))  # type: ignore[arg-type]
+    pooled, spatial, logits = (np.concatenate(arrays) for arrays in zip(*parts))
+    return Rows(pooled, spatial, logits)

@@ -117,7 +117,7 @@ def layer_errors(layers: Sequence[dict[str, Any]]) -> Picture:
         axes.set_yscale("log")
         axes.set_xlim(-1, len(layers))
         axes.set_ylim(floor, max(float(errors.max()), floor) * 2.2)
-        axes.yaxis.set_major_formatter(FuncFormatter(_power_or_percent))
+        axes.yaxis.set_major_formatter(FuncFormatter(_percent))
         axes.grid(axis="y", color=ink, alpha=0.13, linewidth=0.6)
         axes.set_xlabel("layer, in the order of the checkpoint")
         axes.set_title("Output error of each layer, share of the output's energy", color=ink)
@@ -169,7 +169,7 @@ def _picture(draw: Callable[[Figure, str], None], inches: tuple[float, float]) -
 
 
 def _render(draw: Callable[[Figure, str], None], inches: tuple[float, float], ink: str) -> bytes:
-    colours = {f"{name}.color": ink for name in ("xtick", "ytick", "text")}
+    colours: dict[Any, Any] = {f"{name}.color": ink for name in ("xtick", "ytick", "text")}
     colours |= {"axes.labelcolor": ink, "axes.edgecolor": ink}
     with matplotlib.rc_context({**_STYLE, **colours}):
         figure = Figure(figsize=inches, layout="constrained")
@@ -178,7 +178,13 @@ def _render(draw: Callable[[Figure, str], None], inches: tuple[float, float], in
         target = io.BytesIO()
         # Without the version in the file, equal pictures are equal bytes.
         figure.savefig(
-            target, format="png", dpi=_DPI, transparent=True, metadata={"Software": None}
+            target,
+            format="png",
+            dpi=_DPI,
+            transparent=True,
+            bbox_inches="tight",
+            pad_inches=0.04,
+            metadata={"Software": None},
         )
     return target.getvalue()
 
@@ -200,8 +206,8 @@ def _mosaic(images_NHWC: np.ndarray, chosen: list[np.ndarray], width: int) -> np
     return canvas
 
 
-def _power_or_percent(value: float, _position: int) -> str:
-    return f"{value:.0%}" if value >= 0.01 else f"{value:.2g}"
+def _percent(value: float, _position: int) -> str:
+    return f"{100 * value:g}%"
 
 
 def _finite(value: float | None) -> float:

@@ -175,7 +175,11 @@ def _distance_blocks(rows_NF: np.ndarray, others_RF: np.ndarray):
     for start in range(0, len(rows_NF), _BLOCK_ROWS):
         rows = np.asarray(rows_NF[start : start + _BLOCK_ROWS], np.float32)
         norms_B = np.einsum("bf,bf->b", rows, rows)
-        yield np.maximum(norms_B[:, None] - 2 * (rows @ others.T) + norms_R, 0)
+        block_BR = rows @ others.T
+        block_BR *= -2  # in place: at 10,000 by 10,000 the temporaries cost more than the product
+        block_BR += norms_B[:, None]
+        block_BR += norms_R
+        yield np.maximum(block_BR, 0, out=block_BR)
 
 
 def _matrix(rows: np.ndarray, what: str) -> np.ndarray:

@@ -63,23 +63,28 @@ tbody tr:last-child > * { border-bottom: 0; }
 thead th { color: var(--soft); font-weight: 600; font-size: 13px; white-space: nowrap; }
 tbody th { font-weight: 500; }
 td { white-space: nowrap; }
-td small { color: var(--soft); font-size: 12.5px; }
 td.good { color: var(--good); } td.worse { color: var(--bad); }
 details { margin-top: 12px; }
 summary { cursor: pointer; padding: 10px 0; color: var(--accent); font-weight: 550; }
 .layers { font-size: 13px; } .layers th, .layers td { padding: 4px 8px; }
-.layers th:first-child { padding-left: 0; font: 12px ui-monospace, Menlo, Consolas, monospace; }
+.layers th:first-child { padding-left: 0; }
+.layers tbody th { font: 12px ui-monospace, Menlo, Consolas, monospace; }
 .layers td.meter {
   background: linear-gradient(var(--bar), var(--bar)) no-repeat left center / var(--w) 70%;
-  padding-right: 6px;
+  text-align: left; padding-left: 6px; min-width: 130px;
 }
+.layers th.meter { text-align: left; }
+.facts td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
+.facts th { white-space: nowrap; padding-right: 24px; vertical-align: top; }
 .scroll { max-height: 480px; overflow: auto; }
 .scroll thead th { position: sticky; top: 0; background: var(--card); }
 footer { color: var(--soft); font-size: 13px; margin-top: 44px; }
-code { font: 12.5px ui-monospace, Menlo, Consolas, monospace; overflow-wrap: anywhere; }
 @media print {
   body { background: none; } .card, .tile { break-inside: avoid; }
-  .scroll { max-height: none; }
+  .layers th.meter { text-align: left; }
+.facts td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
+.facts th { white-space: nowrap; padding-right: 24px; vertical-align: top; }
+.scroll { max-height: none; }
 }
 </style>
 </head>

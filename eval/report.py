@@ -52,7 +52,7 @@ SCORE_FIELDS = ("fd", "sfd", "is", "precision", "recall", "accuracy", "n")
 _MODELS = FIELDS["metrics"]
 _SCORES = {  # field: (name, digits after the point, whether more is better)
     "fd": ("{fd}", 2, False),
-    "sfd": ("{fd}, spatial", 3, False),
+    "sfd": ("{fd}, spatial", 2, False),
     "is": ("Inception score", 2, True),
     "precision": ("Precision", 3, True),
     "recall": ("Recall", 3, True),
@@ -76,6 +76,8 @@ _CAPTIONS = {
         "inputs. Logarithmic.",
     ),
 }
+_LAYER_COLUMNS = ("layer", "kind", "shape", "code", "bits", "weight error", "output error")
+_LAYERS_NOTE = "Code: codebooks × entries / weights per group. Errors are relative squared errors."
 _NOTHING = "–"
 
 
@@ -138,7 +140,8 @@ def tables(report: Mapping[str, Any]) -> list[Table]:
 def _gained(report: Mapping[str, Any]) -> Table:
     weights, flops = report["weights"], report["flops"]
     before, after = weights["bytes_before"], weights["bytes_after"]
-    bits_before = _divide(8 * before, report["model"]["parameters"])
+    # The weights that both byte counts speak of are in neither field, but their ratio is enough.
+    bits_before = weights["bits_per_weight_model"] * before / after
     rows = [
         ["Stored weights", size(before), size(after), _times(_divide(before, after))],
         [
@@ -278,9 +281,8 @@ def _markdown(report: Mapping[str, Any]) -> str:
     parts.append("![Samples before and after](samples.png)")
     for table in tables(report):
         parts += [f"## {table.heading}", table.note, _markdown_rows(table.columns, table.rows)]
-    columns = ["layer", "kind", "shape", "code", "bits", "weight error", "output error"]
     rows = [_layer_cells(layer) for layer in report["layers"]]
-    parts += ["## Every layer", _markdown_rows(columns, rows)]
+    parts += ["## Every layer", _LAYERS_NOTE, _markdown_rows(_LAYER_COLUMNS, rows)]
     parts += ["## How it was made", _markdown_rows(["", ""], _made(report))]
     return "\n\n".join(parts) + "\n"
 
@@ -296,15 +298,14 @@ def _markdown_rows(columns: Sequence[str], rows: Sequence[Sequence[str | tuple[s
 
 def _page(report: Mapping[str, Any], pictures: Mapping[str, tuple[bytes, bytes]]) -> str:
     gained, *rest = tables(report)
-    layers = _layers_table(report["layers"])
     sections = [
         _figure("samples", pictures),
         _html_table(gained),
         _figure("sizes", pictures),
         *(_html_table(table) for table in rest),
         _figure("layers", pictures),
-        layers,
-        _html_table(Table("How it was made", "", ["", ""], _made(report))),
+        _layers_table(report["layers"]),
+        _html_table(Table("How it was made", "", ["", ""], _made(report)), style="facts"),
     ]
     banners = [
         f'<div class="banner {"bad" if index == 0 else "warn"}" role="alert">'
@@ -330,7 +331,7 @@ def _page(report: Mapping[str, Any], pictures: Mapping[str, tuple[bytes, bytes]]
     )
 
 
-def _html_table(table: Table) -> str:
+def _html_table(table: Table, *, style: str = "scores") -> str:
     head = "".join(f'<th scope="col">{html.escape(column)}</th>' for column in table.columns)
     body = "\n".join(
         "<tr>"
@@ -343,7 +344,8 @@ def _html_table(table: Table) -> str:
     note = f'<p class="note">{html.escape(table.note)}</p>' if table.note else ""
     return (
         f"<section><h2>{html.escape(table.heading)}</h2>{note}"
-        f'<div class="card"><table>{head}<tbody>\n{body}\n</tbody></table></div></section>'
+        f'<div class="card"><table class="{style}">{head}<tbody>\n{body}\n</tbody></table></div>'
+        "</section>"
     )
 
 
@@ -359,7 +361,6 @@ def _data_cell(cell: str | tuple[str, str]) -> str:
 def _layers_table(layers: Sequence[Mapping[str, Any]]) -> str:
     if not layers:
         return ""
-    columns = ["layer", "kind", "shape", "code", "bits", "weight error", "output error"]
     errors = [layer["rel_output_mse"] for layer in layers if _on_log_scale(layer)]
     low, high = math.log(min(errors, default=1) / 2), math.log(max(errors, default=1) * 1.01)
     rows = []
@@ -373,9 +374,12 @@ def _layers_table(layers: Sequence[Mapping[str, Any]]) -> str:
             + "".join(f"<td>{cell}</td>" for cell in cells)
             + f'<td class="meter" style="--w:{100 * share:.0f}%">{error}</td></tr>'
         )
-    head = "".join(f'<th scope="col">{column}</th>' for column in columns)
+    *names, last = _LAYER_COLUMNS
+    head = "".join(f'<th scope="col">{name}</th>' for name in names)
+    head += f'<th scope="col" class="meter">{last}</th>'
     return (
         f"<details><summary>All {len(layers)} layers</summary>"
+        f'<p class="note">{_LAYERS_NOTE} Bars are logarithmic.</p>'
         f'<div class="card scroll"><table class="layers"><thead><tr>{head}</tr></thead><tbody>\n'
         + "\n".join(rows)
         + "\n</tbody></table></div></details>"
@@ -389,12 +393,11 @@ def _on_log_scale(layer: Mapping[str, Any]) -> bool:
 
 
 def _layer_cells(layer: Mapping[str, Any]) -> list[str]:
-    code = f"{layer['codebooks']} x {layer['entries']}, group {layer['group']}"
     return [
-        layer["path"],
+        layer["path"].removesuffix("/kernel"),
         layer["kind"].replace("_", " "),
-        " x ".join(map(str, layer["shape"])),
-        code,
+        "×".join(map(str, layer["shape"])),
+        f"{layer['codebooks']}×{layer['entries']} / {layer['group']}",
         number(layer["bits_per_weight"], 2),
         number(layer["rel_weight_mse"], 5),
         number(layer["rel_output_mse"], 5),
@@ -427,8 +430,8 @@ def _lead(report: Mapping[str, Any]) -> str:
     weights = report["weights"]
     before, after = weights["bytes_before"], weights["bytes_after"]
     text = (
-        f"{count(report['model']['parameters'])} parameters went from {size(before)} to "
-        f"{size(after)}, {number(_divide(before, after), 1)} times smaller."
+        f"The weights went from {size(before)} to {size(after)}, "
+        f"{number(_divide(before, after), 1)} times smaller."
     )
     full, small = (report["metrics"][model] or {} for model in _MODELS[:2])
     if full.get("fd") is not None and small.get("fd") is not None:

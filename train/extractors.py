@@ -28,8 +28,8 @@ WEIGHT_DECAY = 1e-3
 AVERAGE_DECAY = 0.995  # of the averaged weights, which are the ones kept
 SHIFT, SCALE, ROTATION, NOISE = 2.5, 0.10, 0.15, 0.05  # pixels, share, radians, of range 2
 TOTAL_VARIANCE = 335.0
-"""Trace of the covariance of the pooled features on the train half: a convention that gives the
-three networks, and later retrainings, one scale of digit-FD."""
+"""Trace of the covariance of either kind of features on the train half: a convention that gives
+the three networks, and later retrainings, one scale of digit-FD."""
 
 
 def train(images_NHWC: np.ndarray, labels_N: np.ndarray, *, seed: int, steps: int = STEPS) -> dict:
@@ -100,19 +100,19 @@ def accuracy(params: dict, images_NHWC: np.ndarray, labels_N: np.ndarray) -> flo
 
 
 def _finish(params: dict, images: jax.Array) -> dict:
-    pooled = np.asarray(jax.jit(extractor.apply)(params, images).pooled, np.float64)
-    factor = float(np.sqrt(TOTAL_VARIANCE / pooled.var(0, ddof=1).sum()))
-    return {
-        name: np.asarray(array, np.float16)
-        for name, array in extractor.rescale(params, factor).items()
-    }
+    """Fixes the scale of both kinds of features, then rounds to what the file keeps."""
+    found = jax.jit(extractor.apply)(params, images)
+    variances = [np.asarray(rows, np.float64).var(0, ddof=1).sum() for rows in found[:2]]
+    pooled, spatial = (float(np.sqrt(TOTAL_VARIANCE / variance)) for variance in variances)
+    scaled = extractor.rescale(params, pooled=pooled, spatial=spatial)
+    return {name: np.asarray(array, np.float16) for name, array in scaled.items()}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Command line: trains all, prints accuracies on both halves, writes one file."""
     from safetensors.numpy import save_file
 
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Trains the extractors of digit-FD.")
     package = pathlib.Path(digits_data.__file__).parents[1]
     parser.add_argument(
         "--out", type=pathlib.Path, default=package / "assets/digits_eval.safetensors"

@@ -122,7 +122,7 @@ def test_page_and_markdown_show_the_same_numbers(report):
     files = report_module.build(report, {})
     text = " ".join(_Page(files["report.html"].decode()).text)
     markdown = files["report.md"].decode()
-    for number in ("12.3×", "+0.75", "24.25", "2.040", "1.2 GB", "1 min 13 s", "conv1/kernel"):
+    for number in ("12.3×", "+0.75", "24.25", "2.040", "1.2 GB", "1 min 13 s", "res/conv1"):
         assert number in text, number
         assert number in markdown, number
 

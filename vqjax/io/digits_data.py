@@ -48,8 +48,9 @@ def load(seed: int = SPLIT_SEED) -> DigitsData:
     """
     from sklearn.datasets import load_digits  # a second of imports, needed only here
 
-    source = load_digits()
-    small_NHW, labels_N = source.images, source.target.astype(np.int32)
+    pixels, classes = load_digits(return_X_y=True)
+    small_NHW = np.asarray(pixels).reshape(-1, 8, 8)
+    labels_N = np.asarray(classes, np.int32)
     images_NHWC = enlarge(small_NHW * (255 / _LEVELS))
     train_N = split_half(small_NHW.astype(np.uint8), labels_N, seed=seed)
     halves = (images_NHWC[train_N], labels_N[train_N], images_NHWC[~train_N], labels_N[~train_N])
