@@ -169,9 +169,10 @@ def _picture(draw: Callable[[Figure, str], None], inches: tuple[float, float]) -
 
 
 def _render(draw: Callable[[Figure, str], None], inches: tuple[float, float], ink: str) -> bytes:
-    colours: dict[Any, Any] = {f"{name}.color": ink for name in ("xtick", "ytick", "text")}
+    colours = {f"{name}.color": ink for name in ("xtick", "ytick", "text")}
     colours |= {"axes.labelcolor": ink, "axes.edgecolor": ink}
-    with matplotlib.rc_context({**_STYLE, **colours}):
+    style: Any = {**_STYLE, **colours}
+    with matplotlib.rc_context(style):
         figure = Figure(figsize=inches, layout="constrained")
         FigureCanvasAgg(figure)
         draw(figure, ink)

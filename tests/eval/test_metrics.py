@@ -30,6 +30,12 @@ def _sets(fixture: dict, name: str) -> tuple[np.ndarray, np.ndarray]:
     return ref, longer[0][: sizes[0]]
 
 
+def _rows(fixture: dict, which: str, features: int) -> np.ndarray:
+    """The full set of reference or generated features of one dimension."""
+    name = re.compile(rf"{which}_\d+x{features}")
+    return next(array for key, array in fixture.items() if name.fullmatch(key))
+
+
 def _cases(fixture: dict, pattern: str) -> list[tuple[str, str]]:
     found = [(key, match[1]) for key in fixture if (match := re.fullmatch(pattern, key))]
     assert found, f"the fixture has no key of the form {pattern}"
@@ -43,7 +49,7 @@ def fixture(request):
 
 def test_fixture_moments(fixture):
     for key, which in _cases(fixture, r"exp_mu_(ref|gen)"):
-        rows = next(a for k, a in fixture.items() if re.fullmatch(rf"{which}_\d+x64", k))
+        rows = _rows(fixture, which, fixture[key].size)
         found = metrics.moments(rows)
         np.testing.assert_allclose(found.mean, fixture[key], rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(found.covariance, fixture[f"exp_sigma_{which}"], rtol=1e-10)
@@ -68,8 +74,8 @@ def test_fixture_spatial_distance(fixture):
 
 
 def test_fixture_inception_score(fixture):
-    gen = next(a for k, a in fixture.items() if re.fullmatch(r"gen_\d+x64", k))
     weights = next(a for k, a in fixture.items() if k.startswith("softmax_w"))
+    gen = _rows(fixture, "gen", len(weights))
     for key, split in _cases(fixture, r"exp_is_split_(\d+)"):
         found = metrics.inception_score(gen @ weights, split=int(split))
         assert found == pytest.approx(float(fixture[key]), rel=1e-4)
