@@ -56,7 +56,7 @@ def fit_codebooks(w_ON, moment_NN, codes_OJM, books_MKG, scales_O, *, steps: int
 
     Conjugate gradients, preconditioned by each entry's weight times the mean diagonal block of S.
     In float32 they would diverge after convergence, so they end once the preconditioned residual
-    has dropped by 1e-5 or the curvature along a direction is lost. Unused entries keep their values.
+    has dropped by 1e-5 or the curvature along a direction is lost. Unused entries stay as they are.
 
     Args:
       steps: at most so many iterations; each costs one product with S.
