@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small models with random weights, made from the key table alone."""
 
+import functools
 import zlib
 
 import jax.numpy as jnp
@@ -64,6 +65,7 @@ def dense(config: LatentDiffusionConfig, dtype=np.float32) -> Model:
     return Model(config=config, params=tree.unflatten(flat))
 
 
+@functools.cache
 def quantized(config: LatentDiffusionConfig) -> Model:
     """Every kind of leaf: nine, eight and one weight to a vector, padding, int8, odd code sizes."""
     model, rng = dense(config, np.float16), np.random.default_rng(0)

@@ -15,7 +15,7 @@ from vqjax.core import tree
 from vqjax.core.model import Model
 from vqjax.core.tensor import VQTensor
 from vqjax.errors import VqjaxError
-from vqjax.io import native
+from vqjax.io import leaves, native
 
 READER = pathlib.Path(__file__).parents[2] / "docs" / "read_vqjax.py"
 
@@ -86,7 +86,7 @@ def rewrite(source, target, change_arrays=None, change_document=None):
     if change_document:
         change_document(document)
     if document.get("sha256") is not None:
-        document["sha256"] = native.content_hash(document, arrays)
+        document["sha256"] = leaves.content_hash(document, arrays)
     safetensors_numpy.save_file(arrays, target, metadata={"vqjax": json.dumps(document)})
     return target
 

@@ -32,7 +32,7 @@ def test_reference_containers_load_exactly(path):
     if not files:
         pytest.skip(f"no container beside {path.name}")
     for file in files:
-        found = torch_pickle.state_dict(torch_pickle.load(file).contents)
+        found = torch_pickle.load_tensors(file)
         with np.load(path) as expected:
             assert found.keys() == set(expected)
             for name in expected:
@@ -69,7 +69,7 @@ def test_every_kind_of_tensor(container, tmp_path):
     loaded = torch_pickle.load(tmp_path / "m.ckpt")
     assert loaded.contents["global_step"] == 7
     assert loaded.stubs == ("pytorch_lightning.callbacks.EMA",)
-    found = {k: v.read() for k, v in torch_pickle.state_dict(loaded.contents).items()}
+    found = {k: v.read() for k, v in torch_pickle.load_tensors(tmp_path / "m.ckpt").items()}
     base = np.arange(24, dtype=np.float32)
     np.testing.assert_array_equal(found["plain"], base[:6].reshape(2, 3))
     np.testing.assert_array_equal(found["bf16"], np.array([1, -2], np.float32))
@@ -280,9 +280,9 @@ def test_big_endian_is_refused(tmp_path):
         torch_pickle.load(tmp_path / "m.ckpt")
 
 
-def read_all(value) -> None:
-    """Reads every tensor of a loaded file."""
-    for tensor in torch_pickle.state_dict(value).values():
+def read_all(path) -> None:
+    """Reads every tensor of a file."""
+    for tensor in torch_pickle.load_tensors(path).values():
         tensor.read()
 
 
@@ -303,7 +303,7 @@ def test_damaged_files_load_or_say_so(source, tmp_path):
             broken[rng.integers(len(data))] = rng.integers(256)
         path.write_bytes(broken)
         try:
-            read_all(torch_pickle.load(path).contents)
+            read_all(path)
         except VqjaxError:
             refused += 1
     assert refused >= 50  # at least every file that was cut
@@ -316,7 +316,7 @@ def test_a_flipped_bit_in_a_tensor_is_found(tmp_path):
     data[data.index(np.full(64, 3.25, np.float32).tobytes()) + 40] ^= 1
     path.write_bytes(data)
     with pytest.raises(VqjaxError, match=r"m\.ckpt: storage '0' is damaged"):
-        read_all(torch_pickle.load(path).contents)
+        read_all(path)
 
 
 def test_reading_one_tensor_reads_no_other(tmp_path):
@@ -338,7 +338,7 @@ def test_reading_one_tensor_reads_no_other(tmp_path):
 def test_files_without_tensors(contents, tmp_path):
     torch_writer.save_zip(tmp_path / "m.ckpt", contents)
     with pytest.raises(VqjaxError, match="no tensors found"):
-        torch_pickle.state_dict(torch_pickle.load(tmp_path / "m.ckpt").contents)
+        torch_pickle.load_tensors(tmp_path / "m.ckpt")
 
 
 def test_unknown_storage_types_are_stubs(tmp_path):
@@ -349,4 +349,4 @@ def test_unknown_storage_types_are_stubs(tmp_path):
     )
     loaded = torch_pickle.load(path)
     assert loaded.stubs[-1] == "torch.QInt8Storage"
-    assert list(torch_pickle.state_dict(loaded.contents)) == ["w"]
+    assert list(torch_pickle.load_tensors(tmp_path / "m.ckpt")) == ["w"]

@@ -5,6 +5,8 @@ Dimension key:  O outputs   J vectors of a row   M codebooks   K entries   G wei
                 C codes of a row (J * M)
 """
 
+import hashlib
+import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -91,6 +93,19 @@ def from_arrays(
     if problems:
         raise gathered(problems, f"{where} does not hold the model its config describes; remake it")
     return Model(config=config, params=tree.unflatten(leaves))
+
+
+def content_hash(document: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 over the document without its own "sha256", then name and bytes of every array.
+
+    The document counts as `json.dumps(document, sort_keys=True)`, the arrays in order of name.
+    """
+    rest = {name: value for name, value in document.items() if name != "sha256"}
+    digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode())
+    for name, array in sorted(arrays.items()):
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
 
 
 def _dense_misfits(path: str, array: Any, expected: tuple[int, ...] | None) -> list[str]:

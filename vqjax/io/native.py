@@ -5,14 +5,12 @@ The document is one metadata entry, because the library writes several in an ord
 run to run, and equal models shall give equal files.
 """
 
-import hashlib
 import json
 import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors import numpy as safetensors_numpy
 
@@ -53,7 +51,7 @@ def save_model(
     if taken:
         raise VqjaxError(f"extra_metadata uses the names {taken}, which the format needs; rename")
     document |= dict(extra_metadata or {})
-    document["sha256"] = content_hash(document, arrays)
+    document["sha256"] = leaves.content_hash(document, arrays)
     text = json.dumps(document, sort_keys=True)
     data = safetensors_numpy.save(arrays, metadata={METADATA_KEY: text})
     write_atomically(path, data)
@@ -78,7 +76,7 @@ def load(path: str | os.PathLike) -> Model:
         arrays = safetensors_numpy.load_file(path)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise VqjaxError(f"{path}: damaged ({error}); export or download it again") from error
-    if document.get("sha256") != content_hash(document, arrays):
+    if document.get("sha256") != leaves.content_hash(document, arrays):
         raise VqjaxError(
             f"{path}: damaged (content does not match its SHA-256); export or download it again"
         )
@@ -112,19 +110,6 @@ def metadata(path: str | os.PathLike) -> dict[str, Any] | None:
     ):
         raise VqjaxError(f"{path}: its {METADATA_KEY!r} metadata lacks config or quantized")
     return document
-
-
-def content_hash(document: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
-    """SHA-256 over the document without its own "sha256", then name and bytes of every array.
-
-    The document counts as `json.dumps(document, sort_keys=True)`, the arrays in order of name.
-    """
-    rest = {name: value for name, value in document.items() if name != "sha256"}
-    digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode())
-    for name, array in sorted(arrays.items()):
-        digest.update(name.encode())
-        digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()
 
 
 def write_atomically(path: str | os.PathLike, data: bytes) -> None:

@@ -336,26 +336,27 @@ def _check_view(storage: _Storage, offset: Any, shape: Any, stride: Any) -> None
         )
 
 
-def state_dict(contents: Any) -> dict[str, LazyTensor]:
-    """Finds the tensors of a loaded file: below "state_dict" where there is one, else at the top.
+def load_tensors(path: str | os.PathLike) -> dict[str, LazyTensor]:
+    """The tensors of a checkpoint by key: those below "state_dict" if there is one, else the top's.
 
     Entries that are no tensors (counters, settings, stubs) are left out.
 
     Raises:
-      VqjaxError: if there are no tensors.
+      VqjaxError: as `load` does, and if there are no tensors.
     """
+    contents = load(path).contents
     found = contents
     if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
         found = found["state_dict"]
-    tensors = {}
-    if isinstance(found, dict):
-        tensors = {
-            key: value
-            for key, value in found.items()
-            if isinstance(key, str) and isinstance(value, LazyTensor)
-        }
+    items = found.items() if isinstance(found, dict) else ()
+    tensors = {
+        key: value for key, value in items if isinstance(key, str) and isinstance(value, LazyTensor)
+    }
     if not tensors:
         names = [str(key)[:40] for key in contents][:10] if isinstance(contents, dict) else []
         what = f"a dict with {names}" if names else f"a {type(contents).__name__}"
-        raise VqjaxError(f"no tensors found in {what}; expected a state dict, or one below it")
+        raise VqjaxError(
+            f"{path}: no tensors found in {what}; expected a state dict at the top "
+            f"or below 'state_dict'"
+        )
     return tensors
