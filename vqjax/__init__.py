@@ -9,3 +9,24 @@ if _os.path.isfile(_os.path.join(_root, "pyproject.toml")):
     __path__.append(_root)
 
 __version__ = "0.1.0"
+
+from vqjax.quantize import quantize as quantize  # noqa: E402  (needs the path above)
+from vqjax.sample import sample as sample  # noqa: E402
+
+
+def load(source, *, config=None):
+    """Loads a model: "digits", a checkpoint, an exported file, a diffusers or a run folder.
+
+    Args:
+      source: see `vqjax.io.load_model`.
+      config: a `vqjax.config.LatentDiffusionConfig` where the shapes do not tell.
+
+    Returns:
+      A `vqjax.core.model.Model`: configuration and parameters, quantized weights still packed.
+
+    Raises:
+      VqjaxError: if there is no such source, or its content does not make the model.
+    """
+    from vqjax import io
+
+    return io.load_model(source, config=config)

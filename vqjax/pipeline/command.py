@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all command lines share: how mistakes become one line and an exit code, and the cache."""
+
+import os
+import sys
+from collections.abc import Callable
+
+from vqjax.errors import VqjaxError
+
+
+def run(work: Callable[[], int | None]) -> int:
+    """Runs a command: 0 when done, the error's own code when the user has something to fix.
+
+    Other exceptions are our bugs and keep their traceback.
+    """
+    _set_up()
+    try:
+        return work() or 0
+    except (VqjaxError, FileNotFoundError, PermissionError) as error:
+        print(f"vqjax: {error}", file=sys.stderr)
+        return getattr(error, "exit_code", 2)
+    except KeyboardInterrupt:
+        print("vqjax: interrupted; the same command continues", file=sys.stderr)
+        return 130
+
+
+def _set_up() -> None:
+    """Settings that a command may make and a library may not."""
+    # JAX would take most of a GPU's memory at once; other programs on the machine may need it.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    import jax
+    import platformdirs
+
+    if jax.config.jax_compilation_cache_dir is None:
+        folder = platformdirs.user_cache_path("vqjax") / "xla"
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    # TF32 would cost the third digit of every figure in the report.
+    jax.config.update("jax_default_matmul_precision", "highest")

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bytes, memory and time of a quantization before it starts.
+
+Bytes are exact. Memory and time are predictions: counted work over the speed of one matrix product
+measured now, with factors fitted to complete runs.
+"""
+
+import dataclasses
+import math
+import os
+import time
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from vqjax.config import LatentDiffusionConfig
+from vqjax.core.flops import layer_flops, total
+from vqjax.core.grouping import groups_per_row, matrix_shape
+from vqjax.core.plan import Plan
+from vqjax.pipeline.calibrate import LayerInput
+from vqjax.settings import Calibration
+
+_RUNTIME_BYTES = (
+    0.9e9  # interpreter, libraries and compiled programs, measured on the embedded model
+)
+_SEARCH_SWEEPS = 13  # feedback and descent rounds of one layer, and their least-squares updates
+_SCORE_SHARE = 0.55  # speed of enumerating sums, relative to a large matrix product
+_COMPILE_SECONDS = 75.0  # of all programs together; zero from the second run on one machine
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """What a run will need.
+
+    Attributes:
+      bytes_before: U-Net in float32.
+      bytes_after: U-Net as it will be stored, unquantized parts in float16.
+      memory: peak resident bytes.
+      seconds: by stage.
+    """
+
+    bytes_before: int
+    bytes_after: int
+    memory: int
+    seconds: dict[str, float]
+
+
+def estimate(
+    config: LatentDiffusionConfig,
+    shapes: Mapping[str, tuple[int, ...]],
+    plan: Plan,
+    sizes: Mapping[str, LayerInput],
+    calibration: Calibration,
+    samples: int,
+    folded_weights: int,
+) -> Estimate:
+    """Predicts a run.
+
+    Args:
+      shapes: of all parameters after folding, by path.
+      sizes: from `calibrate.trace_layers`.
+      samples: images per model in the report.
+      folded_weights: removed before; they count in `bytes_before`.
+    """
+    unet = {path: shape for path, shape in shapes.items() if path.startswith("unet/")}
+    weights = sum(math.prod(shape) for shape in unet.values())
+    stored = plan.bits_report(unet).total
+    forward = total([layer_flops(unet[p], plan[p], sizes[p].positions) for p in plan]).dense
+    calls = calibration.images * calibration.steps * 2
+    moments = sum(2 * calls * size.positions * size.fan_in**2 for size in sizes.values())
+    search = sum(_search_flops(unet[path], plan, path) for path in plan)
+    speed = _flops_per_second()
+    fan_ins = [size.fan_in for size in sizes.values()]
+    held = min(4 * sum(n**2 for n in fan_ins), int(calibration.memory * 1e9))
+    everything = 4 * sum(math.prod(shape) for shape in shapes.values())
+    pixels = config.first_stage.resolution**2
+    return Estimate(
+        bytes_before=4 * (weights + folded_weights),
+        bytes_after=math.ceil(stored.total / 8) + 2 * (weights - stored.weights),
+        memory=int(_RUNTIME_BYTES + 3 * everything + 2 * held + 12 * max(fan_ins) ** 2),
+        seconds={
+            "compile": _COMPILE_SECONDS,
+            "calibrate": (2 * calls * forward + moments) / speed,
+            "compress": search / speed / _SCORE_SHARE,
+            "sample": 3 * samples * (40 * forward + 3e3 * pixels * config.first_stage.ch) / speed,
+        },
+    )
+
+
+def _search_flops(shape: tuple[int, ...], plan: Plan, path: str) -> float:
+    spec = plan[path]
+    outputs, fan_in = matrix_shape(shape)
+    if spec.grouping == "scalar" or not spec.codebooks:
+        return 0.0
+    sums = min(float(spec.entries) ** spec.codebooks, 2.0**16)
+    scores = 2.0 * outputs * groups_per_row(fan_in, spec.group) * spec.group * sums
+    return _SEARCH_SWEEPS * (scores + 4.0 * outputs * fan_in**2)
+
+
+def _flops_per_second(size: int = 768) -> float:
+    """Speed of a float32 matrix product on the default device, best of three."""
+    a = jnp.asarray(np.ones((size, size), np.float32))
+    product = jax.jit(jnp.matmul)
+    product(a, a).block_until_ready()
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        product(a, a).block_until_ready()
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / min(times)
+
+
+def available_memory() -> int | None:
+    """Free physical memory in bytes where the system tells, else None."""
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return None
+
+
+def show(estimate: Estimate, plan: Plan, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Prints the plan by kind of layer, then bytes, memory and time."""
+    console = Console(highlight=False)
+    report = plan.bits_report(shapes)
+    table = Table(title="Plan", title_justify="left")
+    for name in ("kind", "layers", "weights", "codebooks", "bits per weight", "bytes"):
+        table.add_column(name, justify="left" if name == "kind" else "right")
+    for kind, bits in report.kinds.items():
+        specs = [spec for spec in plan.values() if spec.kind == kind]
+        books = sorted({spec.codebooks for spec in specs})
+        span = f"{books[0]}" if len(books) == 1 else f"{books[0]}-{books[-1]}"
+        table.add_row(kind.replace("_", " "), str(len(specs)), f"{bits.weights:,}", span,
+                      f"{bits.per_weight:.3f}", f"{bits.total // 8:,}")  # fmt: skip
+    whole = report.total
+    table.add_row("all", str(len(plan)), f"{whole.weights:,}", "", f"{whole.per_weight:.3f}",
+                  f"{whole.total // 8:,}", style="bold")  # fmt: skip
+    console.print(table)
+    console.print(
+        f"U-Net: {estimate.bytes_before / 1e6:.2f} MB in float32 -> "
+        f"{estimate.bytes_after / 1e6:.2f} MB (norms and biases in float16 included)\n"
+        f"memory: about {estimate.memory / 1e9:.1f} GB\n"
+        f"time: about {sum(estimate.seconds.values()):.0f} s ("
+        + ", ".join(f"{stage} {value:.0f}" for stage, value in estimate.seconds.items())
+        + "; compile only once per machine)"
+    )

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run folder that can be killed at any moment: every file appears whole or not at all.
+
+`run.json` says what the run is and how far it got; `work/` holds finished pieces until the run is
+complete. A folder continues only the run that it belongs to, told by a fingerprint of the input.
+"""
+
+import contextlib
+import datetime
+import hashlib
+import json
+import pathlib
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+
+from vqjax.errors import VqjaxError
+from vqjax.io import native
+
+STATUS_RUNNING, STATUS_DONE = "running", "done"
+
+
+def fingerprint(*parts: Any) -> str:
+    """SHA-256 of JSON values; equal runs have equal fingerprints."""
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class Journal:
+    """The folder of one run.
+
+    Attributes:
+      folder: the run folder.
+      record: content of `run.json`.
+    """
+
+    def __init__(self, folder: pathlib.Path, record: dict[str, Any]) -> None:
+        self.folder, self.record = folder, record
+
+    @classmethod
+    def open(cls, folder: pathlib.Path, record: dict[str, Any]) -> "Journal":
+        """Starts a run, or continues the one in `folder`.
+
+        Args:
+          record: must hold "fingerprint". Timings of an earlier part of the run are kept.
+
+        Raises:
+          VqjaxError: if the folder holds another run or something else.
+        """
+        path = folder / "run.json"
+        if path.exists():
+            try:
+                found = json.loads(path.read_text())
+                known = found["fingerprint"] == record["fingerprint"]
+            except (ValueError, KeyError, TypeError):
+                raise VqjaxError(f"{path}: unreadable; choose another --out or delete it") from None
+            if not known:
+                raise VqjaxError(
+                    f"{folder} holds a run of another model or with other settings "
+                    f"({found.get('command', 'unknown command')}); "
+                    "choose another --out or delete it"
+                )
+            record = {**record, "seconds": found["seconds"], "status": found["status"]}
+            record["started"] = found["started"]
+            return cls(folder, record)
+        if folder.exists() and any(folder.iterdir()):
+            raise VqjaxError(f"{folder} is not empty and holds no run; choose another --out")
+        folder.mkdir(parents=True, exist_ok=True)
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        journal = cls(folder, {**record, "started": now, "seconds": {}, "status": STATUS_RUNNING})
+        journal.save()
+        return journal
+
+    @property
+    def done(self) -> bool:
+        """Whether the run is complete."""
+        return self.record["status"] == STATUS_DONE
+
+    def save(self) -> None:
+        """Writes `run.json`."""
+        self.write("run.json", json.dumps(self.record, indent=2).encode() + b"\n")
+
+    def write(self, name: str, data: bytes) -> None:
+        """Writes one file of the run folder."""
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        native.write_atomically(path, data)
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Adds the time spent inside to `seconds[name]`, also over several attempts."""
+        start = time.monotonic()
+        yield
+        seconds = self.record["seconds"]
+        seconds[name] = round(seconds.get(name, 0.0) + time.monotonic() - start, 3)
+        self.save()
+
+    def load(self, name: str) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
+        """A finished piece of work and its JSON notes, or None if there is none yet."""
+        path = self._work(name)
+        if not path.exists():
+            return None
+        with safetensors.safe_open(path, framework="numpy") as file:
+            arrays = {key: file.get_tensor(key) for key in sorted(file.keys())}
+            return arrays, json.loads((file.metadata() or {})["notes"])
+
+    def store(self, name: str, arrays: Mapping[str, np.ndarray], notes: dict[str, Any]) -> None:
+        """Keeps a finished piece of work until the run is complete."""
+        contiguous = {key: np.ascontiguousarray(value) for key, value in arrays.items()}
+        data = safetensors.numpy.save(contiguous, metadata={"notes": json.dumps(notes)})
+        self._work(name).parent.mkdir(parents=True, exist_ok=True)
+        native.write_atomically(self._work(name), data)
+
+    def finish(self) -> None:
+        """Marks the run complete and drops the pieces."""
+        self.record["status"] = STATUS_DONE
+        self.record["peak_memory_bytes"] = peak_memory_bytes()
+        self.save()
+        shutil.rmtree(self.folder / "work", ignore_errors=True)
+
+    def _work(self, name: str) -> pathlib.Path:
+        return self.folder / "work" / f"{name}.safetensors"
+
+
+def peak_memory_bytes() -> int:
+    """The largest resident size of this process so far."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,290 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The main job: fold, plan, calibrate, compress, save, sample, report. Killed, it resumes."""
+
+import dataclasses
+import json
+import math
+import pathlib
+import shlex
+import sys
+import zlib
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from vqjax import config as config_lib
+from vqjax import io, progress, settings
+from vqjax.core import folding, tree
+from vqjax.core.compress import LayerStats, compress_layer
+from vqjax.core.model import Model
+from vqjax.core.plan import Plan, make_plan
+from vqjax.core.scalar import ScalarLayer, scalar_baseline
+from vqjax.core.tensor import VQTensor
+from vqjax.errors import DoesNotFitError, VqjaxError
+from vqjax.io import leaves, native, orbax_model
+from vqjax.pipeline import calibrate, environment, estimate, results
+from vqjax.pipeline.journal import Journal, fingerprint
+
+CALIBRATION_SEED = 1_000_003  # added to the seed, so that no report image was calibrated on
+SMALL_MODEL_SAMPLES, LARGE_MODEL_SAMPLES = 256, 4
+
+
+class Report(NamedTuple):
+    """What `vqjax.quantize` returns.
+
+    Attributes:
+      out: the run folder.
+      report: content of its report.json; empty after a dry run.
+    """
+
+    out: pathlib.Path
+    report: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """Everything that is known before work starts.
+
+    Attributes:
+      model: full precision, folded.
+      folded: what folding removed.
+      plan: one entry per kernel of the U-Net.
+      sizes: what each layer sees for one image.
+    """
+
+    settings: settings.QuantizeSettings
+    model: Model
+    folded: folding.Folded
+    plan: Plan
+    sizes: dict[str, calibrate.LayerInput]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of all parameters by path."""
+        return {path: tuple(leaf.shape) for path, leaf in tree.flatten(self.model.params).items()}
+
+    @property
+    def samples(self) -> int:
+        """Images per model in the report."""
+        if self.settings.samples is not None:
+            return self.settings.samples
+        small = self.model.config.first_stage.resolution <= 64
+        return SMALL_MODEL_SAMPLES if small else LARGE_MODEL_SAMPLES
+
+    @property
+    def scalar_bits(self) -> int:
+        """Whole bits of the scalar baseline: the budget, rounded up in its favour."""
+        return min(max(math.ceil(self.settings.bits), 1), 8)
+
+
+def run(wanted: settings.QuantizeSettings) -> Report:
+    """Runs or resumes a quantization; the same settings give the same model bytes.
+
+    Raises:
+      VqjaxError: for anything the user has to fix, before any work where possible.
+    """
+    job = prepare(wanted)
+    expected = estimate.estimate(
+        job.model.config,
+        job.shapes,
+        job.plan,
+        job.sizes,
+        wanted.calibration,
+        job.samples,
+        job.folded.weights,
+    )
+    estimate.show(expected, job.plan, job.shapes)
+    if wanted.dry_run:
+        return Report(wanted.out, {})
+    free = estimate.available_memory()
+    if free is not None and expected.memory > free:
+        raise DoesNotFitError(
+            f"this run needs about {expected.memory / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB "
+            f"are free; lower --calibration.memory (now {wanted.calibration.memory:g} GB)"
+        )
+    journal = Journal.open(wanted.out, _record(job))
+    if journal.done:
+        print(f"{wanted.out}: this run is complete", file=sys.stderr)
+    else:
+        _work(job, journal)
+    if wanted.export is not None:
+        model = orbax_model.load_model_folder(wanted.out / "model")
+        plan = json.loads(job.plan.to_json())
+        native.save_model(wanted.export, model, extra_metadata={"plan": plan})
+    report = json.loads((wanted.out / "report.json").read_text())
+    results.show(report, wanted.out)
+    return Report(wanted.out, report)
+
+
+def prepare(wanted: settings.QuantizeSettings) -> Job:
+    """Loads, folds and plans; checks every setting."""
+    if not 0.5 <= wanted.bits <= 8:
+        raise VqjaxError(f"--bits {wanted.bits:g}: expected 0.5 to 8 bits per weight")
+    if wanted.samples is not None and wanted.samples < 4:
+        raise VqjaxError(f"--samples {wanted.samples}: expected 4 or more images per model")
+    preset = None if wanted.config is None else config_lib.PRESETS[wanted.config]()
+    model = io.load_model(wanted.source, config=preset)
+    quantized = [p for p, leaf in tree.flatten(model.params).items() if isinstance(leaf, VQTensor)]
+    if quantized:
+        raise VqjaxError(
+            f"{wanted.source} is quantized already ({len(quantized)} weights); "
+            "start from the full-precision model"
+        )
+    folded = folding.fold(model.config, model.params)
+    model = dataclasses.replace(model, params=folded.params)
+    shapes = {path: tuple(leaf.shape) for path, leaf in tree.flatten(folded.params).items()}
+    if wanted.plan is None:
+        plan = make_plan(shapes, bits=wanted.bits)
+    else:
+        plan = Plan.from_json(wanted.plan.read_text())
+        plan.check(shapes)
+    sizes = calibrate.trace_layers(model.config, model.params)
+    return Job(wanted, model, folded, plan, sizes)
+
+
+def _record(job: Job) -> dict[str, Any]:
+    arrays, _ = leaves.to_arrays(job.model.params)
+    source = leaves.content_hash(job.model.config.to_dict(), arrays)
+    asked = dataclasses.asdict(job.settings)
+    shown = {name: str(v) if isinstance(v, pathlib.Path) else v for name, v in asked.items()}
+    matters = {name: shown[name] for name in ("calibration", "seed")}
+    versions = environment.versions()
+    return {
+        "command": "python -m vqjax.quantize " + shlex.join(sys.argv[1:]),
+        "settings": shown,
+        "samples": job.samples,
+        "source_sha256": source,
+        "fingerprint": fingerprint(source, job.plan.to_json(), matters, job.samples, versions),
+        "environment": environment.describe(),
+    }
+
+
+def _work(job: Job, journal: Journal) -> None:
+    journal.write("plan.json", job.plan.to_json().encode())
+    stats: dict[str, LayerStats] = {}
+    scalar: dict[str, ScalarLayer] = {}
+    quantized: dict[str, VQTensor] = {}
+    limit = int(job.settings.calibration.memory * 1e9)
+    groups = calibrate.batches({path: job.sizes[path] for path in job.plan}, limit)
+    visited = _trajectories(job, journal)
+    for index, paths in enumerate(groups):
+        part = f" {index + 1}/{len(groups)}" if len(groups) > 1 else ""
+        moments = _moments(job, journal, visited, index, paths, part)
+        with journal.stage("compress"):
+            for path, (tensor, one) in _compress(job, journal, moments, part).items():
+                quantized[path], stats[path] = tensor, one
+        with journal.stage("scalar baseline"):
+            scalar |= _baseline(job, journal, moments, part)
+
+    flat = tree.flatten(job.model.params)
+    half = {
+        path: np.asarray(leaf, np.float16) for path, leaf in flat.items() if path not in job.plan
+    }
+    model = Model(config=job.model.config, params=tree.unflatten(half | quantized))
+    with journal.stage("save"):
+        orbax_model.save_model_folder(journal.folder / "model", model)
+    dense = {path: layer.kernel for path, layer in scalar.items()}
+    rival = Model(config=job.model.config, params=tree.unflatten(half | dense))
+    twins = {"full_precision": job.model, "quantized": model, "scalar_baseline": rival}
+    pictures = {name: _samples(job, journal, name, twin) for name, twin in twins.items()}
+    with journal.stage("report"):
+        results.write(job, journal, stats, scalar, model, pictures)
+    journal.finish()
+
+
+def _trajectories(job: Job, journal: Journal) -> list[tuple]:
+    """The full-precision model's own sampling trajectories, kept across interruptions."""
+    found = journal.load("trajectories")
+    wanted = job.settings.calibration
+    if found is None:
+        arrays = {}
+        calls = -(-wanted.images // wanted.batch)
+        seed = job.settings.seed + CALIBRATION_SEED
+        with journal.stage("calibrate"), progress.stage("trajectories", calls) as advance:
+            for i, (x, t, ids) in enumerate(calibrate.trajectories(job.model, wanted, seed)):
+                arrays |= {f"{i}.x": x, f"{i}.t": t}
+                arrays |= {} if ids is None else {f"{i}.ids": np.asarray(ids)}
+                advance()
+        journal.store("trajectories", arrays, {})
+        found = arrays, {}
+    arrays = found[0]
+    count = sum(name.endswith(".x") for name in arrays)
+    return [(arrays[f"{i}.x"], arrays[f"{i}.t"], arrays.get(f"{i}.ids")) for i in range(count)]
+
+
+def _moments(job, journal, visited, index, paths, part) -> calibrate.Moments:
+    found = journal.load(f"moments-{index}")
+    if found is not None:
+        return found[0]
+    calls = sum(len(t) for _, t, _ in visited)
+    with journal.stage("calibrate"), progress.stage(f"calibrate{part}", calls) as advance:
+        moments = calibrate.second_moments(job.model, visited, paths, advance)
+    journal.store(f"moments-{index}", moments, {})
+    return moments
+
+
+def _compress(job, journal, moments, part) -> dict[str, tuple[VQTensor, LayerStats]]:
+    done = {}
+    flat = tree.flatten(job.model.params)
+    with progress.stage(f"compress{part}", len(moments)) as advance:
+        for path, moment in moments.items():
+            piece = f"layers/{path.replace('/', '.')}"
+            found = journal.load(piece)
+            if found is None:
+                key = jax.random.fold_in(
+                    jax.random.key(job.settings.seed), zlib.crc32(path.encode())
+                )
+                tensor, stats = compress_layer(flat[path], moment, job.plan[path], key=key)
+                arrays, about = leaves.to_arrays({"kernel": tensor})
+                journal.store(piece, arrays, {"about": about["kernel"], "stats": stats._asdict()})
+            else:
+                tensor, stats = _restore(*found)
+            done[path] = tensor, stats
+            advance(1, f"{path.removeprefix('unet/').removesuffix('/kernel')}"
+                       f"  error {stats.rel_output_mse:.4f}")  # fmt: skip
+    return done
+
+
+def _restore(arrays, notes) -> tuple[VQTensor, LayerStats]:
+    parts = {name.removeprefix("kernel."): jax.numpy.asarray(a) for name, a in arrays.items()}
+    about = notes["about"]
+    tensor = VQTensor(**parts, shape=tuple(about["shape"]), grouping=about["grouping"])
+    return tensor, LayerStats(**notes["stats"])
+
+
+def _baseline(job, journal, moments, part) -> dict[str, ScalarLayer]:
+    """Scalar quantization at the same bits on the same moments, what ours is measured against."""
+    done = {}
+    flat = tree.flatten(job.model.params)
+    with progress.stage(f"baseline{part}", len(moments)) as advance:
+        for path, moment in moments.items():
+            piece = f"scalar/{path.replace('/', '.')}"
+            found = journal.load(piece)
+            if found is None:
+                bits = 8 if job.plan[path].grouping == "scalar" else job.scalar_bits
+                layer = scalar_baseline(flat[path], moment, bits)
+                notes = {name: v for name, v in layer._asdict().items() if name != "kernel"}
+                journal.store(piece, {"kernel": np.asarray(layer.kernel)}, notes)
+            else:
+                layer = ScalarLayer(kernel=found[0]["kernel"], **found[1])
+            done[path] = layer
+            advance()
+    return done
+
+
+def _samples(job: Job, journal: Journal, name: str, model: Model) -> results.Samples:
+    """Same-seed samples of one model, kept across interruptions."""
+    from vqjax import sampling
+
+    found = journal.load(f"samples/{name}")
+    if found is None:
+        classes = results.class_ids(job.model.config, job.samples)
+        title = f"sample {name.replace('_', ' ')}"
+        with journal.stage("sample"), progress.stage(title, job.samples) as advance:
+            images, latents = sampling.generate_with_latents(
+                model, classes, seed=job.settings.seed, on_batch=advance
+            )
+        found = {"images": images, "latents": latents}, {}
+        journal.store(f"samples/{name}", *found)
+    return results.Samples(found[0]["images"], found[0]["latents"])

@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From finished pieces to the report: scores, fidelity, bytes, FLOPs, pictures."""
+
+import pathlib
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from vqjax.config import LatentDiffusionConfig
+from vqjax.core import tree
+from vqjax.core.compress import LayerStats
+from vqjax.core.flops import layer_flops, total
+from vqjax.core.model import Model
+from vqjax.core.scalar import ScalarLayer
+from vqjax.core.tensor import VQTensor
+from vqjax.eval import digits, fidelity, figures, report
+from vqjax.pipeline import environment
+from vqjax.pipeline.journal import Journal, peak_memory_bytes
+
+if TYPE_CHECKING:
+    from vqjax.pipeline.quantize import Job
+
+MODELS = ("full_precision", "quantized", "scalar_baseline")
+
+
+class Samples(NamedTuple):
+    """Images uint8 [N, H, W, 3] and latents float32 [N, h, w, c] of one model."""
+
+    images: np.ndarray
+    latents: np.ndarray
+
+
+def class_ids(config: LatentDiffusionConfig, count: int) -> np.ndarray:
+    """Classes of the report's samples: all classes in turn (of many, `count` spread evenly)."""
+    classes = max(config.null_class, 1)
+    if classes <= count:
+        return np.arange(count) % classes
+    return np.linspace(0, classes - 1, count).astype(int)
+
+
+def write(
+    job: "Job",
+    journal: Journal,
+    stats: dict[str, LayerStats],
+    scalar: dict[str, ScalarLayer],
+    model: Model,
+    pictures: dict[str, Samples],
+) -> None:
+    """Computes every figure and writes report.json, report.md, report.html and samples.png."""
+    labels = class_ids(job.model.config, job.samples)
+    embedded = job.model.config.name == "digits"
+    content: dict[str, Any] = {
+        "model": {"name": job.model.config.name, "parameters": _unet_weights(job)},
+        "weights": _weights(job, model),
+        "activations": {"bits": 32},
+        "layers": [_layer(job, path, stats[path]) for path in job.plan],
+        "metrics": {
+            name: digits.evaluate_images(pictures[name].images, labels) if embedded else None
+            for name in MODELS
+        },
+        "fidelity": _fidelity(pictures["full_precision"], pictures["quantized"]),
+        "fidelity_scalar_baseline": _fidelity(
+            pictures["full_precision"], pictures["scalar_baseline"]
+        ),
+        "flops": _flops(job),
+        "seconds": journal.record["seconds"],
+        "peak_memory_bytes": peak_memory_bytes(),
+        "environment": environment.describe() | {"command": journal.record["command"]},
+        "folded": {
+            "weights": job.folded.weights,
+            "share": job.folded.weights / _unet_weights(job),
+        },
+        "warnings": _warnings(job, scalar),
+    }
+    if embedded:
+        before = pictures["full_precision"].images
+        content["paired"] = {
+            name: digits.paired_difference(before, pictures[name].images) for name in MODELS[1:]
+        }
+        content["real_halves"] = digits.real_halves()
+        content["memorization"] = digits.memorization(before)
+    figured = _figures(job, content, pictures, labels)
+    for name, data in report.build(content, figured).items():
+        journal.write(name, data)
+    journal.write("samples.png", figured["samples"].light)
+
+
+def _unet_weights(job: "Job") -> int:
+    flat = tree.flatten(job.model.params)
+    kept = sum(leaf.size for path, leaf in flat.items() if path.startswith("unet/"))
+    return int(kept) + job.folded.weights
+
+
+def _weights(job: "Job", model: Model) -> dict[str, Any]:
+    flat = {p: leaf for p, leaf in tree.flatten(model.params).items() if p.startswith("unet/")}
+    packed = [leaf for leaf in flat.values() if isinstance(leaf, VQTensor)]
+    stored = sum(int(leaf.nbytes) for leaf in flat.values())
+    return {
+        "bits_target": job.settings.bits,
+        "bits_per_weight": 8 * sum(t.nbytes for t in packed) / sum(t.size for t in packed),
+        "bits_per_weight_model": 8 * stored / sum(leaf.size for leaf in flat.values()),
+        "bytes_before": 4 * _unet_weights(job),
+        "bytes_after": stored,
+    }
+
+
+def _layer(job: "Job", path: str, stats: LayerStats) -> dict[str, Any]:
+    spec = job.plan[path]
+    return {
+        "path": path,
+        "kind": spec.kind,
+        "shape": list(job.shapes[path]),
+        "group": spec.group,
+        "codebooks": spec.codebooks,
+        "entries": spec.entries,
+        "bits_per_weight": stats.bits_per_weight,
+        "rel_weight_mse": stats.rel_weight_mse,
+        "rel_output_mse": stats.rel_output_mse,
+    }
+
+
+def _fidelity(full: Samples, other: Samples) -> dict[str, Any]:
+    psnr, identical = fidelity.mean_psnr(fidelity.psnr(full.images, other.images))
+    return {
+        "psnr": psnr,
+        "identical": identical,
+        "ssim": float(np.mean(fidelity.ssim(full.images, other.images))),
+        "latent_mse": fidelity.latent_mse(full.latents, other.latents),
+    }
+
+
+def _flops(job: "Job") -> dict[str, Any]:
+    counted = [layer_flops(job.shapes[p], job.plan[p], job.sizes[p].positions) for p in job.plan]
+    whole = total(counted)
+    return {"dense": whole.dense, "lookup": whole.lookup, "ratio": whole.ratio}
+
+
+def _warnings(job: "Job", scalar: dict[str, ScalarLayer]) -> list[str]:
+    warnings = []
+    weights = sum(layer.kernel.size for layer in scalar.values())
+    bits = sum(layer.bits_per_weight * layer.kernel.size for layer in scalar.values()) / weights
+    warnings.append(
+        f"The scalar baseline stores {bits:.2f} bits per weight: {job.scalar_bits} bits a code, "
+        "and a step and an offset per row."
+    )
+    if job.model.config.name == "digits":
+        warnings.append(
+            "The embedded model tests the pipeline and relative damage on 8x8-pixel digits; it "
+            "says nothing about ImageNet."
+        )
+        warnings.append(
+            f"Scores on {job.samples} images are rough: digit-FD falls like 1/N. Compare equal N."
+        )
+    return warnings
+
+
+def _figures(job, content, pictures, labels) -> dict[str, figures.Picture]:
+    headings = {
+        "full_precision": "full precision",
+        "quantized": f"vqjax, {content['weights']['bits_per_weight']:.2f} bits",
+        "scalar_baseline": f"scalar, {job.scalar_bits} bits",
+    }
+    panels = {headings[name]: pictures[name].images for name in MODELS}
+    weights = content["weights"]
+    return {
+        "samples": figures.before_after(panels, labels),
+        "sizes": figures.sizes(
+            weights["bytes_before"],
+            weights["bytes_after"],
+            content["layers"],
+            weights["bits_target"],
+        ),
+        "layers": figures.layer_errors(content["layers"]),
+    }
+
+
+def show(content: dict[str, Any], folder: pathlib.Path) -> None:
+    """Prints what was gained and lost, and where to look."""
+    weights = content["weights"]
+    table = Table(title="Gained and lost", title_justify="left")
+    for name in ("", "full precision", "quantized", "scalar baseline"):
+        table.add_column(name, justify="left" if not name else "right")
+    factor = weights["bytes_before"] / weights["bytes_after"]
+    table.add_row("U-Net, MB", f"{weights['bytes_before'] / 1e6:.2f}",
+                  f"{weights['bytes_after'] / 1e6:.2f} ({factor:.1f}x less)", "")  # fmt: skip
+    table.add_row("bits per weight", "32", f"{weights['bits_per_weight']:.3f}", "")
+    scores = {"fd": "digit-FD", "accuracy": "class accuracy", "is": "inception score"}
+    for key, name in scores.items():
+        if content["metrics"]["quantized"] is not None:
+            values = [f"{content['metrics'][model][key]:.3f}" for model in MODELS]
+            table.add_row(f"{name}, N={content['metrics']['quantized']['n']}", *values)
+    for key, name in {"psnr": "PSNR, dB", "ssim": "SSIM"}.items():
+        near, rival = content["fidelity"][key], content["fidelity_scalar_baseline"][key]
+        table.add_row(f"{name} to full precision", "", f"{near:.3f}", f"{rival:.3f}")
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(f"report: {folder / 'report.html'}\nmodel:  {folder / 'model'}")

@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vqjax.quantize(...)`, the function; `python -m vqjax.quantize`, the command."""
+
+import os
+import pathlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vqjax.pipeline.quantize import Report
+
+
+def quantize(source: str | os.PathLike = "digits", **config: Any) -> "Report":
+    """Compresses a latent diffusion model's U-Net and writes a run folder with a report.
+
+    Args:
+      source: a checkpoint file, a diffusers folder, or "digits" (`vqjax.load`).
+      **config: fields of `vqjax.settings.QuantizeSettings`, the options of the command: `bits`,
+        `plan`, `out`, `export`, `dry_run`, `samples`, `config`, `calibration`, `seed`.
+
+    Returns:
+      The run folder and the content of its report.json.
+
+    Raises:
+      VqjaxError: for anything to fix in the source or the settings.
+    """
+    from vqjax.pipeline.quantize import run
+    from vqjax.settings import QuantizeSettings
+
+    paths = {name: pathlib.Path(config[name]) for name in ("plan", "out", "export")
+             if config.get(name) is not None}  # fmt: skip
+    return run(QuantizeSettings(source=str(source), **(config | paths)))

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vqjax.sample(...)`, the function; `python -m vqjax.sample`, the command."""
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from vqjax.core.model import Model
+
+
+def sample(
+    model_or_source: "Model | str | os.PathLike",
+    classes: "Sequence[int] | np.ndarray",
+    *,
+    steps: int = 20,
+    guidance: float = 3.0,
+    eta: float = 0.0,
+    seed: int = 0,
+) -> "np.ndarray":
+    """Samples one image per class id.
+
+    Args:
+      model_or_source: what `vqjax.load` returns or takes.
+      classes: class id of each image; for an unconditional model only their number counts.
+      steps: DDIM steps.
+      guidance: of classifier-free guidance, 1 is none.
+      eta: 0 is deterministic DDIM, 1 has the noise of DDPM.
+      seed: image i depends on (seed, i) alone, whatever the number of images.
+
+    Returns:
+      uint8 [N, H, W, 3].
+
+    Raises:
+      VqjaxError: for an unusable source, class id, steps or eta.
+    """
+    from vqjax import load, sampling
+    from vqjax.core.model import Model
+
+    model = model_or_source if isinstance(model_or_source, Model) else load(model_or_source)
+    settings = {"steps": steps, "guidance": guidance, "eta": eta, "seed": seed}
+    return sampling.generate(model, classes, **settings)

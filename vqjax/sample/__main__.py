@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Command line of `python -m vqjax.sample`."""
+
+import dataclasses
+import sys
+
+import tyro
+
+from vqjax.settings import SampleSettings
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parses the arguments and samples; returns the exit code."""
+    settings = tyro.cli(SampleSettings, args=argv, prog="python -m vqjax.sample")
+    from vqjax.pipeline import command
+
+    return command.run(lambda: _work(settings))
+
+
+def _work(settings: SampleSettings) -> None:
+    import numpy as np
+
+    from vqjax import config as config_lib
+    from vqjax import io, progress, sampling
+    from vqjax.errors import VqjaxError
+    from vqjax.pipeline import environment
+    from vqjax.sampling import png
+
+    for name in ("count", "batch", "columns"):
+        if getattr(settings, name) < 1:
+            raise VqjaxError(f"--{name} {getattr(settings, name)}: expected 1 or more")
+    preset = None if settings.config is None else config_lib.PRESETS[settings.config]()
+    model = io.load_model(settings.source, config=preset)
+    ids = settings.classes or tuple(range(max(model.config.null_class, 1)))
+    classes = np.resize(np.asarray(ids), settings.count)
+    with progress.stage("sample", settings.count) as advance:
+        images = sampling.generate(
+            model,
+            classes,
+            steps=settings.steps,
+            guidance=settings.guidance,
+            eta=settings.eta,
+            seed=settings.seed,
+            batch_size=min(settings.batch, settings.count),
+            on_batch=advance,
+        )
+    parameters = dataclasses.asdict(settings) | {"out": str(settings.out)}
+    parameters |= {"classes": classes.tolist(), "model": model.config.name}
+    png.save_grid(
+        settings.out, images, settings.columns, parameters | {"versions": environment.versions()}
+    )
+    print(settings.out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

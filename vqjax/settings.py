@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a user can ask for: one frozen dataclass is command line, Python API and manifest at once.
+
+Imports neither jax nor anything of ours but errors, so that `--help` answers at once.
+"""
+
+import dataclasses
+import pathlib
+from typing import Annotated, Literal
+
+import tyro
+
+Preset = Literal["cin256-v2", "celebahq", "ffhq", "lsun_bedrooms", "lsun_churches", "digits"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """What the calibration looks at; both guidance branches of every step count alike."""
+
+    images: int = 32
+    """Sampling trajectories of the full-precision model; classes go round."""
+    steps: int = 25
+    """Timesteps of each trajectory; more than a sampler uses, to cover other step counts too."""
+    guidance: float = 3.0
+    """Classifier-free guidance of the trajectories."""
+    batch: int = 16
+    """Trajectories in one compiled call."""
+    memory: float = 4.0
+    """GB for the second moments of layer inputs; what does not fit takes another pass."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuantizeSettings:
+    """Compresses a latent diffusion model's U-Net, and shows what was gained and lost."""
+
+    source: Annotated[str, tyro.conf.Positional] = "digits"
+    """A .ckpt or .safetensors file, a diffusers folder, a run folder, or "digits", which is in
+    the package."""
+    bits: float = 2.0
+    """Most stored bits per quantized weight: codes, codebooks, scales, first and last layer."""
+    plan: pathlib.Path | None = None
+    """A plan.json, perhaps edited, in place of the one made for --bits."""
+    out: pathlib.Path = pathlib.Path("vqjax-out")
+    """Run folder. An unfinished run of the same command there is resumed."""
+    export: pathlib.Path | None = None
+    """Also write the quantized model as this one .safetensors file."""
+    dry_run: bool = False
+    """Print the plan, bytes, memory and time; start nothing."""
+    samples: int | None = None
+    """Images per model in the report; default: 256 for digits, 4 for larger models."""
+    config: Preset | None = None
+    """What the checkpoint was trained as, where its shapes do not tell."""
+    calibration: Calibration = Calibration()
+    """Inputs that layer errors are measured on."""
+    seed: int = 0
+    """Of calibration, search and samples."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampleSettings:
+    """Samples images from a latent diffusion model, quantized or not, into one PNG grid."""
+
+    source: Annotated[str, tyro.conf.Positional] = "digits"
+    """A run folder, an exported or original model file, a diffusers folder, or "digits"."""
+    classes: tuple[int, ...] | None = None
+    """Class ids, gone round until --count images are asked for; default: all classes."""
+    count: int = 16
+    """Number of images."""
+    steps: int = 20
+    """DDIM steps."""
+    guidance: float = 3.0
+    """Classifier-free guidance; 1 is none."""
+    eta: float = 0.0
+    """Noise of DDIM: 0 is deterministic, 1 as much as DDPM."""
+    seed: int = 0
+    """Image i depends on the seed and i alone, not on --count or --batch."""
+    batch: int = 16
+    """Images in one compiled call."""
+    columns: int = 8
+    """Images in one row of the grid."""
+    config: Preset | None = None
+    """What the checkpoint was trained as, where its shapes do not tell."""
+    out: pathlib.Path = pathlib.Path("grid.png")
+    """The grid; its text chunk "vqjax" holds the parameters."""
