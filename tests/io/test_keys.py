@@ -7,8 +7,9 @@ import math
 import numpy as np
 import pytest
 
+from tests import recipe
 from tests.conftest import GOLDEN_ROOT, golden_files, golden_params
-from vqjax.config import PRESETS, AutoencoderConfig, LatentDiffusionConfig, UNetConfig
+from vqjax.config import PRESETS, LatentDiffusionConfig
 from vqjax.io import keys
 
 
@@ -69,30 +70,12 @@ def test_key_lists_of_the_reference_fixtures(path):
     found = {}
     for text in texts.values():
         if "ddconfig" in text:
-            found |= shapes(keys.first_stage_entries(autoencoder_config(text)))
+            found |= shapes(keys.first_stage_entries(recipe.autoencoder_config(text)))
         else:
-            found |= shapes(keys.unet_entries(unet_config(text)))
+            found |= shapes(keys.unet_entries(recipe.unet_config(text)))
             if n_classes:
                 found[keys.CLASS_KEY] = (n_classes, text["context_dim"])
     assert found == listed
-
-
-def unet_config(text: dict) -> UNetConfig:
-    names = {field: text[field] for field in UNetConfig.__dataclass_fields__ if field in text}
-    return UNetConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in names.items()})
-
-
-def autoencoder_config(text: dict) -> AutoencoderConfig:
-    dd = text["ddconfig"]
-    names = {field: dd[field] for field in AutoencoderConfig.__dataclass_fields__ if field in dd}
-    names = {k: tuple(v) if isinstance(v, list) else v for k, v in names.items()}
-    return AutoencoderConfig(
-        **names,
-        kind="kl" if dd["double_z"] else "vq",
-        out_channels=dd["out_ch"],
-        embed_dim=text["embed_dim"],
-        n_embed=text.get("n_embed", 0),
-    )
 
 
 @pytest.mark.parametrize("name", ["lsun_churches", "digits", "celebahq"])
