@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plans: every budget is kept exactly, and every mistake in an edited plan is named."""
+
+import json
+
+import jax.numpy as jnp
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vqjax.config import PRESETS
+from vqjax.core import plan as plan_lib
+from vqjax.core.plan import LayerSpec, Plan, make_plan
+from vqjax.core.tensor import VQTensor
+from vqjax.errors import VqjaxError
+from vqjax.io import keys
+
+SHAPES = {
+    "unet/input_blocks_0/conv/kernel": (3, 3, 3, 64),
+    "unet/input_blocks_0/conv/bias": (64,),
+    "unet/input_blocks_1/res/conv1/kernel": (3, 3, 64, 96),
+    "unet/input_blocks_1/res/emb/kernel": (128, 96),
+    "unet/input_blocks_1/res/skip/kernel": (1, 1, 64, 96),
+    "unet/input_blocks_1/attn/block_0/attn1/to_q/kernel": (96, 96),
+    "unet/input_blocks_1/attn/block_0/attn2/to_q/kernel": (96, 96),
+    "unet/input_blocks_1/attn/block_0/ff/proj/kernel": (96, 768),
+    "unet/out/conv/kernel": (3, 3, 64, 3),
+    "first_stage/conv_in/kernel": (3, 3, 3, 32),
+    "cond_stage/embedding": (11, 64),
+}
+
+
+def _model_shapes(name):
+    shapes = {}
+    for entry in keys.table(PRESETS[name]()):
+        shape = tuple(entry.shape)
+        if entry.path.endswith("/kernel"):
+            shape = (*shape[2:], shape[1], shape[0]) if len(shape) == 4 else shape[1::-1]
+        shapes[entry.path] = shape
+    return shapes
+
+
+@pytest.mark.parametrize("name", ["digits", "cin256-v2", "lsun_churches"])
+@pytest.mark.parametrize("bits", [1.5, 2.0, 4.0])
+def test_budgets_are_used_and_never_exceeded(name, bits):
+    shapes = _model_shapes(name)
+    plan = make_plan(shapes, bits=bits)
+    plan.check(shapes)
+    total = plan.bits_report(shapes).total
+    assert bits - 0.01 < total.per_weight <= bits
+
+
+def test_default_at_two_bits_is_four_small_codebooks():
+    plan = make_plan(_model_shapes("cin256-v2"), bits=2.0)
+    sizes = {(spec.codebooks, spec.entries) for spec in plan.values() if spec.kind == "conv3x3"}
+    assert (4, 16) in sizes
+    assert sizes <= {(4, 16), (5, 16)}
+
+
+def test_kinds_and_groupings():
+    plan = make_plan(SHAPES, bits=3)
+    found = {path.split("/", 2)[-1]: (spec.kind, spec.grouping) for path, spec in plan.items()}
+    assert found == {
+        "conv/kernel": ("first_last", "scalar"),
+        "res/conv1/kernel": ("conv3x3", "conv3x3"),
+        "res/emb/kernel": ("time", "linear"),
+        "res/skip/kernel": ("conv1x1", "linear"),
+        "attn/block_0/attn1/to_q/kernel": ("attention", "linear"),
+        "attn/block_0/attn2/to_q/kernel": ("dead", "linear"),
+        "attn/block_0/ff/proj/kernel": ("feed_forward", "linear"),
+    }
+    assert plan["unet/input_blocks_0/conv/kernel"].entries == 256
+    alive = make_plan(SHAPES, bits=3, single_token=False)
+    assert alive["unet/input_blocks_1/attn/block_0/attn2/to_q/kernel"].kind == "attention"
+
+
+def test_sensitive_layers_get_more():
+    path = "unet/input_blocks_1/res/conv1/kernel"
+    plain = make_plan(SHAPES, bits=2)
+    tilted = make_plan(SHAPES, bits=2, sensitivity={path: 1e9})
+    assert tilted[path].codebooks > plain[path].codebooks
+    assert tilted.bits_report(SHAPES).total.per_weight <= 2
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    shape=st.sampled_from([(3, 3, 5, 7), (1, 1, 9, 3), (17, 6)]),
+    codebooks=st.integers(1, 5),
+    entries=st.sampled_from([2, 5, 16, 300]),
+    codebook_bits=st.sampled_from([8, 16]),
+)
+def test_dry_run_bytes_are_the_stored_bytes(shape, codebooks, entries, codebook_bits):
+    group = 9 if shape[0] == 3 else 8
+    spec = LayerSpec("attention", "linear", group, codebooks, entries, codebook_bits)
+    outputs, fan_in = shape[-1], shape[0] * shape[-2] * (shape[1] if len(shape) == 4 else 1)
+    fan_in = fan_in if len(shape) == 4 else shape[0]
+    small = codebook_bits == 8
+    if len(shape) == 4:
+        fan_in = shape[0] * shape[1] * shape[2]
+    tensor = VQTensor.pack(
+        jnp.zeros((outputs, -(-fan_in // group), codebooks), jnp.int32),
+        jnp.zeros((codebooks, entries, group), jnp.int8 if small else jnp.float16),
+        jnp.zeros(outputs, jnp.float16),
+        shape=shape,
+        grouping="linear",
+        codebook_scale=jnp.float32(1) if small else None,
+    )
+    assert spec.stored(shape).total == 8 * tensor.nbytes
+
+
+def test_json_round_trips_and_is_one_line_per_layer():
+    plan = make_plan(SHAPES, bits=2.5)
+    text = plan.to_json()
+    assert Plan.from_json(text) == plan
+    assert len(text.splitlines()) == len(plan) + 6
+
+
+def test_impossible_budgets_say_what_is_possible():
+    with pytest.raises(
+        VqjaxError, match=r"0.5 bits per weight is too little.*already takes 0\.[6-9]"
+    ):
+        make_plan(SHAPES, bits=0.5)
+    with pytest.raises(VqjaxError, match="no U-Net kernels found"):
+        make_plan({"first_stage/conv_in/kernel": (3, 3, 3, 8)}, bits=2)
+    with pytest.raises(VqjaxError, match="no rule says what kind"):
+        plan_lib.make_plan({"unet/novel/kernel": (8, 8)}, bits=2)
+
+
+def test_edited_plans_are_checked_field_by_field():
+    data = json.loads(make_plan(SHAPES, bits=2.5).to_json())
+    names = list(data["layers"])
+    data["layers"][names[1]]["codebooks"] = 0
+    data["layers"][names[2]]["entries"] = "many"
+    data["layers"][names[3]]["colour"] = 3
+    del data["layers"][names[4]]["kind"]
+    with pytest.raises(VqjaxError) as caught:
+        Plan.from_json(json.dumps(data))
+    text = str(caught.value)
+    assert f"{names[1]}: codebooks 0, expected a whole number from 1 to 16" in text
+    assert f"{names[2]}: entries 'many', expected a whole number from 2 to 4096" in text
+    assert f"{names[3]}: unknown field 'colour'" in text
+    assert f"{names[4]}: missing field 'kind'" in text
+    with pytest.raises(VqjaxError, match="the plan is no JSON"):
+        Plan.from_json("{")
+    with pytest.raises(VqjaxError, match='no "layers" object'):
+        Plan.from_json("[]")
+    with pytest.raises(VqjaxError, match="plan version 9, expected 1"):
+        Plan.from_json('{"version": 9, "layers": {}}')
+
+
+def test_plans_for_other_models_name_every_layer():
+    plan = make_plan(SHAPES, bits=2.5)
+    other = {**SHAPES, "unet/extra/kernel": (8, 8), "unet/input_blocks_1/res/conv1/kernel": (8, 8)}
+    del other["unet/out/conv/kernel"]
+    with pytest.raises(VqjaxError) as caught:
+        plan.check(other)
+    text = str(caught.value)
+    assert "unet/extra/kernel: missing in the plan" in text
+    assert "unet/out/conv/kernel: the model has no such kernel" in text
+    assert "res/conv1/kernel: grouping conv3x3 for a kernel (8, 8)" in text
