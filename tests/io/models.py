@@ -6,6 +6,7 @@ import zlib
 
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import DTypeLike
 
 from vqjax.config import AutoencoderConfig, LatentDiffusionConfig, UNetConfig
 from vqjax.core import grouping, tree
@@ -51,12 +52,12 @@ UPDOWN = LatentDiffusionConfig(
 )
 
 
-def tensors(config: LatentDiffusionConfig, dtype=np.float32) -> dict[str, np.ndarray]:
+def tensors(config: LatentDiffusionConfig, dtype: DTypeLike = np.float32) -> dict[str, np.ndarray]:
     """Random checkpoint tensors by LDM key, each from a seed of its own."""
     return {entry.key: _random(entry.key, entry.shape, dtype) for entry in keys.table(config)}
 
 
-def dense(config: LatentDiffusionConfig, dtype=np.float32) -> Model:
+def dense(config: LatentDiffusionConfig, dtype: DTypeLike = np.float32) -> Model:
     """The model that `tensors(config)` describes."""
     flat = {
         entry.path: jnp.asarray(entry.to_param(_random(entry.key, entry.shape, dtype)))
@@ -117,6 +118,6 @@ def assert_equal(found: Model, expected: Model) -> None:
                 np.testing.assert_array_equal(np.asarray(a), np.asarray(b), err_msg=path)
 
 
-def _random(key: str, shape: tuple[int, ...], dtype) -> np.ndarray:
+def _random(key: str, shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
     rng = np.random.default_rng(zlib.crc32(key.encode()))
     return rng.standard_normal(shape, np.float32).astype(dtype)

@@ -66,7 +66,7 @@ def _blocks(name: str, layers: int, config: LatentDiffusionConfig) -> str:
         for old, new in (("0", "resnets.0"), ("1", "attentions.0"), ("2", "resnets.1")):
             name = re.sub(rf"^middle_block\.{old}", f"mid_block.{new}", name)
         return name
-    side, index, part, rest = re.fullmatch(r"(\w+)_blocks\.(\d+)\.(\d)\.(.*)", name).groups()
+    side, index, part, rest = re.findall(r"^(\w+)_blocks\.(\d+)\.(\d)\.(.*)$", name)[0]
     index = int(index) - 1 if side == "input" else int(index)
     block, layer = divmod(index, layers)
     where = f"{'down' if side == 'input' else 'up'}_blocks.{block}"

@@ -26,8 +26,8 @@ CONFIGS = {c.name: c for c in (models.CLASSES, models.PLAIN, models.UPDOWN)}
 
 def schedule(config: LatentDiffusionConfig) -> dict[str, np.ndarray]:
     """The buffers that LDM registers, float32."""
-    ends = np.sqrt([config.linear_start, config.linear_end])
-    betas = np.linspace(*ends, config.timesteps) ** 2
+    start, end = np.sqrt(config.linear_start), np.sqrt(config.linear_end)
+    betas = np.linspace(start, end, config.timesteps) ** 2
     product = np.cumprod(1 - betas)
     names = ("alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_recipm1_alphas_cumprod")
     names += ("log_one_minus_alphas_cumprod", "posterior_variance", "posterior_mean_coef1")

@@ -87,10 +87,11 @@ MARKER = "vqjax-was-here"
 
 
 def hostile(marker: pathlib.Path) -> dict[str, bytes]:
-    """Opcodes that make Python's own unpickler run a command, one for each way to call."""
+    """Opcodes that make Python's own unpickler run a command, or try to, by each way to call."""
     argument = torch_writer._Pickler(legacy=False)
     argument.write(f"touch {marker}")
     text = argument.out.getvalue()
+    python = f"V__import__('os').system('touch {marker}')\n"
     line = f"S'touch {marker}'\n".encode()
     return {
         "reduce": b"cos\nsystem\n(" + text + b"tR",
@@ -100,7 +101,7 @@ def hostile(marker: pathlib.Path) -> dict[str, bytes]:
         "newobj": b"cos\nsystem\n(" + text + b"t\x81",
         "newobj_ex": b"cos\nsystem\n(" + text + b"t}\x92",
         "build": b"cos\nsystem\n)\x81}(X\x0c\0\0\0__setstate__cos\nsystem\nub(" + text + b"tb",
-        "builtins": b"cbuiltins\neval\n(" + text + b"tR",
+        "builtins": b"cbuiltins\nexec\n(" + python.encode() + b"tR",
         "rebuild": b"ctorch._utils\n_rebuild_parameter\n(cos\nsystem\ntR(" + text + b"tR",
         "extension": b"\x82\x01(" + text + b"tR",
         "load_from_bytes": b"ctorch.storage\n_load_from_bytes\n(" + text + b"tR",

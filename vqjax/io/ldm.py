@@ -132,8 +132,8 @@ def _read(tensor: LazyTensor | None, entry: keys.KeyEntry) -> tuple[np.ndarray |
 def _schedule_misfits(
     tensors: Mapping[str, LazyTensor], config: LatentDiffusionConfig
 ) -> list[str]:
-    ends = np.sqrt([config.linear_start, config.linear_end])
-    betas = np.linspace(*ends, config.timesteps, dtype=np.float64) ** 2
+    start, end = np.sqrt(config.linear_start), np.sqrt(config.linear_end)
+    betas = np.linspace(start, end, config.timesteps) ** 2
     expected = {"betas": betas, "alphas_cumprod": np.cumprod(1 - betas)}
     found = []
     for name, values in expected.items():

@@ -19,7 +19,7 @@ from vqjax.core import grouping as grouping_lib
 from vqjax.core import tree
 from vqjax.core.model import Model
 from vqjax.core.tensor import VQTensor
-from vqjax.errors import gathered
+from vqjax.errors import VqjaxError, gathered
 from vqjax.io import keys
 from vqjax.kernels import decode as decode_lib
 
@@ -58,25 +58,21 @@ def to_arrays(params: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], dict[st
     return dict(sorted(arrays.items())), quantized
 
 
-def from_arrays(
-    arrays: Mapping[str, Any],
-    quantized: Mapping[str, Any],
-    config: LatentDiffusionConfig,
-    *,
-    where: str,
-) -> Model:
-    """The inverse of `to_arrays`. Every array is checked against what `config` asks for.
+def from_arrays(arrays: Mapping[str, Any], document: Mapping[str, Any], *, where: str) -> Model:
+    """The inverse of `to_arrays`. Every array is checked against what the config asks for.
 
     Args:
-      arrays: values with `shape` and `dtype`; concrete numpy or jax arrays.
-      quantized: as `to_arrays` returns it.
+      arrays: numpy or jax arrays by name.
+      document: "config" as `LatentDiffusionConfig.to_dict` and "quantized" as `to_arrays` returns
+        them.
       where: names the file in errors.
 
     Raises:
       VqjaxError: lists every missing, unknown or misshapen array.
     """
     rest, leaves, problems = dict(arrays), {}, []
-    expected = {entry.path: entry.param_shape for entry in keys.table(config)}
+    quantized = document["quantized"]
+    config, expected = _read_config(document, where)
     for path, about in quantized.items():
         parts = {part: rest.pop(f"{path}.{part}", None) for part in (*_PARTS, "codebook_scale")}
         misfits = _misfits(parts, about, expected.get(path))
@@ -93,6 +89,19 @@ def from_arrays(
     if problems:
         raise gathered(problems, f"{where} does not hold the model its config describes; remake it")
     return Model(config=config, params=tree.unflatten(leaves))
+
+
+def _read_config(
+    document: Mapping[str, Any], where: str
+) -> tuple[LatentDiffusionConfig, dict[str, tuple[int, ...]]]:
+    """The config, and the shape of every weight it asks for."""
+    try:
+        config = LatentDiffusionConfig.from_dict(document["config"])
+        return config, {entry.path: entry.param_shape for entry in keys.table(config)}
+    except VqjaxError as error:
+        raise VqjaxError(f"{where}: {error}") from error
+    except (TypeError, ValueError, AttributeError, IndexError) as error:
+        raise VqjaxError(f"{where}: its config is damaged ({error}); export it again") from error
 
 
 def content_hash(document: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:

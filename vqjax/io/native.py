@@ -14,7 +14,6 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors import numpy as safetensors_numpy
 
-from vqjax.config import LatentDiffusionConfig
 from vqjax.core.model import Model
 from vqjax.errors import VqjaxError
 from vqjax.io import leaves
@@ -80,8 +79,7 @@ def load(path: str | os.PathLike) -> Model:
         raise VqjaxError(
             f"{path}: damaged (content does not match its SHA-256); export or download it again"
         )
-    config = LatentDiffusionConfig.from_dict(document["config"])
-    return leaves.from_arrays(arrays, document["quantized"], config, where=str(path))
+    return leaves.from_arrays(arrays, document, where=str(path))
 
 
 def metadata(path: str | os.PathLike) -> dict[str, Any] | None:

@@ -21,7 +21,6 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from vqjax.config import LatentDiffusionConfig
 from vqjax.core import tree
 from vqjax.core.model import Model
 from vqjax.errors import VqjaxError
@@ -100,8 +99,7 @@ def load_model_folder(path: str | os.PathLike) -> Model:
     arrays = {name: flat[place] for name, place in names.items()}
     if document.get("sha256") != leaves.content_hash(document, arrays):
         raise VqjaxError(f"{path}: damaged (content does not match its SHA-256); remake it")
-    config = LatentDiffusionConfig.from_dict(document["config"])
-    return leaves.from_arrays(arrays, document["quantized"], config, where=str(path))
+    return leaves.from_arrays(arrays, document, where=str(path))
 
 
 def _read_document(checkpointer: ocp.Checkpointer, path: pathlib.Path) -> dict[str, Any]:

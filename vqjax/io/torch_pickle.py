@@ -192,7 +192,7 @@ class _Reader:
             raise VqjaxError(f"{self.path}: cannot be read ({error})") from error
         if values.size != storage.total:
             raise VqjaxError(f"{self.path}: changed while it was read; load it again")
-        if crc is not None and zlib.crc32(values.view(np.uint8)) != crc:
+        if crc is not None and zlib.crc32(values.view(np.uint8).data) != crc:
             raise VqjaxError(
                 f"{self.path}: storage {storage.key!r} is damaged (CRC-32 differs); "
                 f"download it again"
