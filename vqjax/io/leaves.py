@@ -25,7 +25,7 @@ from vqjax.kernels import decode as decode_lib
 
 DENSE_DTYPES = ("float16", "float32")
 _PARTS = {"codes": ("uint8",), "codebooks": ("float16", "int8"), "scales": ("float16",)}
-# With one context token these have no influence, and folding removes them (`core.fold`).
+# With one context token these have no influence, and folding removes them (`core.folding`).
 _FOLDABLE = re.compile(r"unet/.*/block_\d+/(norm2/(scale|bias)|attn2/to_[qk]/kernel)")
 
 
