@@ -144,14 +144,14 @@ def train_unet(config, first_stage: dict, images_VNHWC: np.ndarray, labels_N, ar
     import optax
 
     from vqjax import models
-    from vqjax.sampling import schedule
+    from vqjax.core.noise import alphas_cumprod
     from vqjax.train.loop import train
 
     key = jax.random.fold_in(jax.random.key(args.seed), 2)
     encode = jax.jit(lambda x: models.encode(config, {"first_stage": first_stage}, x))
     latents = jnp.stack([encode(jnp.asarray(images)) for images in images_VNHWC])
     labels = jnp.asarray(labels_N, jnp.int32)
-    alphas = jnp.asarray(schedule.alphas_cumprod(config), jnp.float32)
+    alphas = jnp.asarray(alphas_cumprod(config), jnp.float32)
     rate = optax.warmup_cosine_decay_schedule(0, 6e-4, args.unet_steps // 20, args.unet_steps, 6e-6)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b2=0.99))
 

@@ -13,9 +13,10 @@ from tests import recipe
 from tests.conftest import relative_rms
 from vqjax import models
 from vqjax.core import tree
+from vqjax.core.noise import alphas_cumprod, betas
 from vqjax.io import keys
 from vqjax.sampling import sample_latents
-from vqjax.sampling.schedule import alphas_cumprod, betas, ddim_schedule
+from vqjax.sampling.schedule import ddim_schedule
 
 CONFIG = recipe.whole_config()
 predict = jax.jit(models.predict_noise, static_argnums=0)

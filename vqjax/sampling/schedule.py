@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Noise schedule and DDIM coefficients, in numpy: exact in float64, stored as float32.
-
-Latent diffusion's schedule is linear in the square root of beta ("scaled linear" elsewhere); DDIM
-is arXiv 2010.02502, with the timestep choice of CompVis/latent-diffusion.
+"""DDIM coefficients (arXiv 2010.02502) with the timestep choice of CompVis/latent-diffusion.
 
 Dimension key:  T training timesteps   S sampling steps
 """
@@ -12,18 +9,8 @@ import dataclasses
 import numpy as np
 
 from vqjax.config import LatentDiffusionConfig
+from vqjax.core.noise import alphas_cumprod
 from vqjax.errors import VqjaxError
-
-
-def betas(config: LatentDiffusionConfig) -> np.ndarray:
-    """Noise variances beta_t, float64 [T]."""
-    ends = np.sqrt(config.linear_start), np.sqrt(config.linear_end)
-    return np.linspace(*ends, config.timesteps, dtype=np.float64) ** 2
-
-
-def alphas_cumprod(config: LatentDiffusionConfig) -> np.ndarray:
-    """Products of (1 - beta) up to each timestep, float64 [T]: the share of signal variance."""
-    return np.cumprod(1 - betas(config))
 
 
 @dataclasses.dataclass(frozen=True)
