@@ -25,16 +25,17 @@ def packed_bytes(count: int, bits: int) -> int:
     return -(-count * bits // 8)
 
 
-def pack(codes_OC: jax.Array, bits: int) -> jax.Array:
-    """Returns integer codes below 2**bits as bytes, uint8 [O, Y]. Unused last bits are zero."""
-    rows, count = codes_OC.shape
-    shifts = jnp.arange(bits, dtype=jnp.uint32).reshape(1, 1, bits)
-    ones = jnp.ones((), jnp.uint32)
-    bits_OCb = (codes_OC.astype(jnp.uint32)[..., None] >> shifts) & ones
-    spare = packed_bytes(count, bits) * 8 - count * bits
-    bits_OX = jnp.pad(bits_OCb.reshape(rows, count * bits), ((0, 0), (0, spare)))
-    places = jnp.left_shift(ones, jnp.arange(8, dtype=jnp.uint32)).reshape(1, 1, 8)
-    return jnp.sum(bits_OX.reshape(rows, -1, 8) * places, axis=-1).astype(jnp.uint8)
+def pack(codes_OC: jax.typing.ArrayLike, bits: int) -> jax.Array:
+    """Returns integer codes below 2**bits as bytes, uint8 [O, Y]. Unused last bits are zero.
+
+    NumPy codes are packed by NumPy: a model has too many shapes to compile for each.
+    """
+    xp = np if isinstance(codes_OC, np.ndarray) else jnp
+    rows, count = np.shape(codes_OC)
+    shifts = xp.arange(bits, dtype=xp.uint32).reshape(1, 1, bits)
+    bits_OCb = (xp.asarray(codes_OC).astype(xp.uint32)[..., None] >> shifts) & xp.uint32(1)
+    bits_OX = bits_OCb.reshape(rows, count * bits).astype(xp.uint8)
+    return xp.packbits(bits_OX, axis=1, bitorder="little")
 
 
 def unpack(packed_OY: jax.Array, count: int, bits: int) -> jax.Array:

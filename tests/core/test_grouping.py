@@ -30,13 +30,11 @@ def test_columns_are_ordered_by_channel_then_window():
     np.testing.assert_allclose(found, expected[1, 2, 1], rtol=1e-4, atol=1e-5)
 
 
-def test_padding_adds_zero_columns_and_moments():
-    padded = grouping.pad_columns(jnp.ones((2, 10)), 8)
-    assert padded.shape == (2, 16)
-    assert float(padded[:, 10:].sum()) == 0
-    moment = grouping.pad_moment(jnp.ones((10, 10)), 8)
-    assert moment.shape == (16, 16)
-    assert float(moment.sum()) == 100
+def test_padding_adds_zeros_at_the_ends():
+    padded = grouping.padded(jnp.ones((2, 10)), (3, 16))
+    assert padded.shape == (3, 16)
+    np.testing.assert_array_equal(padded[:2, :10], 1)
+    assert padded.sum() == 20
 
 
 def test_other_ranks_are_refused():

@@ -9,72 +9,94 @@ scales row by row. The codebooks' normal equations are solved by conjugate gradi
 is decode, multiply by S, and add up what falls to each entry.
 """
 
-import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from vqjax.core.encode import dot
-from vqjax.core.sweep import loss_rows, reconstruct
+from vqjax.core.sweep import reconstruct
 
 _TINY = 1e-30
+
+
+class Fit(NamedTuple):
+    """What least squares reached.
+
+    Attributes:
+      books_MKG, scales_O: of no larger loss than the given ones; the given ones where float32
+        gained nothing.
+      revived_MKG: the codebooks with unused entries moved (`revive`), for a search from scratch.
+      loss: tr((W - Q) S (W - Q)^T).
+    """
+
+    books_MKG: jax.Array
+    scales_O: jax.Array
+    revived_MKG: jax.Array
+    loss: jax.Array
 
 
 def gather_to_entries(values_ON, codes_OJM, scales_O, entries: int) -> jax.Array:
     """Returns the transpose of `reconstruct`: scaled values added up by entry, [M, K, G]."""
     rows, groups, books = codes_OJM.shape
     group = values_ON.shape[1] // groups
-    vectors_VG = (values_ON * scales_O[:, None]).reshape(rows * groups, group)
-    sums = [
-        jax.ops.segment_sum(vectors_VG, codes_OJM[..., m].reshape(-1), entries)
-        for m in range(books)
-    ]
-    return jnp.stack(sums)
+    vectors_OJ1G = (values_ON * scales_O[:, None]).reshape(rows, groups, 1, group)
+    places_OJM = codes_OJM + entries * jnp.arange(books, dtype=jnp.int32).reshape(1, 1, books)
+    sums_XG = (
+        jnp.zeros((books * entries, group), jnp.float32)
+        .at[places_OJM]
+        .add(jnp.broadcast_to(vectors_OJ1G, (rows, groups, books, group)))
+    )
+    return sums_XG.reshape(books, entries, group)
 
 
-def _entry_weights(codes_OJM, scales_O, entries: int) -> jax.Array:
-    rows, groups, books = codes_OJM.shape
-    squares_V = jnp.broadcast_to((scales_O**2)[:, None], (rows, groups)).reshape(-1)
-    sums = [
-        jax.ops.segment_sum(squares_V, codes_OJM[..., m].reshape(-1), entries) for m in range(books)
-    ]
-    return jnp.stack(sums)
+def entry_weights(codes_OJM, scales_O, diagonal_N, entries: int) -> jax.Array:
+    """Returns how much of the loss rests on each entry, [M, K]: 0 for entries that nothing uses.
+
+    Args:
+      diagonal_N: of S; zero columns (padding) weigh nothing.
+    """
+    rows, groups, _ = codes_OJM.shape
+    size_J = jnp.mean(diagonal_N.reshape(groups, -1), axis=1)
+    weights_OJ = jnp.broadcast_to(scales_O[:, None] * size_J[None], (rows, groups))
+    return gather_to_entries(weights_OJ, codes_OJM, scales_O, entries)[..., 0]
 
 
 def mean_metric(moment_NN: jax.Array, group: int) -> jax.Array:
-    """Returns the mean of the [G, G] blocks on the diagonal of S, slightly damped."""
+    """Returns the mean [G, G] block on the diagonal of S, scaled to a mean diagonal of 1."""
     groups = moment_NN.shape[0] // group
     blocks_JGJG = moment_NN.reshape(groups, group, groups, group)
-    mean_GG = jnp.einsum("jajb->ab", blocks_JGJG) / groups
-    ridge = 1e-4 * jnp.mean(jnp.diagonal(mean_GG)) + _TINY
-    return mean_GG + ridge * jnp.eye(group, dtype=jnp.float32)
+    mean_GG = jnp.einsum("jajb->ab", blocks_JGJG)
+    size = jnp.mean(jnp.diagonal(mean_GG))
+    mean_GG = mean_GG / jnp.where(size > 0, size, 1.0)
+    return mean_GG + 1e-4 * jnp.eye(group, dtype=jnp.float32)
 
 
-@functools.partial(jax.jit, static_argnames="steps")
-def fit_codebooks(w_ON, moment_NN, codes_OJM, books_MKG, scales_O, *, steps: int = 10) -> jax.Array:
+def fit_codebooks(
+    image_ON, moment_NN, codes_OJM, books_MKG, scales_O, weights_MK, *, steps: int = 8
+) -> jax.Array:
     """Returns codebooks [M, K, G] of least loss for these codes and scales.
 
     Conjugate gradients, preconditioned by each entry's weight times the mean diagonal block of S.
     In float32 they would diverge after convergence, so they end once the preconditioned residual
-    has dropped by 1e-5 or the curvature along a direction is lost. Unused entries stay as they are.
+    has dropped by 1e-4 or the curvature along a direction is lost. Unused entries stay as they are.
 
     Args:
+      image_ON: (W - Q) S for the given codebooks.
+      weights_MK: from `entry_weights`.
       steps: at most so many iterations; each costs one product with S.
     """
     entries, group = books_MKG.shape[1:]
     inverse_GG = jnp.linalg.inv(mean_metric(moment_NN, group))
-    weights_MK = _entry_weights(codes_OJM, scales_O, entries)
     share_MK = jnp.where(weights_MK > 0, 1 / jnp.maximum(weights_MK, _TINY), 0.0)
-
-    def to_entries(values_ON):
-        return gather_to_entries(dot(values_ON, moment_NN), codes_OJM, scales_O, entries)
 
     def precondition(residual_MKG):
         return jnp.einsum("mkg,gh->mkh", residual_MKG, inverse_GG) * share_MK[..., None]
 
     def step(state):
-        index, books, residual, direction, energy, _, first = state
-        image = to_entries(reconstruct(codes_OJM, direction, scales_O))
+        index, books, residual, direction, energy, _ = state
+        values_ON = dot(reconstruct(codes_OJM, direction, scales_O), moment_NN)
+        image = gather_to_entries(values_ON, codes_OJM, scales_O, entries)
         curvature = jnp.sum(direction * image)
         sound = curvature > _TINY
         length = jnp.where(sound, energy / jnp.maximum(curvature, _TINY), 0.0)
@@ -82,49 +104,73 @@ def fit_codebooks(w_ON, moment_NN, codes_OJM, books_MKG, scales_O, *, steps: int
         conditioned = precondition(residual)
         new_energy = jnp.sum(residual * conditioned)
         direction = conditioned + new_energy / jnp.maximum(energy, _TINY) * direction
-        return index + 1, books, residual, direction, new_energy, sound, first
+        return index + 1, books, residual, direction, new_energy, sound
+
+    residual = gather_to_entries(image_ON, codes_OJM, scales_O, entries)
+    direction = precondition(residual)
+    first = jnp.sum(residual * direction)
 
     def unfinished(state):
-        index, _, _, _, energy, sound, first = state
-        return (index < steps) & sound & (energy > 1e-10 * first) & (energy > _TINY)
+        index, _, _, _, energy, sound = state
+        return (index < steps) & sound & (energy > 1e-8 * first) & (energy > _TINY)
 
-    residual_ON = w_ON - reconstruct(codes_OJM, books_MKG, scales_O)
-    residual = to_entries(residual_ON)
-    direction = precondition(residual)
-    energy = jnp.sum(residual * direction)
-    start = (0, books_MKG, residual, direction, energy, jnp.array(True), energy)
+    start = (0, books_MKG, residual, direction, first, jnp.array(True))
     return jax.lax.while_loop(unfinished, step, start)[1]
 
 
-@jax.jit
-def fit_scales(w_ON, moment_NN, codes_OJM, books_MKG, scales_O) -> jax.Array:
-    """Returns the scale of least loss for each row, [O]: (q S w) / (q S q) with q the unscaled row.
+def fit_scales(w_ON, q_ON, image_ON, scales_O) -> jax.Array:
+    """Returns the scale of least loss for each row, [O]: (q S w) / (q S q).
 
-    Rows where that is undefined (no output, or nothing chosen) keep their scale.
+    Rows where that is undefined or not positive keep their scale.
+
+    Args:
+      q_ON: unscaled rows.
+      image_ON: q S.
     """
-    q_ON = reconstruct(codes_OJM, books_MKG, jnp.ones_like(scales_O))
-    image_ON = dot(q_ON, moment_NN)
     above_O = jnp.sum(image_ON * w_ON, axis=-1)
     below_O = jnp.sum(image_ON * q_ON, axis=-1)
     sound_O = (below_O > _TINY) & (above_O > 0)
     return jnp.where(sound_O, above_O / jnp.where(sound_O, below_O, 1.0), scales_O)
 
 
-@functools.partial(jax.jit, static_argnames="entries")
-def _used(codes_OJM, entries):
-    return _entry_weights(codes_OJM, jnp.ones(codes_OJM.shape[0]), entries)
+def revive(books_MKG, weights_MK, key: jax.Array) -> jax.Array:
+    """Moves entries that no vector uses next to the most used one of their codebook.
 
-
-def revive(codes_OJM, books_MKG, key: jax.Array) -> jax.Array:
-    """Moves entries that no vector uses next to the most used one of their codebook."""
-    counts_MK = _used(codes_OJM, books_MKG.shape[1])
-    busiest_M = jnp.argmax(counts_MK, axis=1)
+    Args:
+      weights_MK: from `entry_weights`.
+    """
+    busiest_M = jnp.argmax(weights_MK, axis=1)
     popular_M1G = jnp.take_along_axis(books_MKG, busiest_M[:, None, None], axis=1)
     spread = 0.3 * jnp.std(books_MKG)
     moved_MKG = popular_M1G + spread * jax.random.normal(key, books_MKG.shape)
-    return jnp.where(counts_MK[..., None] > 0, books_MKG, moved_MKG)
+    return jnp.where(weights_MK[..., None] > 0, books_MKG, moved_MKG)
 
 
-def loss(w_ON, moment_NN, codes_OJM, books_MKG, scales_O) -> jax.Array:
-    """Returns tr((W - Q) S (W - Q)^T), a scalar."""
-    return jnp.sum(loss_rows(w_ON - reconstruct(codes_OJM, books_MKG, scales_O), moment_NN))
+@jax.jit
+def improve(w_ON, moment_NN, codes_OJM, books_MKG, scales_O, key) -> Fit:
+    """Least squares for the codes as they are: codebooks first, then scales."""
+    residual_ON = w_ON - reconstruct(codes_OJM, books_MKG, scales_O)
+    image_ON = dot(residual_ON, moment_NN)
+    before = jnp.sum(image_ON * residual_ON)
+    diagonal_N = jnp.diagonal(moment_NN)
+    weights_MK = entry_weights(codes_OJM, scales_O, diagonal_N, books_MKG.shape[1])
+    fitted_MKG = fit_codebooks(image_ON, moment_NN, codes_OJM, books_MKG, scales_O, weights_MK)
+
+    q_ON = reconstruct(codes_OJM, fitted_MKG, jnp.ones_like(scales_O))
+    image_ON = dot(q_ON, moment_NN)
+    fitted_O = fit_scales(w_ON, q_ON, image_ON, scales_O)
+    residual_ON = w_ON - fitted_O[:, None] * q_ON
+    target_ON = dot(w_ON, moment_NN)
+    after = jnp.sum(residual_ON * (target_ON - fitted_O[:, None] * image_ON))
+    better = after < before
+    books_MKG = jnp.where(better, fitted_MKG, books_MKG)
+    scales_O = jnp.where(better, fitted_O, scales_O)
+    return Fit(books_MKG, scales_O, revive(books_MKG, weights_MK, key), jnp.minimum(after, before))
+
+
+@jax.jit
+def refit_scales(w_ON, moment_NN, codes_OJM, books_MKG, scales_O) -> jax.Array:
+    """Returns `fit_scales` for the codes, rounded to float16."""
+    q_ON = reconstruct(codes_OJM, books_MKG, jnp.ones_like(scales_O))
+    fitted_O = fit_scales(w_ON, q_ON, dot(q_ON, moment_NN), scales_O)
+    return fitted_O.astype(jnp.float16).astype(jnp.float32)

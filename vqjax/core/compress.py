@@ -12,6 +12,7 @@ stored types; one last sweep for the codes that the rounding moved. The best ite
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -65,6 +66,16 @@ class LayerStats(NamedTuple):
     history: tuple[float, ...] = ()
 
 
+class _Problem(NamedTuple):
+    """One layer, padded with zeros to one of few sizes so that layers share compiled programs."""
+
+    w_OP: jax.Array
+    moment_PP: jax.Array  # shrunk, its mean diagonal near 1
+    raw_PP: jax.Array  # as given
+    outputs: int
+    fan_in: int
+
+
 class _State(NamedTuple):
     codes_OJM: jax.Array
     books_MKG: jax.Array
@@ -90,29 +101,36 @@ def compress_layer(
       effort: how hard to search.
 
     Raises:
-      VqjaxError: if the kernel or the moment is not finite, or their sizes differ.
+      VqjaxError: if the kernel or the moment is not finite, their sizes differ, or the layer is
+        "dead" and has nothing to store.
     """
-    _check(kernel, moment)
+    if spec.kind == "dead":
+        raise VqjaxError("a dead layer has nothing to compress: remove it by folding")
+    check_layer(kernel, moment)
     effort = effort or Effort()
-    w_ON = grouping.to_matrix(jnp.asarray(kernel, jnp.float32))
-    fan_in = w_ON.shape[1]
-    moment_NN = jnp.eye(fan_in) if moment is None else jnp.asarray(moment, jnp.float32)
-    moment_NN = (moment_NN + moment_NN.T) / 2
+    problem = _problem(kernel, moment, spec, effort)
     if spec.grouping == "scalar":
-        tensor, history = scalar.round_to_grid(w_ON, kernel.shape, spec.entries), ()
+        tensor = scalar.round_to_grid(grouping.to_matrix(kernel), kernel.shape, spec.entries)
+        quantized_OP, history = tensor.decode_matrix(), ()
     else:
-        tensor, history = _search(w_ON, moment_NN, kernel.shape, spec, effort, key)
-    weight_mse, output_mse = scalar.relative_errors(w_ON, tensor.decode_matrix(), moment_NN)
+        state, history = _search(problem, spec, effort, key)
+        state, tensor = _store(problem, state, kernel.shape, spec, effort)
+        quantized_OP = sweep.reconstruct(*state)
+    quantized_OP = grouping.padded(
+        np.asarray(quantized_OP)[: problem.outputs, : problem.fan_in], problem.w_OP.shape
+    )
+    weight_mse, output_mse = scalar.relative_errors(problem.w_OP, quantized_OP, problem.raw_PP)
     return tensor, LayerStats(weight_mse, output_mse, tensor.bits_per_weight, history)
 
 
-def _check(kernel: jax.Array, moment: jax.Array | None) -> None:
+def check_layer(kernel: jax.Array, moment: jax.Array | None) -> None:
+    """Raises VqjaxError unless both are finite and fit together."""
     _, fan_in = grouping.matrix_shape(kernel.shape)
     for name, array in (("kernel", kernel), ("moment", moment)):
-        bad = 0 if array is None else int(jnp.sum(~jnp.isfinite(array)))
+        bad = 0 if array is None else int(np.sum(~np.isfinite(np.asarray(array, np.float32))))
         if bad:
             raise VqjaxError(
-                f"{name} of shape {tuple(array.shape)} holds {bad} NaN or infinite values; "
+                f"{name} of shape {tuple(np.shape(array))} holds {bad} NaN or infinite values; "
                 f"it must be finite: check the checkpoint and the calibration"
             )
     if moment is not None and moment.shape != (fan_in, fan_in):
@@ -122,138 +140,191 @@ def _check(kernel: jax.Array, moment: jax.Array | None) -> None:
         )
 
 
+def _bucket(count: int, least: int) -> int:
+    """Returns the next of few sizes: multiples of `least`, from 8 * least on 12 % apart."""
+    step = max(least, 1 << max(0, count.bit_length() - 4))
+    return -(-count // step) * step
+
+
 def _tile_rows() -> int:
     """Rows searched together: what fits a CPU's first-level cache, or enough to fill a GPU."""
     return 32 if jax.default_backend() == "cpu" else 1024
 
 
-def _by_tiles(search, state: _State, w_OP: jax.Array) -> jax.Array:
-    """Calls `search(w, codes, scales)` on tiles of rows of one size; returns all codes."""
-    tile = _tile_rows()
-    spans = [slice(first, first + tile) for first in range(0, w_OP.shape[0], tile)]
-    parts = [search(w_OP[rows], state.codes_OJM[rows], state.scales_O[rows]) for rows in spans]
-    return jnp.concatenate(parts)
+def _problem(kernel, moment, spec: LayerSpec, effort: Effort) -> _Problem:
+    outputs, fan_in = grouping.matrix_shape(kernel.shape)
+    groups = grouping.groups_per_row(fan_in, spec.group)
+    columns = _bucket(groups, 48) * spec.group
+    w_ON = grouping.to_matrix(np.asarray(kernel, np.float32))
+    raw_NN = np.eye(fan_in, dtype=np.float32) if moment is None else np.asarray(moment, np.float32)
+    raw_PP = jnp.asarray(grouping.padded(raw_NN, (columns, columns)))
+    w_OP = grouping.padded(w_ON, (_bucket(outputs, 4 * _tile_rows()), columns))
+    shrunk_PP = _shrink(raw_PP, fan_in, effort.shrinkage)
+    return _Problem(jnp.asarray(w_OP), shrunk_PP, raw_PP, outputs, fan_in)
 
 
-def _search(w_ON, moment_NN, shape, spec: LayerSpec, effort: Effort, key):
-    """Returns the stored tensor and the relative loss after each round."""
-    outputs = w_ON.shape[0]
-    missing = -outputs % _tile_rows()
-    w_OP = jnp.pad(grouping.pad_columns(w_ON, spec.group), ((0, missing), (0, 0)))
-    ridge = effort.shrinkage * jnp.mean(jnp.diagonal(moment_NN))
-    # An input that is always zero would make every choice equal: then all weights count alike.
-    ridge = jnp.where(ridge > 0, ridge, 1.0)
-    shrunk_NN = moment_NN + ridge * jnp.eye(moment_NN.shape[0], dtype=jnp.float32)
-    # Losses stay near 1 whatever the units of the layer's inputs are.
-    shrunk_NN = shrunk_NN / jnp.mean(jnp.diagonal(shrunk_NN))
-    moment_PP = grouping.pad_moment(shrunk_NN, spec.group)
-    start_key, revive_key = jax.random.split(key)
-    factors = sweep.feedback_factors(moment_PP, effort.damping, group=spec.group)
-    state = _start(w_OP, factors[1], spec, effort, start_key)
-    state, history = _alternate(w_OP, moment_PP, factors, state, effort, revive_key)
-    tensor = _store(w_OP, moment_PP, state, outputs, shape, spec, effort)
-    return tensor, history
+@jax.jit
+def _shrink(raw_PP, fan_in, shrinkage):
+    """Returns the moment, symmetric, shrunk towards its mean diagonal, and of mean diagonal 1.
+
+    The scale keeps losses near 1 whatever the units of the layer's inputs are. An input that was
+    never seen other than zero would leave all choices equal: then all weights count alike.
+    """
+    real_P = jnp.arange(raw_PP.shape[0]) < fan_in
+    size = jnp.trace(raw_PP) / fan_in
+    scaled_PP = (raw_PP + raw_PP.T) / 2 / jnp.where(size > 0, size, 1.0)
+    ridge = jnp.where(size > 0, shrinkage, 1.0)
+    return scaled_PP + ridge * jnp.diag(real_P.astype(jnp.float32))
 
 
-def _start(w_OP, metric_JGG, spec: LayerSpec, effort: Effort, key) -> _State:
-    scales_O = jnp.sqrt(jnp.mean(w_OP**2, axis=1))
-    safe_O = jnp.where(scales_O > 0, scales_O, 1.0)
-    vectors_VG = (w_OP / safe_O[:, None]).reshape(-1, spec.group)
-    draw_key, key = jax.random.split(key)
-    # Rows of zeros (padding included) say nothing about the codebooks.
-    weight_V = jnp.repeat(scales_O > 0, w_OP.shape[1] // spec.group).astype(jnp.float32)
-    weight_V = jnp.where(jnp.sum(weight_V) > 0, weight_V, 1.0)
-    chance_V = weight_V / jnp.sum(weight_V)
-    drawn_S = jax.random.choice(draw_key, vectors_VG.shape[0], (SAMPLE,), p=chance_V)
+def _by_tiles(search: Callable[..., jax.Array], problem: _Problem, state: _State) -> jax.Array:
+    """Calls `search(w, codes, scales)` on tiles of rows of one size; returns the codes of all."""
+    tile, rows = _tile_rows(), problem.w_OP.shape[0]
+    used = [
+        search(*_rows(problem.w_OP, state.codes_OJM, state.scales_O, first, size=tile))
+        for first in range(0, problem.outputs, tile)
+    ]
+    spare = [jnp.zeros_like(used[0])] * (rows // tile - len(used))
+    return jnp.concatenate(used + spare)
+
+
+@functools.partial(jax.jit, static_argnames="size")
+def _rows(w_OP, codes_OJM, scales_O, first, *, size):
+    return tuple(
+        jax.lax.dynamic_slice_in_dim(values, first, size, 0)
+        for values in (w_OP, codes_OJM, scales_O)
+    )
+
+
+@jax.jit
+def _draw(key, outputs, groups):
+    """Returns the places (row, vector) of a sample of the vectors."""
+    row_key, group_key = jax.random.split(key)
+    row_V = jax.random.randint(row_key, (SAMPLE,), 0, outputs)
+    return row_V, jax.random.randint(group_key, (SAMPLE,), 0, groups)
+
+
+@functools.partial(jax.jit, static_argnames=("books", "group"))
+def _start(problem: _Problem, row_V, group_V, *, books: int, group: int):
+    """Returns the state before any codebook, and the sample, rows scaled to size 1."""
+    w_OP = problem.w_OP
+    scales_O = jnp.sqrt(jnp.sum(w_OP**2, axis=1) / problem.fan_in)
+    scaled_OP = w_OP / jnp.where(scales_O > 0, scales_O, 1.0)[:, None]
+    vectors_OJG = scaled_OP.reshape(w_OP.shape[0], -1, group)
+    codes_OJM = jnp.zeros((*vectors_OJG.shape[:2], books), jnp.int32)
+    return codes_OJM, scales_O, vectors_OJG[row_V, group_V]
+
+
+def _search(problem: _Problem, spec: LayerSpec, effort: Effort, key):
+    """Returns the best state and the relative loss after each round."""
+    draw_key, start_key, key = jax.random.split(key, 3)
+    passed_PP, metric_JGG, mean_GG = sweep.feedback_factors(
+        problem.moment_PP, effort.damping, group=spec.group
+    )
+    groups = grouping.groups_per_row(problem.fan_in, spec.group)
+    places = _draw(draw_key, problem.outputs, groups)
+    codes_OJM, scales_O, sample_VG = _start(
+        problem, *places, books=spec.codebooks, group=spec.group
+    )
     books_MKG = initial_codebooks(
-        vectors_VG[drawn_S],
-        jnp.mean(metric_JGG, axis=0),
-        key,
+        sample_VG,
+        mean_GG,
+        start_key,
         books=spec.codebooks,
         entries=spec.entries,
         steps=effort.start_steps,
         beam=effort.beam,
     )
-    codes_OJM = jnp.zeros((w_OP.shape[0], metric_JGG.shape[0], spec.codebooks), jnp.int32)
-    return _State(codes_OJM, books_MKG, scales_O)
-
-
-def _alternate(w_OP, moment_PP, factors, state: _State, effort: Effort, key):
-    """Returns the best state and the relative loss after each round."""
-    passed_PP, metric_JGG = factors
-    total = max(float(jnp.sum(sweep.loss_rows(w_OP, moment_PP))), np.finfo(np.float32).tiny)
-    best, history = state, []
+    state = _State(codes_OJM, books_MKG, scales_O)
+    best, history, total = state, [], _total(problem)
 
     def fed_back(w_TP, _, scales_T):
-        books = state.books_MKG
-        return sweep.feedback(w_TP, passed_PP, metric_JGG, books, scales_T, beam=effort.beam)
+        return sweep.feedback(
+            w_TP,
+            passed_PP,
+            metric_JGG,
+            state.books_MKG,
+            scales_T,
+            beam=effort.beam,
+            groups=groups,
+        )
 
-    def descended(w_TP, codes_TJM, scales_T):
-        books = state.books_MKG
-        return sweep.descend(w_TP, moment_PP, codes_TJM, books, scales_T, beam=effort.beam)
-
-    rounds = [fed_back] * effort.feedback_rounds + [descended] * effort.descent_rounds
-    for index, search in enumerate(rounds):
-        if search is descended and rounds[index - 1] is fed_back:
+    for index in range(effort.feedback_rounds + effort.descent_rounds):
+        feeding = index < effort.feedback_rounds
+        if index == effort.feedback_rounds:
             state = best
-        state = state._replace(codes_OJM=_by_tiles(search, state, w_OP))
-        state = _least_squares(w_OP, moment_PP, state)
-        found = float(codebooks_lib.loss(w_OP, moment_PP, *state)) / total
+        descended = functools.partial(_descend, problem, state, effort, groups)
+        codes = _by_tiles(fed_back if feeding else descended, problem, state)
+        state = state._replace(codes_OJM=codes)
+        fit = codebooks_lib.improve(
+            problem.w_OP, problem.moment_PP, *state, jax.random.fold_in(key, index)
+        )
+        state = _State(codes, fit.books_MKG, fit.scales_O)
         previous = min(history, default=math.inf)
-        if found < previous:
+        history.append(float(fit.loss) / total)
+        if history[-1] < previous:
             best = state
-        history.append(found)
-        if search is descended and found > previous * (1 - effort.least_gain):
+        if not feeding and history[-1] > previous * (1 - effort.least_gain):
             break
-        if search is fed_back:
-            books = codebooks_lib.revive(
-                state.codes_OJM, state.books_MKG, jax.random.fold_in(key, index)
-            )
-            state = state._replace(books_MKG=books)
+        if feeding:
+            state = state._replace(books_MKG=fit.revived_MKG)
     return best, tuple(history)
 
 
-def _least_squares(w_OP, moment_PP, state: _State) -> _State:
-    """Returns better codebooks, then scales, or what was given where float32 gained nothing."""
-    books = codebooks_lib.fit_codebooks(w_OP, moment_PP, *state)
-    fitted = state._replace(books_MKG=books)
-    before = codebooks_lib.loss(w_OP, moment_PP, *state)
-    state = fitted if codebooks_lib.loss(w_OP, moment_PP, *fitted) < before else state
-    return state._replace(scales_O=codebooks_lib.fit_scales(w_OP, moment_PP, *state))
+def _total(problem: _Problem) -> float:
+    total = float(jnp.sum(sweep.loss_rows(problem.w_OP, problem.moment_PP)))
+    return total if total > 0 else 1.0
 
 
-def _store(w_OP, moment_PP, state: _State, outputs, shape, spec: LayerSpec, effort: Effort):
-    """Rounds to the stored types, then lets codes and scales answer to the rounding."""
-    books_MKG, scales_O, stored, shared = _round(state.books_MKG, state.scales_O, spec)
-
-    def descended(w_TP, codes_TJM, scales_T):
-        return sweep.descend(w_TP, moment_PP, codes_TJM, books_MKG, scales_T, beam=effort.beam)
-
-    state = _State(state.codes_OJM, books_MKG, scales_O)
-    codes_OJM = _by_tiles(descended, state, w_OP)
-    scales_O = codebooks_lib.fit_scales(w_OP, moment_PP, codes_OJM, books_MKG, scales_O)
-    scales_O = scales_O.astype(jnp.float16)
-    state = _State(codes_OJM, books_MKG, scales_O.astype(jnp.float32))
-    return VQTensor.pack(
-        _by_tiles(descended, state, w_OP)[:outputs],
-        stored,
-        scales_O[:outputs],
-        shape=shape,
-        grouping=spec.grouping,
-        codebook_scale=shared,
+def _descend(problem, state: _State, effort: Effort, groups: int, w_TP, codes_TJM, scales_T):
+    """Returns the codes of one tile of rows after a sweep of coordinate descent."""
+    return sweep.descend(
+        w_TP,
+        problem.moment_PP,
+        codes_TJM,
+        state.books_MKG,
+        scales_T,
+        beam=effort.beam,
+        groups=groups,
     )
 
 
-@functools.partial(jax.jit, static_argnames="spec")
-def _round(books_MKG, scales_O, spec: LayerSpec):
+def _store(problem: _Problem, state: _State, shape, spec: LayerSpec, effort: Effort):
+    """Rounds to the stored types, lets codes and scales answer to the rounding, and packs."""
+    groups = grouping.groups_per_row(problem.fan_in, spec.group)
+    books_MKG, scales_O, stored, shared = _round(
+        state.books_MKG, state.scales_O, codebook_bits=spec.codebook_bits
+    )
+    for _ in range(2):
+        state = _State(state.codes_OJM, books_MKG, scales_O)
+        descended = functools.partial(_descend, problem, state, effort, groups)
+        codes = _by_tiles(descended, problem, state)
+        scales_O = codebooks_lib.refit_scales(
+            problem.w_OP, problem.moment_PP, codes, books_MKG, scales_O
+        )
+        state = _State(codes, books_MKG, scales_O)
+    tensor = VQTensor.pack(
+        np.asarray(state.codes_OJM)[: problem.outputs, :groups],
+        stored,
+        state.scales_O[: problem.outputs].astype(jnp.float16),
+        shape=tuple(shape),
+        grouping=spec.grouping,
+        codebook_scale=shared,
+    )
+    return state, tensor
+
+
+@functools.partial(jax.jit, static_argnames="codebook_bits")
+def _round(books_MKG, scales_O, *, codebook_bits: int):
     """Returns rounded codebooks and scales in float32, the stored codebooks, their shared scale."""
+    tiny = np.finfo(np.float32).tiny
     # Half of the layer's magnitude goes to each factor (a power of two: exact), which keeps both
     # inside float16 for weights from 1e-9 to 1e9.
-    size = jnp.maximum(jnp.max(jnp.abs(scales_O)), np.finfo(np.float32).tiny)
+    size = jnp.maximum(jnp.max(jnp.abs(scales_O)), tiny)
     moved = jnp.exp2(jnp.floor(jnp.log2(size) / 2))
     books_MKG, scales_O = books_MKG * moved, (scales_O / moved).astype(jnp.float16)
-    if spec.codebook_bits == 8:
-        shared = jnp.maximum(jnp.max(jnp.abs(books_MKG)) / 127, np.finfo(np.float32).tiny)
+    if codebook_bits == 8:
+        shared = jnp.maximum(jnp.max(jnp.abs(books_MKG)) / 127, tiny)
         stored = jnp.round(books_MKG / shared).astype(jnp.int8)
         real = stored.astype(jnp.float32) * shared
     else:

@@ -96,8 +96,7 @@ def encode_exact(linear_OG: jax.Array, metric_GG: jax.Array, books_MKG: jax.Arra
     cross_PQ = 2 * dot(dot(p_PG, metric_GG), q_QG.T)
     p_O = _argmin_first_axis(cost_PO + _smallest_over_q(cross_PQ, cost_QO))
     q_O = _argmin_first_axis(cross_PQ[p_O].T + cost_QO)
-    halves = (_digits(p_O, entries, first), _digits(q_O, entries, books - first))
-    return jnp.concatenate(halves, axis=-1) if first < books else halves[0]
+    return _digits(p_O * q_QG.shape[0] + q_O, entries, books)
 
 
 def encode_beam(
@@ -128,16 +127,16 @@ def encode_beam(
 
 
 def _blocks(books: int, entries: int) -> list[list[int]]:
-    """Overlapping sets of codebooks, each small enough to enumerate, in the order of visits."""
+    """Overlapping sets of codebooks of one size, small enough to enumerate, in visiting order."""
     size = 1
     while entries ** (size + 1) <= EXACT_LIMIT and size < books:
         size += 1
     if size == books:
         return [list(range(books))]
-    apart = [list(range(start, min(start + size, books))) for start in range(0, books, size)]
+    apart = [[(start + i) % books for i in range(size)] for start in range(0, books, size)]
     stride = -(-books // size)
-    woven = [list(range(start, books, stride))[:size] for start in range(stride)]
-    return apart + woven
+    woven = [[(start + i * stride) % books for i in range(size)] for start in range(stride)]
+    return apart + [block for block in woven if len(set(block)) == size]
 
 
 def encode(
@@ -193,11 +192,11 @@ def _improve_blocks(
     books_MKG: jax.Array,
     blocks: list[list[int]],
 ) -> jax.Array:
-    for block in blocks:
-        chosen = jnp.asarray(block)
-        part_MKG = books_MKG[chosen]
+    def visit(codes_OM: jax.Array, block: jax.Array) -> tuple[jax.Array, None]:
+        part_MKG = books_MKG[block]
         q_OG = entry_sum(codes_OM, books_MKG)
-        others_OG = q_OG - entry_sum(codes_OM[:, chosen], part_MKG)
+        others_OG = q_OG - entry_sum(codes_OM[:, block], part_MKG)
         left_OG = linear_OG - dot(others_OG, metric_GG)
-        codes_OM = codes_OM.at[:, chosen].set(encode_exact(left_OG, metric_GG, part_MKG))
-    return codes_OM
+        return codes_OM.at[:, block].set(encode_exact(left_OG, metric_GG, part_MKG)), None
+
+    return jax.lax.scan(visit, codes_OM, jnp.asarray(blocks))[0]

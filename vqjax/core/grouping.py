@@ -12,7 +12,7 @@ AQUATIC-Diff, arXiv:2506.05960), and eight neighbours along the input axis make 
 import math
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from vqjax.errors import VqjaxError
 
@@ -35,11 +35,10 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def to_matrix(kernel: jax.Array) -> jax.Array:
-    """Returns the [O, N] view of a kernel, columns ordered (input channel, ky, kx)."""
+    """Returns the [O, N] view of a kernel, JAX or NumPy, columns ordered (channel, ky, kx)."""
     outputs, fan_in = matrix_shape(kernel.shape)
     if kernel.ndim == 4:
-        kernel = jnp.transpose(kernel, (3, 2, 0, 1))
-        return kernel.reshape(outputs, fan_in)
+        return kernel.transpose(3, 2, 0, 1).reshape(outputs, fan_in)
     return kernel.T
 
 
@@ -47,7 +46,7 @@ def from_matrix(matrix_ON: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """The inverse of `to_matrix`: [O, N] back to a kernel of the given Linen shape."""
     if len(shape) == 4:
         height, width, inputs, outputs = shape
-        return jnp.transpose(matrix_ON.reshape(outputs, inputs, height, width), (2, 3, 1, 0))
+        return matrix_ON.reshape(outputs, inputs, height, width).transpose(2, 3, 1, 0)
     return matrix_ON.T
 
 
@@ -56,13 +55,12 @@ def groups_per_row(fan_in: int, group: int) -> int:
     return -(-fan_in // group)
 
 
-def pad_columns(matrix_ON: jax.Array, group: int) -> jax.Array:
-    """Returns the matrix with zero columns added up to a multiple of `group`: [O, P]."""
-    missing = -matrix_ON.shape[1] % group
-    return jnp.pad(matrix_ON, ((0, 0), (0, missing)))
+def padded(array: jax.typing.ArrayLike, shape: tuple[int, ...]) -> np.ndarray:
+    """Returns a float32 copy in host memory with zeros added at the ends, up to `shape`.
 
-
-def pad_moment(moment_NN: jax.Array, group: int) -> jax.Array:
-    """Returns the moment for `pad_columns`: added inputs, and so their moments, are zero."""
-    missing = -moment_NN.shape[0] % group
-    return jnp.pad(moment_NN, ((0, missing), (0, missing)))
+    Padded inputs are always zero, so the same padding serves kernels and moments.
+    """
+    array = np.asarray(array, np.float32)
+    result = np.zeros(shape, np.float32)
+    result[tuple(slice(size) for size in array.shape)] = array
+    return result

@@ -9,13 +9,13 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from vqjax.core.encode import dot, encode
+from vqjax.core.encode import dot, encode, entry_sum
 
-SAMPLE = 4096
+SAMPLE = 2048
 """Vectors that the first codebooks are made from; more of them gain nothing measurable."""
 
 
-@functools.partial(jax.jit, static_argnames=("books", "entries", "steps", "beam"))
+@functools.partial(jax.jit, static_argnames=("books", "entries", "steps", "beam", "tile"))
 def initial_codebooks(
     vectors_VG: jax.Array,
     metric_GG: jax.Array,
@@ -25,6 +25,7 @@ def initial_codebooks(
     entries: int,
     steps: int,
     beam: int = 0,
+    tile: int = 128,
 ) -> jax.Array:
     """Returns codebooks [M, K, G] whose sums fit the vectors under the metric.
 
@@ -32,27 +33,32 @@ def initial_codebooks(
     down to zero (stochastic relaxation of LSQ++, Martinez et al., ECCV 2018, section 3.2). The
     start is drawn from the vectors, each codebook's share of their size falling as the residual of
     an ideal code of its rate would.
+
+    Args:
+      vectors_VG: V is a multiple of `tile`.
+      beam: as in `encode`.
+      tile: vectors searched together.
     """
     count, group = vectors_VG.shape
-    decay = entries ** (-1 / group)
-    shares = decay ** jnp.arange(books, dtype=jnp.float32)
+    shares = (entries ** (-1 / group)) ** jnp.arange(books, dtype=jnp.float32)
     shares = shares / jnp.linalg.norm(shares)
     draw_key, noise_key = jax.random.split(key)
     drawn = jax.random.randint(draw_key, (books, entries), 0, count)
     start_MKG = vectors_VG[drawn] * shares[:, None, None]
+    linear_XTG = dot(vectors_VG, metric_GG).reshape(-1, tile, group)
 
     def step(books_MKG, inputs):
         temperature, key = inputs
-        codes_VM = encode(dot(vectors_VG, metric_GG), metric_GG, books_MKG, beam=beam)
+        codes_XTM = jax.lax.map(lambda v: encode(v, metric_GG, books_MKG, beam=beam), linear_XTG)
+        codes_VM = codes_XTM.reshape(count, books)
         fitted_MKG = fit_free(vectors_VG, codes_VM, books_MKG)
-        chosen = jax.nn.one_hot(codes_VM, entries).reshape(count, -1)
-        error_VG = vectors_VG - dot(chosen, fitted_MKG.reshape(-1, group))
+        error_VG = vectors_VG - entry_sum(codes_VM, fitted_MKG)
         # The error is shared by M codebooks: noise of its size on each would drown them.
         size_G = jnp.std(error_VG, axis=0) / jnp.sqrt(1.0 * books)
         noise_MKG = jax.random.normal(key, books_MKG.shape) * size_G[None, None]
         return fitted_MKG + temperature * noise_MKG, None
 
-    temperatures = jnp.maximum(0.0, 1 - jnp.arange(1, steps + 1) / max(1, steps - 2)) ** 0.5
+    temperatures = jnp.sqrt(jnp.maximum(0.0, 1 - jnp.arange(1, steps + 1) / max(1, steps - 2)))
     books_MKG, _ = jax.lax.scan(step, start_MKG, (temperatures, jax.random.split(noise_key, steps)))
     return books_MKG
 
@@ -70,5 +76,6 @@ def fit_free(vectors_VG: jax.Array, codes_VM: jax.Array, books_MKG: jax.Array) -
     system_XX = together_XX + pull * jnp.eye(books * entries, dtype=jnp.float32)
     given_XG = books_MKG.reshape(-1, group)
     error_VG = vectors_VG - dot(chosen_VX, given_XG)
-    change_XG = jnp.linalg.solve(system_XX, dot(chosen_VX.T, error_VG))
+    factor = jax.scipy.linalg.cho_factor(system_XX)
+    change_XG = jax.scipy.linalg.cho_solve(factor, dot(chosen_VX.T, error_VG))
     return books_MKG + change_XG.reshape(books_MKG.shape)

@@ -19,42 +19,37 @@ from vqjax.errors import VqjaxError
 
 _SHRINKS = tuple(np.linspace(1.0, 0.4, 13))
 _TINY = np.finfo(np.float32).tiny
+_ROWS, _COLUMNS, _BLOCK = 128, 384, 64
 
 
-def round_to_grid(w_ON: jax.Array, shape: tuple[int, ...], entries: int) -> VQTensor:
+def round_to_grid(w_ON: jax.typing.ArrayLike, shape: tuple[int, ...], entries: int) -> VQTensor:
     """Rounds each weight to the nearest of `entries` multiples of its row's step.
 
     The grid is a codebook like any other (M = 1, G = 1, int8), so that the result is an ordinary
-    `VQTensor`. A row's step is the one of least squared error among thirteen.
+    `VQTensor`. A row's step is the one of least squared error among thirteen. Runs in NumPy: it is
+    a moment's work, and each shape would have to be compiled.
 
     Args:
       entries: K, 2 to 256; the grid is -K/2 ... K/2 - 1.
     """
+    w_ON = np.asarray(w_ON, np.float32)
     half = entries // 2
-    grid_K = jnp.arange(-half, entries - half, dtype=jnp.int32)
+    grid_K = np.arange(-half, entries - half)
     # The shared scale brings row scales near the largest weight, well inside float16.
-    shared = jnp.float32(1 / half)
-    largest_O = jnp.max(jnp.abs(w_ON), axis=1) * half / max(half - 1, 1)
-
-    def rounded(shrink: float):
-        scales_O = (largest_O * shrink).astype(jnp.float16)
-        step_O1 = jnp.maximum(scales_O.astype(jnp.float32) * shared, _TINY)[:, None]
-        codes_ON = jnp.clip(jnp.round(w_ON / step_O1), grid_K[0], grid_K[-1])
-        error_O = jnp.sum((w_ON - codes_ON * step_O1) ** 2, axis=1)
-        return error_O, scales_O, codes_ON.astype(jnp.int32) + half
-
-    error_RO, scales_RO, codes_RON = (
-        jnp.stack(parts) for parts in zip(*(rounded(shrink) for shrink in _SHRINKS))
-    )
-    best_1O = jnp.argmin(error_RO, axis=0)[None]
-    codes_ON = jnp.take_along_axis(codes_RON, best_1O[..., None], axis=0)[0]
+    shared = np.float32(1 / half)
+    largest_O = np.max(np.abs(w_ON), axis=1) * half / max(half - 1, 1)
+    scales_RO = np.stack([largest_O * shrink for shrink in _SHRINKS]).astype(np.float16)
+    step_RO1 = np.maximum(scales_RO.astype(np.float32) * shared, _TINY)[..., None]
+    codes_RON = np.clip(np.round(w_ON / step_RO1), grid_K[0], grid_K[-1])
+    best_O = np.argmin(np.sum((w_ON - codes_RON * step_RO1) ** 2, axis=2), axis=0)
+    rows_O = np.arange(w_ON.shape[0])
     return VQTensor.pack(
-        codes_ON[..., None],
-        grid_K.astype(jnp.int8).reshape(1, -1, 1),
-        jnp.take_along_axis(scales_RO, best_1O, axis=0)[0],
-        shape=shape,
+        (codes_RON[best_O, rows_O].astype(np.int32) + half)[..., None],
+        jnp.asarray(grid_K.astype(np.int8).reshape(1, -1, 1)),
+        jnp.asarray(scales_RO[best_O, rows_O]),
+        shape=tuple(shape),
         grouping="scalar",
-        codebook_scale=shared,
+        codebook_scale=jnp.asarray(shared),
     )
 
 
@@ -91,65 +86,97 @@ def scalar_baseline(
     """
     if not 1 <= bits <= 8:
         raise VqjaxError(f"scalar baseline at {bits} bits: 1 to 8 whole bits are possible")
-    w_ON = grouping.to_matrix(jnp.asarray(kernel, jnp.float32))
-    fan_in = w_ON.shape[1]
-    moment_NN = jnp.eye(fan_in) if moment is None else jnp.asarray(moment, jnp.float32)
-    order_N = jnp.argsort(-jnp.diagonal(moment_NN))
-    sorted_ON, sorted_NN = w_ON[:, order_N], moment_NN[order_N][:, order_N]
-    passed_NN, _ = sweep.feedback_factors(sorted_NN, damping, group=1)
-    found_RON, loss_RO = [], []
-    for shrink in _SHRINKS[::3]:
-        step_O, low_O = _ranges(sorted_ON, shrink, 2**bits)
-        found_RON.append(_feed_back(sorted_ON, passed_NN, step_O, low_O, 2**bits))
-        loss_RO.append(sweep.loss_rows(sorted_ON - found_RON[-1], sorted_NN))
-    best_O = jnp.argmin(jnp.stack(loss_RO), axis=0)
-    q_ON = jnp.take_along_axis(jnp.stack(found_RON), best_O[None, :, None], axis=0)[0]
-    q_ON = q_ON[:, jnp.argsort(order_N)]
-    weight_mse, output_mse = relative_errors(w_ON, q_ON, moment_NN)
+    w_ON = grouping.to_matrix(np.asarray(kernel, np.float32))
+    outputs, fan_in = w_ON.shape
+    # Padding to few sizes lets layers share compiled programs; padded inputs have no moment.
+    columns, rows = -(-fan_in // _COLUMNS) * _COLUMNS, -(-outputs // _ROWS) * _ROWS
+    moment_NN = np.eye(fan_in) if moment is None else np.asarray(moment, np.float32)
+    order_N = np.argsort(-np.diagonal(moment_NN), kind="stable")
+    sorted_NN = grouping.padded(moment_NN[order_N][:, order_N], (columns, columns))
+    sorted_ON = w_ON[:, order_N]
+    passed_NN, *_ = sweep.feedback_factors(jnp.asarray(sorted_NN), damping, group=1)
+    ranges = [_ranges(sorted_ON, shrink, 2**bits) for shrink in _SHRINKS[::3]]
+    # All ranges at once, as if each were a layer's rows.
+    step_RO = grouping.padded(np.stack([step for step, _ in ranges]), (len(ranges), rows))
+    low_RO = grouping.padded(np.stack([low for _, low in ranges]), (len(ranges), rows))
+    padded_ON = grouping.padded(sorted_ON, (rows, columns))
+    found_RON = _feed_back(
+        jnp.asarray(np.tile(padded_ON, (len(ranges), 1))),
+        passed_NN,
+        jnp.asarray(step_RO.reshape(-1)),
+        jnp.asarray(low_RO.reshape(-1)),
+        2**bits,
+    ).reshape(len(ranges), rows, columns)
+    q_ON = np.asarray(_best_rows(found_RON, padded_ON, sorted_NN))[:outputs, :fan_in]
+    q_ON = q_ON[:, np.argsort(order_N)]
+    raw_NN = grouping.padded(moment_NN, (columns, columns))
+    weight_mse, output_mse = relative_errors(
+        grouping.padded(w_ON, (rows, columns)), grouping.padded(q_ON, (rows, columns)), raw_NN
+    )
     per_weight = (8 * math.ceil(fan_in * bits / 8) + 32) / fan_in
-    shaped = grouping.from_matrix(q_ON, kernel.shape)
+    shaped = jnp.asarray(grouping.from_matrix(q_ON, kernel.shape))
     return ScalarLayer(shaped, per_weight, weight_mse, output_mse)
 
 
-def relative_errors(w_ON: jax.Array, q_ON: jax.Array, moment_NN: jax.Array) -> tuple[float, float]:
-    """Returns (rel_weight_mse, rel_output_mse) of Q against W; 0 where W itself gives nothing."""
+@jax.jit
+def _best_rows(found_RON, w_ON, moment_NN):
+    loss_RO = jax.vmap(lambda q_ON: sweep.loss_rows(w_ON - q_ON, moment_NN))(found_RON)
+    best_O = jnp.argmin(loss_RO, axis=0)
+    return jnp.take_along_axis(found_RON, best_O[None, :, None], axis=0)[0]
 
-    def ratio(above: jax.Array, below: jax.Array) -> float:
-        return float(above / below) if float(below) > 0 else float(above)
 
-    error_ON = w_ON - q_ON
-    output = jnp.sum(sweep.loss_rows(error_ON, moment_NN))
+def relative_errors(
+    w_ON: jax.typing.ArrayLike, q_ON: jax.typing.ArrayLike, moment_NN: jax.typing.ArrayLike
+) -> tuple[float, float]:
+    """Returns (rel_weight_mse, rel_output_mse) of Q against W.
+
+    Where W itself is or gives nothing, the error is returned as it is.
+    """
+    weight, weight_error, output, output_error = (
+        float(value) for value in _energies(w_ON, q_ON, moment_NN)
+    )
     return (
-        ratio(jnp.sum(error_ON**2), jnp.sum(w_ON**2)),
-        ratio(output, jnp.sum(sweep.loss_rows(w_ON, moment_NN))),
+        weight_error / weight if weight > 0 else weight_error,
+        output_error / output if output > 0 else output_error,
     )
 
 
-def _ranges(w_ON, shrink: float, levels: int):
+@jax.jit
+def _energies(w_ON, q_ON, moment_NN):
+    error_ON = w_ON - q_ON
+    return (
+        jnp.sum(w_ON**2),
+        jnp.sum(error_ON**2),
+        jnp.sum(sweep.loss_rows(w_ON, moment_NN)),
+        jnp.sum(sweep.loss_rows(error_ON, moment_NN)),
+    )
+
+
+def _ranges(w_ON: np.ndarray, shrink: float, levels: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns float16-exact step and offset of each row; the range shrinks towards its middle."""
-    low_O, high_O = jnp.min(w_ON, axis=1), jnp.max(w_ON, axis=1)
+    low_O, high_O = np.min(w_ON, axis=1), np.max(w_ON, axis=1)
     middle_O, half_O = (low_O + high_O) / 2, (high_O - low_O) / 2 * shrink
-    step_O = (2 * half_O / (levels - 1)).astype(jnp.float16).astype(jnp.float32)
-    low_O = (middle_O - half_O).astype(jnp.float16).astype(jnp.float32)
-    return step_O, low_O
+    step_O = (2 * half_O / (levels - 1)).astype(np.float16).astype(np.float32)
+    return step_O, (middle_O - half_O).astype(np.float16).astype(np.float32)
 
 
 def _feed_back(w_ON, passed_NN, step_O, low_O, levels: int) -> jax.Array:
-    fan_in = w_ON.shape[1]
-    size = next(size for size in (64, 32, 16, 8, 4, 2, 1) if fan_in % size == 0)
     found, target_ON = [], w_ON
-    for start in range(0, fan_in, size):
-        passed_XN, passed_XX = sweep.square(passed_NN, start, size=size)
-        q_OX, error_OX = _round_columns(
-            target_ON[:, start : start + size], passed_XX, step_O, low_O, levels=levels
-        )
-        target_ON = sweep.pass_on(target_ON, error_OX, passed_XN)
+    for start in range(0, w_ON.shape[1], _BLOCK):
+        target_ON, q_OX = _round_block(target_ON, passed_NN, step_O, low_O, start, levels=levels)
         found.append(q_OX)
     return jnp.concatenate(found, axis=1)
 
 
 @functools.partial(jax.jit, static_argnames="levels")
-def _round_columns(target_OX, passed_XX, step_O, low_O, *, levels: int):
+def _round_block(target_ON, passed_NN, step_O, low_O, start, *, levels: int):
+    passed_XN, passed_XX = sweep.square(passed_NN, start, size=_BLOCK)
+    target_OX = jax.lax.dynamic_slice_in_dim(target_ON, start, _BLOCK, 1)
+    q_OX, error_OX = _round_columns(target_OX, passed_XX, step_O, low_O, levels)
+    return target_ON - dot(error_OX, passed_XN), q_OX
+
+
+def _round_columns(target_OX, passed_XX, step_O, low_O, levels: int):
     safe_O = jnp.maximum(step_O, _TINY)
 
     def step(target_OX, at):

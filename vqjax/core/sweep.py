@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 
 from vqjax.core.encode import dot, encode, entry_sum
-from vqjax.kernels.decode import sum_entries
 
 
 @jax.jit
@@ -31,8 +30,10 @@ def loss_rows(residual_ON: jax.Array, moment_NN: jax.Array) -> jax.Array:
 @jax.jit
 def reconstruct(codes_OJM: jax.Array, books_MKG: jax.Array, scales_O: jax.Array) -> jax.Array:
     """Returns Q, [O, J * G]."""
-    rows = codes_OJM.shape[0]
-    return sum_entries(codes_OJM, books_MKG).reshape(rows, -1) * scales_O[:, None]
+    books, entries, group = books_MKG.shape
+    places_OJM = codes_OJM + entries * jnp.arange(books, dtype=jnp.int32).reshape(1, 1, books)
+    sums_OJG = jnp.sum(books_MKG.reshape(-1, group)[places_OJM], axis=2)
+    return sums_OJG.reshape(codes_OJM.shape[0], -1) * scales_O[:, None]
 
 
 def block_size(groups: int) -> int:
@@ -46,28 +47,27 @@ def _safe_divide(numerator_OG: jax.Array, scales_O: jax.Array) -> jax.Array:
     return numerator_OG * inverse_O[:, None]
 
 
-@functools.partial(jax.jit, static_argnames="size")
-def square(matrix_NN, start, *, size):
-    """Returns rows [X, N] and the square [X, X] on the diagonal, from `start`."""
+def square(matrix_NN: jax.Array, start: jax.Array, *, size: int) -> tuple[jax.Array, jax.Array]:
+    """Returns `size` rows [X, N] from `start`, and the square [X, X] that the diagonal crosses."""
     rows_XN = jax.lax.dynamic_slice_in_dim(matrix_NN, start, size, 0)
     return rows_XN, jax.lax.dynamic_slice_in_dim(rows_XN, start, size, 1)
 
 
-@jax.jit
-def _gradient(residual_ON, moment_XN):
-    return dot(residual_ON, moment_XN.T)
+@functools.partial(jax.jit, static_argnames=("size", "group"))
+def _descend_read(residual_ON, moment_NN, codes_OJM, first, *, size, group):
+    moment_XN, moment_XX = square(moment_NN, first * group, size=size * group)
+    codes_OTM = jax.lax.dynamic_slice_in_dim(codes_OJM, first, size, 1)
+    return dot(residual_ON, moment_XN.T), moment_XX, codes_OTM
 
 
-@jax.jit
-def _subtract_at(residual_ON, change_OX, start):
+@functools.partial(jax.jit, donate_argnums=(0, 1))
+def _descend_write(residual_ON, codes_OJM, change_OX, codes_OTM, first):
+    start = first * (change_OX.shape[1] // codes_OTM.shape[1])
     old_OX = jax.lax.dynamic_slice_in_dim(residual_ON, start, change_OX.shape[1], 1)
-    return jax.lax.dynamic_update_slice_in_dim(residual_ON, old_OX - change_OX, start, 1)
-
-
-@jax.jit
-def pass_on(target_ON, error_OX, passed_XN):
-    """Returns the targets after a block's errors were handed to the later columns."""
-    return target_ON - dot(error_OX, passed_XN)
+    return (
+        jax.lax.dynamic_update_slice_in_dim(residual_ON, old_OX - change_OX, start, 1),
+        jax.lax.dynamic_update_slice_in_dim(codes_OJM, codes_OTM, first, 1),
+    )
 
 
 @functools.partial(jax.jit, static_argnames="beam")
@@ -101,24 +101,34 @@ def descend(
     scales_O: jax.Array,
     *,
     beam: int = 0,
+    groups: int | None = None,
 ) -> jax.Array:
-    """One sweep of coordinate descent over the vectors; returns codes [O, J, M], no worse ones."""
-    group = books_MKG.shape[-1]
-    residual_ON = w_ON - reconstruct(codes_OJM, books_MKG, scales_O)
-    found, size = [], block_size(codes_OJM.shape[1])
-    for first in range(0, codes_OJM.shape[1], size):
-        moment_XN, moment_XX = square(moment_NN, first * group, size=size * group)
-        codes_OTM, change_OX = _descend_inside(
-            _gradient(residual_ON, moment_XN),
-            moment_XX,
-            codes_OJM[:, first : first + size],
-            books_MKG,
-            scales_O,
-            beam=beam,
+    """One sweep of coordinate descent over the vectors; returns codes [O, J, M], no worse ones.
+
+    The steps are compiled for the size of a block, not of the matrix, so that layers share them.
+
+    Args:
+      w_ON, moment_NN, codes_OJM, books_MKG, scales_O: as everywhere in this file.
+      beam: as in `encode`.
+      groups: vectors of a row that hold anything; the rest, padding, keep their codes.
+    """
+    group, size = books_MKG.shape[-1], block_size(codes_OJM.shape[1])
+    residual_ON, codes_OJM = _residual(w_ON, codes_OJM, books_MKG, scales_O)
+    for first in range(0, groups or codes_OJM.shape[1], size):
+        gradient_OX, moment_XX, codes_OTM = _descend_read(
+            residual_ON, moment_NN, codes_OJM, first, size=size, group=group
         )
-        residual_ON = _subtract_at(residual_ON, change_OX, first * group)
-        found.append(codes_OTM)
-    return jnp.concatenate(found, axis=1)
+        codes_OTM, change_OX = _descend_inside(
+            gradient_OX, moment_XX, codes_OTM, books_MKG, scales_O, beam=beam
+        )
+        residual_ON, codes_OJM = _descend_write(residual_ON, codes_OJM, change_OX, codes_OTM, first)
+    return codes_OJM
+
+
+@jax.jit
+def _residual(w_ON, codes_OJM, books_MKG, scales_O):
+    """Returns W - Q and a copy of the codes: both are written to in place afterwards."""
+    return w_ON - reconstruct(codes_OJM, books_MKG, scales_O), jnp.copy(codes_OJM)
 
 
 @functools.partial(jax.jit, static_argnames="group")
@@ -130,16 +140,20 @@ def feedback_factors(moment_NN: jax.Array, damping: float, *, group: int):
     (U_gg^T U_gg): the Schur complement of the later vectors.
 
     Args:
-      moment_NN: S; a multiple `damping` of its mean diagonal is added, which also makes it regular.
-      damping: relative; 0.01 is usual.
+      moment_NN: S; a multiple `damping` of its mean positive diagonal is added, which also makes it
+        regular.
+      damping: relative, positive; 0.01 is usual.
       group: G, divides N.
 
     Returns:
       passed_NN: by how much a unit of error moves the targets of later columns.
       metric_JGG: metric of each vector.
+      mean_GG: their mean over the vectors that see any input.
     """
     size = moment_NN.shape[0]
-    ridge = damping * jnp.mean(jnp.diagonal(moment_NN)) + jnp.finfo(jnp.float32).tiny
+    diagonal_N = jnp.diagonal(moment_NN)
+    mean_diagonal = jnp.sum(diagonal_N) / jnp.maximum(jnp.sum(diagonal_N > 0), 1)
+    ridge = damping * jnp.where(mean_diagonal > 0, mean_diagonal, 1.0)
     damped_NN = moment_NN + ridge * jnp.eye(size, dtype=jnp.float32)
     # Reversed twice, the Cholesky factor of S gives that of its inverse without inverting S.
     lower_NN = jnp.linalg.cholesky(damped_NN[::-1, ::-1])
@@ -160,7 +174,9 @@ def feedback_factors(moment_NN: jax.Array, damping: float, *, group: int):
     rows_JGN = jnp.matmul(
         diagonal_JGG, inverse_NN.reshape(-1, group, size), precision=jax.lax.Precision.HIGHEST
     )
-    return rows_JGN.reshape(size, size), metric_JGG
+    real_J = jnp.max(diagonal_N.reshape(-1, group), axis=1) > 0
+    mean_GG = jnp.sum(metric_JGG * real_J[:, None, None], axis=0) / jnp.maximum(jnp.sum(real_J), 1)
+    return rows_JGN.reshape(size, size), metric_JGG, mean_GG
 
 
 @functools.partial(jax.jit, static_argnames="beam")
@@ -182,6 +198,25 @@ def _feedback_inside(target_OX, passed_XX, metric_TGG, books_MKG, scales_O, *, b
     return codes_TOM.transpose(1, 0, 2), error_OX
 
 
+@functools.partial(jax.jit, static_argnames=("size", "group"))
+def _feedback_read(target_ON, passed_NN, metric_JGG, first, *, size, group):
+    passed_XN, passed_XX = square(passed_NN, first * group, size=size * group)
+    target_OX = jax.lax.dynamic_slice_in_dim(target_ON, first * group, size * group, 1)
+    metric_TGG = jax.lax.dynamic_slice_in_dim(metric_JGG, first, size, 0)
+    return target_OX, passed_XN, passed_XX, metric_TGG
+
+
+@functools.partial(jax.jit, donate_argnums=(0, 1))
+def _feedback_write(target_ON, codes_OJM, error_OX, passed_XN, codes_OTM, first):
+    codes_OJM = jax.lax.dynamic_update_slice_in_dim(codes_OJM, codes_OTM, first, 1)
+    return target_ON - dot(error_OX, passed_XN), codes_OJM
+
+
+@functools.partial(jax.jit, static_argnames=("groups", "books"))
+def _feedback_start(w_ON, *, groups, books):
+    return jnp.copy(w_ON), jnp.zeros((w_ON.shape[0], groups, books), jnp.int32)
+
+
 def feedback(
     w_ON: jax.Array,
     passed_NN: jax.Array,
@@ -190,25 +225,25 @@ def feedback(
     scales_O: jax.Array,
     *,
     beam: int = 0,
+    groups: int | None = None,
 ) -> jax.Array:
     """One pass of error feedback in the natural order; returns codes [O, J, M].
 
     Args:
       passed_NN, metric_JGG: from `feedback_factors`.
+      beam, groups: as in `descend`; padding gets zero codes.
     """
-    groups, group, _ = metric_JGG.shape
-    found, size, target_ON = [], block_size(groups), w_ON
-    for first in range(0, groups, size):
-        start, width = first * group, size * group
-        passed_XN, passed_XX = square(passed_NN, start, size=width)
-        codes_OTM, error_OX = _feedback_inside(
-            target_ON[:, start : start + width],
-            passed_XX,
-            metric_JGG[first : first + size],
-            books_MKG,
-            scales_O,
-            beam=beam,
+    total, group, _ = metric_JGG.shape
+    size = block_size(total)
+    target_ON, codes_OJM = _feedback_start(w_ON, groups=total, books=books_MKG.shape[0])
+    for first in range(0, groups or total, size):
+        target_OX, passed_XN, passed_XX, metric_TGG = _feedback_read(
+            target_ON, passed_NN, metric_JGG, first, size=size, group=group
         )
-        target_ON = pass_on(target_ON, error_OX, passed_XN)
-        found.append(codes_OTM)
-    return jnp.concatenate(found, axis=1)
+        codes_OTM, error_OX = _feedback_inside(
+            target_OX, passed_XX, metric_TGG, books_MKG, scales_O, beam=beam
+        )
+        target_ON, codes_OJM = _feedback_write(
+            target_ON, codes_OJM, error_OX, passed_XN, codes_OTM, first
+        )
+    return codes_OJM
