@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Second moments against numpy on the layer inputs themselves, and the split by memory."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.io import models as small
+from vqjax import models
+from vqjax.core import tree
+from vqjax.core.plan import kernel_shapes
+from vqjax.pipeline import calibrate
+from vqjax.settings import Calibration
+
+SETTINGS = Calibration(images=3, steps=4, batch=2)
+
+
+def _patches(x_BHWC: np.ndarray, stride: int, padding: tuple[int, int]) -> np.ndarray:
+    x_BHWC = np.pad(x_BHWC, ((0, 0), padding, padding, (0, 0)))
+    _, height, width, _ = x_BHWC.shape
+    cells = [
+        x_BHWC[:, i : i + 3, j : j + 3].transpose(0, 3, 1, 2).reshape(len(x_BHWC), -1)
+        for i in range(0, height - 2, stride)
+        for j in range(0, width - 2, stride)
+    ]
+    return np.concatenate(cells)
+
+
+def test_moments_are_the_mean_of_outer_products_of_what_each_output_reads():
+    model = small.dense(small.CLASSES)
+    visited = list(calibrate.trajectories(model, SETTINGS, seed=0))
+    paths = [
+        "unet/input_blocks_0/conv/kernel",
+        "unet/input_blocks_2/downsample/kernel",
+        "unet/input_blocks_3/attn/block_0/attn1/to_q/kernel",
+        "unet/output_blocks_3/res/skip/kernel",
+        "unet/input_blocks_1/res/emb/kernel",
+    ]
+    moments = calibrate.second_moments(model, visited, paths)
+
+    sums = {path: [] for path in paths}
+    for x_TBHWC, t_T, ids_B in visited:
+        for x_BHWC, t in zip(x_TBHWC, t_T):
+            both = np.concatenate([np.full(len(ids_B), 3), ids_B])
+            context = models.embed_classes(model.config, model.params, jnp.asarray(both))
+            seen: dict[str, tuple] = {}
+
+            def keep(path, x, window, seen=seen):
+                seen[path] = (np.asarray(x, np.float64), window)
+
+            models.capture_inputs(
+                model.config,
+                model.params,
+                jnp.concatenate([x_BHWC, x_BHWC]),
+                jnp.full((len(both),), int(t)),
+                context,
+                keep,
+            )
+            for path in paths:
+                x, window = seen[path]
+                if window and window["window"] == 3:
+                    rows = _patches(x, window["stride"], window["padding"])
+                else:
+                    rows = x.reshape(-1, x.shape[-1])
+                sums[path].append(rows.T @ rows / len(rows))
+    for path in paths:
+        expected = np.mean(sums[path], axis=0)
+        scale = np.abs(expected).max()
+        np.testing.assert_allclose(moments[path] / scale, expected / scale, atol=2e-5)
+
+
+@pytest.mark.parametrize("config", [small.CLASSES, small.PLAIN], ids=lambda c: c.name)
+def test_every_planned_kernel_is_seen_with_its_fan_in(config):
+    model = small.dense(config)
+    sizes = calibrate.trace_layers(config, model.params)
+    shapes = {path: leaf.shape for path, leaf in tree.flatten(model.params).items()}
+    kernels = kernel_shapes(shapes)
+    assert sizes.keys() == kernels.keys()
+    for path, shape in kernels.items():
+        assert sizes[path].fan_in == np.prod(shape[:-1])
+    assert sizes["unet/out/conv/kernel"].positions == np.prod(config.latent_shape[:2])
+
+
+def test_moments_do_not_depend_on_the_passes():
+    model = small.dense(small.PLAIN)
+    sizes = calibrate.trace_layers(model.config, model.params)
+    groups = calibrate.batches(sizes, 2_000_000)
+    assert len(groups) > 2
+    assert sorted(path for group in groups for path in group) == sorted(sizes)
+    visited = list(calibrate.trajectories(model, SETTINGS, seed=0))[:1]
+    two = groups[0][:1] + groups[1][:1]
+    together = calibrate.second_moments(model, visited, two)
+    for path in two:
+        alone = calibrate.second_moments(model, visited, [path])
+        np.testing.assert_allclose(alone[path], together[path], rtol=1e-5, atol=1e-5)
+
+
+def test_a_layer_larger_than_the_limit_gets_a_pass_of_its_own():
+    sizes = {f"layer{i}": calibrate.LayerInput(1000, 1) for i in range(3)}
+    assert calibrate.batches(sizes, 1) == [["layer0"], ["layer1"], ["layer2"]]
+
+
+def test_trajectories_go_from_noise_down_and_take_classes_in_turn():
+    visited = list(calibrate.trajectories(small.dense(small.CLASSES), SETTINGS, seed=0))
+    assert [len(ids) for _, _, ids in visited] == [2, 1]
+    assert np.concatenate([ids for _, _, ids in visited]).tolist() == [0, 1, 2]
+    x_TBHWC, t_T, _ = visited[0]
+    assert x_TBHWC.shape[:2] == (4, 2)
+    assert t_T.tolist() == [751, 501, 251, 1]
+    assert np.std(x_TBHWC[0]) == pytest.approx(1, abs=0.05)
