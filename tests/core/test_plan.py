@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vqjax.config import PRESETS
+from vqjax.core import grouping
 from vqjax.core import plan as plan_lib
 from vqjax.core.plan import LayerSpec, Plan, make_plan
 from vqjax.core.tensor import VQTensor
@@ -92,11 +93,8 @@ def test_sensitive_layers_get_more():
 def test_dry_run_bytes_are_the_stored_bytes(shape, codebooks, entries, codebook_bits):
     group = 9 if shape[0] == 3 else 8
     spec = LayerSpec("attention", "linear", group, codebooks, entries, codebook_bits)
-    outputs, fan_in = shape[-1], shape[0] * shape[-2] * (shape[1] if len(shape) == 4 else 1)
-    fan_in = fan_in if len(shape) == 4 else shape[0]
+    outputs, fan_in = grouping.matrix_shape(shape)
     small = codebook_bits == 8
-    if len(shape) == 4:
-        fan_in = shape[0] * shape[1] * shape[2]
     tensor = VQTensor.pack(
         jnp.zeros((outputs, -(-fan_in // group), codebooks), jnp.int32),
         jnp.zeros((codebooks, entries, group), jnp.int8 if small else jnp.float16),

@@ -57,7 +57,7 @@ def test_decode_is_the_sum_of_entries(shape, group, name, int8):
     np.testing.assert_array_equal(tensor.unpack(), codes)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     shape=st.sampled_from([(1, 1), (5, 3), (17, 2), (3, 3, 1, 2), (3, 3, 5, 3), (1, 1, 9, 2)]),
     books=st.integers(1, 8),

@@ -14,7 +14,7 @@ from vqjax.kernels.vq_conv.ref import vq_conv
 from vqjax.kernels.vq_matmul.ref import vq_matmul
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     bits=st.integers(1, 12),
     count=st.integers(1, 19),
