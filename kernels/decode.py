@@ -25,7 +25,7 @@ def packed_bytes(count: int, bits: int) -> int:
     return -(-count * bits // 8)
 
 
-def pack(codes_OC: jax.typing.ArrayLike, bits: int) -> jax.Array:
+def pack(codes_OC: jax.Array | np.ndarray, bits: int) -> jax.Array | np.ndarray:
     """Returns integer codes below 2**bits as bytes, uint8 [O, Y]. Unused last bits are zero.
 
     NumPy codes are packed by NumPy: a model has too many shapes to compile for each.

@@ -13,8 +13,12 @@ from vqjax.core import encode
 def _problem(books, entries, group=5, rows=9, seed=0, rank=5):
     rng = np.random.default_rng(seed)
     root = rng.normal(size=(group, rank))
-    parts = rng.normal(size=(rows, group)), root @ root.T, rng.normal(size=(books, entries, group))
-    return [jnp.asarray(part, jnp.float32) for part in parts]
+    linear, entries_MKG = rng.normal(size=(rows, group)), rng.normal(size=(books, entries, group))
+    return (
+        jnp.asarray(linear, jnp.float32),
+        jnp.asarray(root @ root.T, jnp.float32),
+        jnp.asarray(entries_MKG, jnp.float32),
+    )
 
 
 def _every_cost(linear, metric, books):

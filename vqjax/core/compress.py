@@ -126,11 +126,12 @@ def compress_layer(
 def check_layer(kernel: jax.Array, moment: jax.Array | None) -> None:
     """Raises VqjaxError unless both are finite and fit together."""
     _, fan_in = grouping.matrix_shape(kernel.shape)
-    for name, array in (("kernel", kernel), ("moment", moment)):
-        bad = 0 if array is None else int(np.sum(~np.isfinite(np.asarray(array, np.float32))))
+    arrays = {"kernel": kernel} if moment is None else {"kernel": kernel, "moment": moment}
+    for name, array in arrays.items():
+        bad = int(np.sum(~np.isfinite(np.asarray(array, np.float32))))
         if bad:
             raise VqjaxError(
-                f"{name} of shape {tuple(np.shape(array))} holds {bad} NaN or infinite values; "
+                f"{name} of shape {tuple(array.shape)} holds {bad} NaN or infinite values; "
                 f"it must be finite: check the checkpoint and the calibration"
             )
     if moment is not None and moment.shape != (fan_in, fan_in):

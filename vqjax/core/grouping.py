@@ -10,11 +10,14 @@ AQUATIC-Diff, arXiv:2506.05960), and eight neighbours along the input axis make 
 """
 
 import math
+from typing import TypeVar
 
 import jax
 import numpy as np
 
 from vqjax.errors import VqjaxError
+
+Matrix = TypeVar("Matrix", jax.Array, np.ndarray)
 
 GROUPS = {"conv3x3": 9, "linear": 8, "scalar": 1}
 """Weights of one vector, by grouping."""
@@ -34,7 +37,7 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     return shape[-1], math.prod(shape[:-1])
 
 
-def to_matrix(kernel: jax.Array) -> jax.Array:
+def to_matrix(kernel: Matrix) -> Matrix:
     """Returns the [O, N] view of a kernel, JAX or NumPy, columns ordered (channel, ky, kx)."""
     outputs, fan_in = matrix_shape(kernel.shape)
     if kernel.ndim == 4:
@@ -42,7 +45,7 @@ def to_matrix(kernel: jax.Array) -> jax.Array:
     return kernel.T
 
 
-def from_matrix(matrix_ON: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def from_matrix(matrix_ON: Matrix, shape: tuple[int, ...]) -> Matrix:
     """The inverse of `to_matrix`: [O, N] back to a kernel of the given Linen shape."""
     if len(shape) == 4:
         height, width, inputs, outputs = shape

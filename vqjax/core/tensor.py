@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vqjax.core import grouping as grouping_lib
 from vqjax.errors import VqjaxError
@@ -58,7 +59,7 @@ class VQTensor:
     @classmethod
     def pack(
         cls,
-        codes_OJM: jax.Array,
+        codes_OJM: jax.Array | np.ndarray,
         codebooks_MKG: jax.Array,
         scales_O: jax.Array,
         *,
@@ -90,7 +91,7 @@ class VQTensor:
             codes_OJM.reshape(outputs, groups * books), decode_lib.code_bits(entries)
         )
         return cls(
-            codes=packed,
+            codes=jnp.asarray(packed),
             codebooks=codebooks_MKG,
             scales=scales_O,
             codebook_scale=codebook_scale,
