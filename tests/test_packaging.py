@@ -3,7 +3,6 @@
 
 import importlib.metadata
 import importlib.util
-import json
 import os
 import pathlib
 import re
@@ -152,8 +151,3 @@ def test_wheel_holds_everything_below_vqjax(tmp_path):
     wanted = {re.sub(r"^(kernels|train|eval)/", r"vqjax/\1/", name) for name in tracked}
     wanted = {n for n in wanted if n.endswith((".py", ".safetensors", "py.typed"))}
     assert wanted <= set(names)
-
-
-def test_notebook_and_metadata_are_plain_json():
-    for path in ROOT.glob("notebooks/*.ipynb"):
-        assert json.loads(path.read_text(encoding="utf-8"))["nbformat"] == 4

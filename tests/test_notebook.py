@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Colab notebook runs from the first cell to the last, on few samples."""
+
+import pathlib
+
+import nbclient
+import nbformat
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def outputs(cell, kind: str) -> list[str]:
+    """The cell's displayed data of one MIME type."""
+    data = (output.get("data", {}) for output in cell.get("outputs", []))
+    return [found[kind] for found in data if kind in found]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", sorted(ROOT.glob("notebooks/*.ipynb")), ids=lambda p: p.stem)
+def test_notebook_runs(path, tmp_path, monkeypatch):
+    for name, value in {
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "VQJAX_NOTEBOOK_SAMPLES": "8",
+        "VQJAX_NOTEBOOK_CALIBRATION": "4",
+    }.items():
+        monkeypatch.setenv(name, value)
+    notebook = nbformat.read(path, as_version=4)
+    client = nbclient.NotebookClient(
+        notebook,
+        timeout=1200,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(tmp_path)}},
+    )
+    client.execute()  # raises with the traceback of the first cell that fails
+    assert sum(len(outputs(cell, "image/png")) for cell in notebook.cells) == 3
+    (table,) = (text for cell in notebook.cells for text in outputs(cell, "text/markdown"))
+    assert "| vqjax |" in table
+    assert "bits per weight" in table
+    printed = "".join(o.get("text", "") for cell in notebook.cells for o in cell.get("outputs", []))
+    assert "PASS" in printed  # the doctor's
+
+
+def test_notebooks_are_stored_without_outputs():
+    for path in ROOT.glob("notebooks/*.ipynb"):
+        notebook = nbformat.read(path, as_version=4)
+        assert not any(cell.get("outputs") for cell in notebook.cells), path
