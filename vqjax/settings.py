@@ -82,3 +82,27 @@ class SampleSettings:
     """What the checkpoint was trained as, where its shapes do not tell."""
     out: pathlib.Path = pathlib.Path("grid.png")
     """The grid; its text chunk "vqjax" holds the parameters."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateSettings:
+    """Samples the embedded model, or a quantized copy of it, and scores the samples."""
+
+    source: Annotated[str, tyro.conf.Positional] = "digits"
+    """A run folder, an exported file, or "digits"."""
+    against: str | None = None
+    """A second model, sampled from the same noise and classes: the difference is printed too."""
+    count: int = 10_000
+    """Images per model; compare scores at equal counts only."""
+    steps: int = 20
+    """DDIM steps."""
+    guidance: float = 3.0
+    """Classifier-free guidance; 1 is none."""
+    eta: float = 0.0
+    """Noise of DDIM: 0 is deterministic, 1 as much as DDPM."""
+    seed: int = 0
+    """Image i depends on the seed and i alone."""
+    batch: int = 100
+    """Images in one compiled call."""
+    out: pathlib.Path = pathlib.Path("evaluation.json")
+    """The scores, with settings and versions."""
