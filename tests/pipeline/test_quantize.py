@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole command on a small random model: complete, killed and resumed, refused."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import vqjax
+from tests.io import models as small
+from vqjax.core import tree
+from vqjax.core.tensor import VQTensor
+from vqjax.errors import VqjaxError
+from vqjax.io import native
+from vqjax.pipeline import quantize
+from vqjax.pipeline.journal import Journal
+from vqjax.settings import Calibration, QuantizeSettings
+
+ROOT = pathlib.Path(__file__).parents[2]
+CALIBRATION = Calibration(images=2, steps=3, batch=2)
+OPTIONS = "--calibration.images 2 --calibration.steps 3 --calibration.batch 2 --samples 4".split()
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> pathlib.Path:
+    path = tmp_path_factory.mktemp("source") / "small.safetensors"
+    native.save_model(path, small.dense(small.CLASSES))
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(source, tmp_path_factory) -> quantize.Report:
+    out = tmp_path_factory.mktemp("run") / "out"
+    export = out.parent / "model.safetensors"
+    return vqjax.quantize(
+        source, bits=2.5, out=out, export=export, samples=4, calibration=CALIBRATION
+    )
+
+
+def contents(folder: pathlib.Path) -> dict[str, str]:
+    """Hash of every file that must not depend on interruptions; timings are elsewhere."""
+    files = [*(folder / "model").rglob("*"), folder / "plan.json", folder / "samples.png"]
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+        if path.is_file()
+    }
+
+
+def command(source, out) -> subprocess.Popen:
+    words = [sys.executable, "-m", "vqjax.quantize", str(source), "--bits", "2.5"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    return subprocess.Popen(
+        [*words, "--out", str(out), *OPTIONS],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+def test_the_run_folder_is_complete(run):
+    names = {path.name for path in run.out.iterdir()}
+    expected = {"model", "plan.json", "report.html", "report.json", "report.md", "run.json"}
+    assert names == expected | {"samples.png"}
+    record = json.loads((run.out / "run.json").read_text())
+    assert record["status"] == "done"
+    assert record["settings"]["seed"] == 0
+    assert record["environment"]["jax"]
+    weights = run.report["weights"]
+    assert weights["bits_per_weight"] <= 2.5
+    assert run.report["folded"]["weights"] > 0
+    assert all(layer["rel_output_mse"] < 0.5 for layer in run.report["layers"])
+
+
+@pytest.mark.slow
+def test_bits_claimed_are_bytes_on_disk(run):
+    on_disk = (run.out.parent / "model.safetensors").stat().st_size
+    model = vqjax.load(run.out)
+    unet = {p: leaf for p, leaf in tree.flatten(model.params).items() if p.startswith("unet/")}
+    packed = [leaf for leaf in unet.values() if isinstance(leaf, VQTensor)]
+    bits = 8 * sum(t.nbytes for t in packed) / sum(t.size for t in packed)
+    assert bits == pytest.approx(run.report["weights"]["bits_per_weight"])
+    rest = sum(2 * leaf.size for leaf in tree.flatten(model.params).values()) - sum(
+        2 * t.size for t in packed
+    )
+    data = sum(t.nbytes for t in packed) + rest
+    assert data <= on_disk < data + 100_000  # names, shapes, config and plan
+
+
+@pytest.mark.slow
+def test_export_and_run_folder_hold_the_same_model(run):
+    small.assert_equal(vqjax.load(run.out.parent / "model.safetensors"), vqjax.load(run.out))
+
+
+@pytest.mark.slow
+def test_a_complete_run_is_not_repeated(run, source, capsys):
+    before = contents(run.out)
+    again = vqjax.quantize(source, bits=2.5, out=run.out, samples=4, calibration=CALIBRATION)
+    assert "this run is complete" in capsys.readouterr().err
+    assert again.report == run.report
+    assert contents(run.out) == before
+
+
+@pytest.mark.slow
+def test_another_run_in_the_same_folder_is_refused(run, source):
+    with pytest.raises(VqjaxError, match="holds a run of another model or with other settings"):
+        vqjax.quantize(source, bits=3, out=run.out, samples=4, calibration=CALIBRATION)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0])
+def test_killed_at_random_moments_and_resumed_to_the_same_bytes(source, tmp_path, seed):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    start = time.monotonic()
+    output, _ = (process := command(source, whole)).communicate()
+    assert process.returncode == 0, output
+    duration = time.monotonic() - start
+
+    rng = np.random.default_rng(seed)
+    kills = 0
+    for _ in range(12):
+        process = command(source, killed)
+        try:
+            output, _ = process.communicate(timeout=duration * rng.uniform(0.3, 0.9))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            kills += 1
+        else:
+            assert process.returncode == 0, output
+            break
+    else:
+        output, _ = (process := command(source, killed)).communicate()
+        assert process.returncode == 0, output
+    assert kills > 0
+    assert contents(killed) == contents(whole)
+    assert not list(killed.rglob("*.part"))
+
+
+def test_dry_run_writes_nothing(source, tmp_path, capsys):
+    report = vqjax.quantize(source, bits=3, out=tmp_path / "out", dry_run=True)
+    assert report.report == {}
+    assert not (tmp_path / "out").exists()
+    printed = capsys.readouterr().out
+    assert "bits per weight" in printed
+    assert "memory: about" in printed
+    assert "time: about" in printed
+
+
+def test_a_plan_can_be_fed_back(source, tmp_path):
+    job = quantize.prepare(QuantizeSettings(source=str(source), bits=3))
+    path = tmp_path / "plan.json"
+    path.write_text(job.plan.to_json())
+    again = quantize.prepare(QuantizeSettings(source=str(source), plan=path))
+    assert again.plan == job.plan
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"bits": 0.1}, "--bits 0.1: expected 0.5 to 8"),
+        ({"samples": 1}, "--samples 1: expected 4 or more"),
+        ({"source": "no-such-file.ckpt"}, "no-such-file.ckpt"),
+    ],
+)
+def test_unusable_settings_are_refused_before_any_work(source, settings, message):
+    wanted = dataclasses.replace(QuantizeSettings(source=str(source)), **settings)
+    with pytest.raises(VqjaxError, match=message):
+        quantize.prepare(wanted)
+
+
+def test_a_quantized_model_is_not_quantized_again(tmp_path):
+    path = tmp_path / "quantized.safetensors"
+    native.save_model(path, small.quantized(small.CLASSES))
+    with pytest.raises(VqjaxError, match="quantized already"):
+        quantize.prepare(QuantizeSettings(source=str(path)))
+
+
+def test_a_foreign_folder_is_left_alone(tmp_path):
+    (tmp_path / "precious.txt").write_text("x")
+    with pytest.raises(VqjaxError, match="is not empty and holds no run"):
+        Journal.open(tmp_path, {"fingerprint": "f"})
+    assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
+
+
+def test_mistakes_on_the_command_line_are_one_line_and_exit_code_2(tmp_path):
+    words = [sys.executable, "-m", "vqjax.quantize", "no-such-file.ckpt"]
+    found = subprocess.run(
+        words, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True,
+        text=True, check=False,
+    )  # fmt: skip
+    assert found.returncode == 2
+    assert found.stderr.count("\n") == 1
+    assert found.stderr.startswith("vqjax: no-such-file.ckpt")
