@@ -26,7 +26,7 @@ from vqjax.settings import Calibration, QuantizeSettings
 
 ROOT = pathlib.Path(__file__).parents[2]
 CALIBRATION = Calibration(images=2, steps=3, batch=2)
-OPTIONS = "--calibration.images 2 --calibration.steps 3 --calibration.batch 2 --samples 4".split()
+OPTIONS = ["--calibration.images=2", "--calibration.steps=3", "--calibration.batch=2"]
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def command(source, out) -> subprocess.Popen:
     words = [sys.executable, "-m", "vqjax.quantize", str(source), "--bits", "2.5"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     return subprocess.Popen(
-        [*words, "--out", str(out), *OPTIONS],
+        [*words, "--out", str(out), "--samples", "4", *OPTIONS],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -36,7 +36,8 @@ class Effort:
       feedback_rounds, descent_rounds: sweeps over all vectors of each kind.
       least_gain: descent ends early once a round lowers the loss by less than this share.
       beam: hypotheses per vector; 0 enumerates where K**M allows it.
-      shrinkage: share of the moment's mean diagonal that is added to it, against sampling noise.
+      shrinkage: share of the moment's mean diagonal that is added to it. Against sampling noise:
+        0.02 costs nothing on the moment itself and gains on that of other inputs.
       damping: the same inside error feedback only.
     """
 
@@ -45,7 +46,7 @@ class Effort:
     descent_rounds: int = 8
     least_gain: float = 2e-3
     beam: int = 0
-    shrinkage: float = 1e-3
+    shrinkage: float = 0.02
     damping: float = 0.02
 
 
