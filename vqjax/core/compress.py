@@ -58,7 +58,8 @@ class LayerStats(NamedTuple):
       rel_output_mse: tr((W - Q) S (W - Q)^T) / tr(W S W^T) with the given S; `rel_weight_mse`
         where no moment was given.
       bits_per_weight: all stored bits over the weights.
-      history: rel_output_mse after each round, before rounding to the stored types.
+      history: relative loss under the shrunk moment after each round, before rounding to the
+        stored types.
     """
 
     rel_weight_mse: float
