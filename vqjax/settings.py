@@ -96,8 +96,8 @@ class EvaluateSettings:
     """Images per model; compare scores at equal counts only."""
     steps: int = 20
     """DDIM steps."""
-    guidance: float = 3.0
-    """Classifier-free guidance; 1 is none."""
+    guidance: float | None = None
+    """Classifier-free guidance, 1 is none; default: the model's own, 1.5 for digits."""
     eta: float = 0.0
     """Noise of DDIM: 0 is deterministic, 1 as much as DDPM."""
     seed: int = 0

@@ -63,7 +63,7 @@ def _sample(source: str, labels: np.ndarray, wanted: settings.EvaluateSettings) 
             model,
             labels,
             steps=wanted.steps,
-            guidance=wanted.guidance,
+            guidance=model.config.guidance if wanted.guidance is None else wanted.guidance,
             eta=wanted.eta,
             seed=wanted.seed,
             batch_size=min(wanted.batch, wanted.count),

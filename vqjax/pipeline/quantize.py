@@ -283,7 +283,11 @@ def _samples(job: Job, journal: Journal, name: str, model: Model) -> results.Sam
         title = f"sample {name.replace('_', ' ')}"
         with journal.stage("sample"), progress.stage(title, job.samples) as advance:
             images, latents = sampling.generate_with_latents(
-                model, classes, seed=job.settings.seed, on_batch=advance
+                model,
+                classes,
+                guidance=model.config.guidance,
+                seed=job.settings.seed,
+                on_batch=advance,
             )
         found = {"images": images, "latents": latents}, {}
         journal.store(f"samples/{name}", *found)
