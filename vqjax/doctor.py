@@ -192,9 +192,9 @@ def check_model() -> str:
     eps_BHWC = predict(config, model.params, x_BHWC, jnp.asarray([901]), context)
     # A trained model predicts nearly all of the noise that is nearly all of its input.
     error = float(jnp.sqrt(jnp.mean((eps_BHWC - x_BHWC) ** 2)))
-    if not error < 0.5:
-        raise AssertionError(f"noise predicted with RMS error {error:.2f}, expected below 0.5")
-    return f"noise predicted with RMS error {error:.2f}"
+    if not error < 0.1:
+        raise AssertionError(f"noise predicted with RMS error {error:.3f}, expected below 0.1")
+    return f"noise predicted with RMS error {error:.3f}"
 
 
 def check_first_stage() -> str:
@@ -212,8 +212,8 @@ def check_first_stage() -> str:
     z_BHWC = encode(model.config, model.params, jnp.asarray(images))
     found = np.asarray(decode(model.config, model.params, z_BHWC))
     error = float(np.sqrt(np.mean((found - images) ** 2)))
-    if not error < 0.2:
-        raise AssertionError(f"digits come back with RMS error {error:.2f}, expected below 0.2")
+    if not error < 0.1:
+        raise AssertionError(f"digits come back with RMS error {error:.3f}, expected below 0.1")
     return f"digits come back with RMS error {error:.3f} of a range of 2"
 
 
