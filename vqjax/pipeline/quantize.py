@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The main job: fold, plan, calibrate, compress, save, sample, report. Killed, it resumes."""
 
+import concurrent.futures
 import dataclasses
 import json
 import math
+import os
 import pathlib
 import shlex
 import sys
 import zlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -27,6 +30,7 @@ from vqjax.pipeline import calibrate, environment, estimate, results
 from vqjax.pipeline.journal import Journal, fingerprint
 
 CALIBRATION_SEED = 1_000_003  # added to the seed, so that no report image was calibrated on
+CPU_WORKERS = 4  # layers searched side by side; each has its own arrays, so more cost memory
 SMALL_MODEL_SAMPLES, LARGE_MODEL_SAMPLES = 256, 4
 
 
@@ -224,26 +228,51 @@ def _moments(job, journal, visited, index, paths, part) -> calibrate.Moments:
     return moments
 
 
+def _each_layer(
+    title: str, work: Callable[[str, np.ndarray], Any], moments: calibrate.Moments, note
+) -> dict[str, Any]:
+    """`work(path, moment)` for every layer; layers depend on nothing but their own arguments.
+
+    On a CPU a few run side by side, since neither compilation nor the search of one layer keeps all
+    cores busy.
+    """
+    workers = min(os.cpu_count() or 1, CPU_WORKERS) if jax.default_backend() == "cpu" else 1
+    with (
+        concurrent.futures.ThreadPoolExecutor(workers) as pool,
+        progress.stage(title, len(moments)) as advance,
+    ):
+        pending = {pool.submit(work, path, moment): path for path, moment in moments.items()}
+        try:
+            for future in concurrent.futures.as_completed(pending):
+                advance(1, note(pending[future], future.result()))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return {path: future.result() for future, path in pending.items()}
+
+
 def _compress(job, journal, moments, part) -> dict[str, tuple[VQTensor, LayerStats]]:
-    done = {}
     flat = tree.flatten(job.model.params)
-    with progress.stage(f"compress{part}", len(moments)) as advance:
-        for path, moment in moments.items():
-            piece = f"layers/{path.replace('/', '.')}"
-            found = journal.load(piece)
-            if found is None:
-                key = jax.random.fold_in(
-                    jax.random.key(job.settings.seed), zlib.crc32(path.encode())
-                )
-                tensor, stats = compress_layer(flat[path], moment, job.plan[path], key=key)
-                arrays, about = leaves.to_arrays({"kernel": tensor})
-                journal.store(piece, arrays, {"about": about["kernel"], "stats": stats._asdict()})
-            else:
-                tensor, stats = _restore(*found)
-            done[path] = tensor, stats
-            advance(1, f"{path.removeprefix('unet/').removesuffix('/kernel')}"
-                       f"  error {stats.rel_output_mse:.4f}")  # fmt: skip
-    return done
+    seed_key = jax.random.key(job.settings.seed)
+
+    def work(path: str, moment: np.ndarray) -> tuple[VQTensor, LayerStats]:
+        piece = f"layers/{path.replace('/', '.')}"
+        found = journal.load(piece)
+        if found is not None:
+            return _restore(*found)
+        key = jax.random.fold_in(seed_key, zlib.crc32(path.encode()))
+        tensor, stats = compress_layer(
+            flat[path], jax.numpy.asarray(moment), job.plan[path], key=key
+        )
+        arrays, about = leaves.to_arrays({"kernel": tensor})
+        journal.store(piece, arrays, {"about": about["kernel"], "stats": stats._asdict()})
+        return tensor, stats
+
+    def note(path: str, result: tuple[VQTensor, LayerStats]) -> str:
+        name = path.removeprefix("unet/").removesuffix("/kernel")
+        return f"{name}  error {result[1].rel_output_mse:.4f}"
+
+    return _each_layer(f"compress{part}", work, moments, note)
 
 
 def _restore(arrays, notes) -> tuple[VQTensor, LayerStats]:
@@ -255,22 +284,20 @@ def _restore(arrays, notes) -> tuple[VQTensor, LayerStats]:
 
 def _baseline(job, journal, moments, part) -> dict[str, ScalarLayer]:
     """Scalar quantization at the same bits on the same moments, what ours is measured against."""
-    done = {}
     flat = tree.flatten(job.model.params)
-    with progress.stage(f"baseline{part}", len(moments)) as advance:
-        for path, moment in moments.items():
-            piece = f"scalar/{path.replace('/', '.')}"
-            found = journal.load(piece)
-            if found is None:
-                bits = 8 if job.plan[path].grouping == "scalar" else job.scalar_bits
-                layer = scalar_baseline(flat[path], moment, bits)
-                notes = {name: v for name, v in layer._asdict().items() if name != "kernel"}
-                journal.store(piece, {"kernel": np.asarray(layer.kernel)}, notes)
-            else:
-                layer = ScalarLayer(kernel=found[0]["kernel"], **found[1])
-            done[path] = layer
-            advance()
-    return done
+
+    def work(path: str, moment: np.ndarray) -> ScalarLayer:
+        piece = f"scalar/{path.replace('/', '.')}"
+        found = journal.load(piece)
+        if found is not None:
+            return ScalarLayer(kernel=found[0]["kernel"], **found[1])
+        bits = 8 if job.plan[path].grouping == "scalar" else job.scalar_bits
+        layer = scalar_baseline(flat[path], jax.numpy.asarray(moment), bits)
+        notes = {name: value for name, value in layer._asdict().items() if name != "kernel"}
+        journal.store(piece, {"kernel": np.asarray(layer.kernel)}, notes)
+        return layer
+
+    return _each_layer(f"baseline{part}", work, moments, lambda path, layer: "")
 
 
 def _samples(job: Job, journal: Journal, name: str, model: Model) -> results.Samples:
