@@ -129,7 +129,11 @@ def train_autoencoder(config, images_NHWC: np.ndarray, args: Args) -> dict[str, 
     encode = jax.jit(lambda x: models.encode(config, {"first_stage": params}, x))
     latents = np.asarray(encode(images[: len(images) // VARIANTS]))
     kmeans = MiniBatchKMeans(
-        config.first_stage.n_embed, random_state=args.seed, batch_size=8192, n_init=1, max_iter=20
+        config.first_stage.n_embed,
+        random_state=args.seed,
+        batch_size=8192,
+        n_init=1,  # pyright: ignore[reportArgumentType]
+        max_iter=20,
     )
     kmeans.fit(latents.reshape(-1, latents.shape[-1]))
     params["quantize"]["embedding"] = jnp.asarray(kmeans.cluster_centers_, jnp.float32)

@@ -28,7 +28,7 @@ def test_packed_rows_are_little_endian_bit_strings(bits, count, rows, seed):
     for row, stored in zip(codes, np.asarray(packed)):
         number = sum(int(code) << (bits * place) for place, code in enumerate(row))
         assert bytes(stored) == number.to_bytes(len(stored), "little")
-    np.testing.assert_array_equal(decode.unpack(packed, count, bits), codes)
+    np.testing.assert_array_equal(decode.unpack(jnp.asarray(packed), count, bits), codes)
 
 
 @pytest.mark.parametrize(

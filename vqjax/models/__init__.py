@@ -6,7 +6,7 @@ Dimension key:  B batch   H W image or latent   C channels   N context tokens   
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -45,7 +45,7 @@ def init_params(config: LatentDiffusionConfig, key: jax.Array) -> Params:
         "first_stage": Autoencoder(config.first_stage).init(key_first, image_BHWC)["params"],
     }
     if config.n_classes:
-        shape = (config.n_classes, c.context_dim)
+        shape = (config.n_classes, c.context_dim or 0)
         params["cond_stage"] = {"embedding": jax.random.normal(key_class, shape, jnp.float32)}
     return params
 
@@ -70,7 +70,8 @@ def predict_noise(
       t_B: integer timesteps in [0, config.timesteps).
       context_BNX: from `embed_classes`; None for an unconditional model.
     """
-    return UNet(config.unet).apply({"params": params["unet"]}, x_BHWC, t_B, context_BNX)
+    eps = UNet(config.unet).apply({"params": params["unet"]}, x_BHWC, t_B, context_BNX)
+    return cast(jax.Array, eps)  # a tuple only where collections are mutable
 
 
 def capture_inputs(

@@ -26,6 +26,7 @@ def quantize(source: str | os.PathLike = "digits", **config: Any) -> "Report":
     from vqjax.pipeline.quantize import run
     from vqjax.settings import QuantizeSettings
 
-    paths = {name: pathlib.Path(config[name]) for name in ("plan", "out", "export")
-             if config.get(name) is not None}  # fmt: skip
-    return run(QuantizeSettings(source=str(source), **(config | paths)))
+    for name in ("plan", "out", "export"):
+        if config.get(name) is not None:
+            config[name] = pathlib.Path(config[name])
+    return run(QuantizeSettings(source=str(source), **config))

@@ -59,7 +59,7 @@ def ddim(
         eps = predict(x, jnp.broadcast_to(t, x.shape[:1])).astype(jnp.float32)
         pred_x0 = (x - jnp.sqrt(1 - a) * eps) / jnp.sqrt(a)
         x_next = jnp.sqrt(a_prev) * pred_x0 + jnp.sqrt(1 - a_prev - sigma**2) * eps
-        if stochastic:
+        if stochastic and noise is not None:
             x_next += sigma * noise(index)
         return x_next, Trajectory(x, pred_x0)
 
