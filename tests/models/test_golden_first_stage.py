@@ -22,7 +22,9 @@ def load(path):
     params = recipe.params(recipe.entries_of(text), int(data["seed"]), rules)
 
     def bind(function, **fixed):
-        return jax.jit(functools.partial(function, config, params, **fixed))
+        # The weights are an argument: as constants they would be compiled into the program.
+        program = jax.jit(functools.partial(function, config, **fixed))
+        return functools.partial(program, params)
 
     return data, {
         "encode": bind(models.encode),
