@@ -25,7 +25,6 @@ KIND_COLOURS = {
     "feed_forward": "#9268c0",
     "time": "#5b9a4a",
     "first_last": "#cf5650",
-    "dead": "#8b929b",
 }
 _OTHER_KIND = "#8b929b"
 _FULL, _QUANTIZED = "#8b929b", "#3f78c4"

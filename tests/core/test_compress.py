@@ -120,8 +120,6 @@ def test_bad_input_is_named():
         compress.compress_layer(kernel, moment.at[0, 0].set(jnp.inf), _spec(), key=key)
     with pytest.raises(VqjaxError, match=r"moment \(19, 19\) .* expected \(20, 20\)"):
         compress.compress_layer(kernel, moment[:19, :19], _spec(), key=key)
-    with pytest.raises(VqjaxError, match="a dead layer has nothing to compress"):
-        compress.compress_layer(kernel, moment, LayerSpec("dead", "linear", 8, 0, 0), key=key)
 
 
 def test_eight_bits_for_first_and_last_layers():

@@ -103,11 +103,8 @@ def compress_layer(
       effort: how hard to search.
 
     Raises:
-      VqjaxError: if the kernel or the moment is not finite, their sizes differ, or the layer is
-        "dead" and has nothing to store.
+      VqjaxError: if the kernel or the moment is not finite, or their sizes differ.
     """
-    if spec.kind == "dead":
-        raise VqjaxError("a dead layer has nothing to compress: remove it by folding")
     check_layer(kernel, moment)
     effort = effort or Effort()
     problem = _problem(kernel, moment, spec, effort)

@@ -41,7 +41,7 @@ def layer_flops(shape: tuple[int, ...], spec: LayerSpec, positions: int) -> Flop
     """
     outputs, fan_in = matrix_shape(shape)
     dense = 2 * fan_in * outputs * positions
-    if spec.grouping == "scalar" or not spec.codebooks:
+    if spec.grouping == "scalar":
         return Flops(dense, dense)
     groups = groups_per_row(fan_in, spec.group)
     tables = 2 * groups * spec.group * spec.codebooks * spec.entries * positions

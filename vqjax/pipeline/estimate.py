@@ -94,7 +94,7 @@ def estimate(
 def _search_flops(shape: tuple[int, ...], plan: Plan, path: str) -> float:
     spec = plan[path]
     outputs, fan_in = matrix_shape(shape)
-    if spec.grouping == "scalar" or not spec.codebooks:
+    if spec.grouping == "scalar":
         return 0.0
     sums = min(float(spec.entries) ** spec.codebooks, 2.0**16)
     scores = 2.0 * outputs * groups_per_row(fan_in, spec.group) * spec.group * sums
