@@ -112,7 +112,8 @@ class Journal:
 
     def store(self, name: str, arrays: Mapping[str, np.ndarray], notes: dict[str, Any]) -> None:
         """Keeps a finished piece of work until the run is complete."""
-        contiguous = {key: np.ascontiguousarray(value) for key, value in arrays.items()}
+        # Not ascontiguousarray, which makes a vector of a scalar.
+        contiguous = {key: np.asarray(value, order="C") for key, value in arrays.items()}
         data = safetensors.numpy.save(contiguous, metadata={"notes": json.dumps(notes)})
         self._work(name).parent.mkdir(parents=True, exist_ok=True)
         native.write_atomically(self._work(name), data)

@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finished pieces of a run come back from the journal as they went in."""
+
+import numpy as np
+
+from vqjax.pipeline.journal import Journal
+
+
+def test_pieces_keep_shape_type_and_bits(tmp_path):
+    journal = Journal(tmp_path, {"status": "running", "seconds": {}})
+    arrays = {
+        "scalar": np.float32(0.03),
+        "strided": np.arange(12, dtype=np.float16).reshape(3, 4).T,
+        "codes": np.arange(256, dtype=np.uint8),
+    }
+    notes = {"error": 0.1, "path": "unet/out/conv/kernel"}
+    assert journal.load("layers/a") is None
+    journal.store("layers/a", arrays, notes)
+    found, found_notes = journal.load("layers/a") or ({}, {})
+    assert found_notes == notes
+    assert found.keys() == arrays.keys()
+    for name, expected in arrays.items():
+        assert found[name].dtype == expected.dtype
+        assert found[name].shape == expected.shape
+        np.testing.assert_array_equal(found[name], expected)
