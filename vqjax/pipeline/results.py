@@ -100,7 +100,7 @@ def _weights(job: "Job", model: Model) -> dict[str, Any]:
     return {
         "bits_target": job.settings.bits,
         "bits_per_weight": 8 * sum(t.nbytes for t in packed) / sum(t.size for t in packed),
-        "bits_per_weight_model": 8 * stored / sum(leaf.size for leaf in flat.values()),
+        "bits_per_weight_model": 8 * stored / _unet_weights(job),
         "bytes_before": 4 * _unet_weights(job),
         "bytes_after": stored,
     }
