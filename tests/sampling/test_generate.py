@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images depend on seed, number and class alone; guidance and mistakes."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import vqjax
+from tests.io import models as small
+from vqjax import models, sampling
+from vqjax.errors import VqjaxError
+
+MODEL = small.dense(small.CLASSES)
+CLASSES = [0, 1, 2, 0, 1]
+
+
+@pytest.fixture(scope="module")
+def images() -> np.ndarray:
+    return sampling.generate(MODEL, CLASSES, steps=2, seed=3, batch_size=5)
+
+
+def test_images_do_not_depend_on_the_batch_size(images):
+    split = sampling.generate(MODEL, CLASSES, steps=2, seed=3, batch_size=2)
+    assert images.shape == (5, 32, 32, 3)
+    assert images.dtype == np.uint8
+    # Rounding inside a convolution may differ with the batch: at most one grey level.
+    assert np.abs(images.astype(int) - split.astype(int)).max() <= 1
+
+
+def test_a_series_can_be_continued(images):
+    rest = sampling.generate(MODEL, CLASSES[3:], steps=2, seed=3, first_index=3, batch_size=5)
+    assert np.abs(images[3:].astype(int) - rest.astype(int)).max() <= 1
+
+
+def test_seeds_numbers_and_eta_change_the_latent():
+    latents = [
+        sampling.generate_with_latents(MODEL, CLASSES, steps=2, batch_size=5, **settings)[1]
+        for settings in ({"seed": 3}, {"seed": 4}, {"seed": 3, "eta": 1}, {"seed": 3, "eta": 1})
+    ]
+    plain, other, noisy, again = latents
+    np.testing.assert_array_equal(noisy, again)
+    for different in (other, noisy):
+        assert np.abs(different - plain).mean() > 0.1 * np.abs(plain).mean()
+    assert np.abs(plain[0] - plain[3]).mean() > 0.1 * np.abs(plain).mean()  # of one class
+
+
+def test_noise_is_standard_normal_and_different_at_every_step():
+    index = jnp.arange(64, dtype=jnp.uint32)
+    start = np.asarray(sampling.image_noise(0, index, (8, 8, 3)))
+    later = np.asarray(sampling.image_noise(0, index, (8, 8, 3), step=1))
+    assert start.std() == pytest.approx(1, abs=0.02)
+    assert abs(np.corrcoef(start.ravel(), later.ravel())[0, 1]) < 0.05
+
+
+def test_guidance_mixes_both_branches():
+    x, t = jnp.ones((2, *MODEL.config.latent_shape)), jnp.array([5, 900])
+    ids = jnp.array([1, 2])
+    predict = sampling.predictor(MODEL.config, MODEL.params, ids, 2.5)
+
+    def branch(classes):
+        context = models.embed_classes(MODEL.config, MODEL.params, classes)
+        return models.predict_noise(MODEL.config, MODEL.params, x, t, context)
+
+    conditional, unconditional = branch(ids), branch(jnp.array([3, 3]))
+    expected = unconditional + 2.5 * (conditional - unconditional)
+    np.testing.assert_allclose(predict(x, t), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_rounding_is_half_up():
+    levels = np.array([-2.0, -1.0, 0.0, 0.999, 1.0, 3.0]).reshape(1, 1, 6, 1)
+    values = np.asarray(sampling.to_uint8(jnp.asarray(levels))).ravel()
+    assert values.tolist() == [0, 0, 128, 255, 255, 255]
+
+
+@pytest.mark.parametrize(
+    ("classes", "settings", "message"),
+    [
+        ([0, 9], {}, r"found \[9\], but small-classes has classes 0 to 2 \(3 is 'no class'\)"),
+        ([0.5], {}, "expected a list of class ids"),
+        ([], {}, "expected a list of class ids"),
+        ([0], {"steps": 0}, "steps: found 0, expected 1 to 999"),
+        ([0], {"steps": 1000}, "steps: found 1000"),
+        ([0], {"eta": -1}, "eta: found -1"),
+    ],
+)
+def test_mistakes_are_named(classes, settings, message):
+    with pytest.raises(VqjaxError, match=message):
+        vqjax.sample(MODEL, classes, **settings)
+
+
+def test_an_unconditional_model_counts_classes_only():
+    model = small.dense(small.PLAIN)
+    assert sampling.generate(model, [7, 7], steps=1, batch_size=2).shape == (2, 32, 32, 3)

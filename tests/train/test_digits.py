@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pieces of the digits training, and what the shipped model promises."""
+
+import jax
+import numpy as np
+import pytest
+
+import vqjax
+from vqjax import models
+from vqjax.config import LatentDiffusionConfig
+from vqjax.eval import digits as scores
+from vqjax.io import digits_data
+from vqjax.train import digits
+
+
+def test_augmentation_keeps_the_images_and_adds_small_changes():
+    images = digits_data.load().train_images[:4]
+    variants = digits.augment(images, np.random.default_rng(0))
+    assert variants.shape == (digits.VARIANTS, *images.shape)
+    np.testing.assert_allclose(variants[0], images / 127.5 - 1, atol=1e-6)
+    change = np.abs(variants[1:] - variants[:1]).mean()
+    assert 0.01 < change < 0.3
+    assert np.abs(variants).max() <= 1 + 1e-6
+
+
+def test_rescaling_the_latents_changes_no_image():
+    config = LatentDiffusionConfig.digits()
+    first_stage = models.init_params(config, jax.random.key(0))["first_stage"]
+    images = jax.random.uniform(jax.random.key(1), (2, 32, 32, 3), minval=-1)
+
+    def through(params):
+        z = models.encode(config, {"first_stage": params}, images)
+        return z, models.decode(config, {"first_stage": params}, z)
+
+    z, before = through(first_stage)
+    z_scaled, after = through(digits.rescaled(first_stage, 4.0))
+    np.testing.assert_allclose(z_scaled, 4 * z, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(after, before, rtol=1e-3, atol=1e-4)
+
+
+def test_the_shipped_model_reconstructs_digits_it_never_saw():
+    model, held = vqjax.load("digits"), digits_data.load().held_images[:64]
+    x = held.astype(np.float32) / 127.5 - 1
+    decoded = models.decode(
+        model.config, model.params, models.encode(model.config, model.params, x)
+    )
+    assert np.sqrt(np.mean((np.asarray(decoded) - x) ** 2)) < 0.1
+
+
+@pytest.mark.slow
+def test_the_shipped_model_draws_the_class_it_is_asked_for():
+    labels = np.arange(200) % 10
+    found = scores.evaluate_images(vqjax.sample("digits", labels, guidance=1.5), labels)
+    assert found["accuracy"] >= 0.95
+    assert found["fd"] < 20  # at N = 200; about 4 at N = 10,000

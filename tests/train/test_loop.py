@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A killed training run continues to the same bits."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from vqjax.train import loop
+
+OPTIMIZER = optax.adam(0.1)
+KEY = jax.random.key(0)
+
+
+def step(state, index):
+    params, opt_state = state
+    target = jax.random.normal(jax.random.fold_in(KEY, index), params["w"].shape)
+    loss, grads = jax.value_and_grad(lambda p: jnp.mean((p["w"] - target) ** 2))(params)
+    updates, opt_state = OPTIMIZER.update(grads, opt_state)
+    return (optax.apply_updates(params, updates), opt_state), loss
+
+
+def start():
+    params = {"w": jnp.ones(5)}
+    return params, OPTIMIZER.init(params)
+
+
+def test_an_interrupted_run_ends_with_the_same_bits(tmp_path):
+    whole = loop.train("whole", start(), step, 9, tmp_path / "whole")
+    loop.train("part", start(), step, 4, tmp_path / "part")
+    resumed = loop.train("part", start(), step, 9, tmp_path / "part")
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(resumed), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_complete_run_is_not_repeated(tmp_path):
+    first = loop.train("run", start(), step, 3, tmp_path)
+    again = loop.train("run", start(), lambda state, index: 1 / 0, 3, tmp_path)
+    np.testing.assert_array_equal(first[0]["w"], again[0]["w"])
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_step(tmp_path):
+    def diverging(state, index):
+        state, loss = step(state, index)
+        return state, jnp.where(index == 2, jnp.nan, loss)
+
+    with pytest.raises(FloatingPointError, match="run: loss nan at step 2"):
+        loop.train("run", start(), diverging, 5, tmp_path)
