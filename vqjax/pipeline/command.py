@@ -35,5 +35,3 @@ def _set_up() -> None:
         folder = platformdirs.user_cache_path("vqjax") / "xla"
         jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    # TF32 would cost the third digit of every figure in the report.
-    jax.config.update("jax_default_matmul_precision", "highest")

@@ -5,6 +5,7 @@ import dataclasses
 import json
 from typing import Any
 
+import jax
 import numpy as np
 from rich.console import Console
 from rich.table import Table
@@ -18,6 +19,7 @@ from vqjax.pipeline import environment
 SCORES = ("fd", "sfd", "is", "precision", "recall", "accuracy")
 
 
+@jax.default_matmul_precision("highest")  # scores must not depend on the device
 def run(wanted: settings.EvaluateSettings) -> dict[str, Any]:
     """Samples, scores, prints a table and writes the JSON file; returns its content.
 

@@ -82,6 +82,7 @@ class Job:
         return min(max(math.ceil(self.settings.bits), 1), 8)
 
 
+@jax.default_matmul_precision("highest")  # TF32 would cost the third digit of every figure
 def run(wanted: settings.QuantizeSettings) -> Report:
     """Runs or resumes a quantization; the same settings give the same model bytes.
 

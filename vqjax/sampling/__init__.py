@@ -95,6 +95,7 @@ def _batch(config, params, ids_B, index_B, seed, *, steps: int, guidance: float,
     return to_uint8(models.decode(config, params, z_BHWC)), z_BHWC
 
 
+@jax.default_matmul_precision("highest")  # TF32 would change pictures from device to device
 def generate_with_latents(
     model: Model,
     classes: Sequence[int] | np.ndarray,
