@@ -34,8 +34,8 @@ def test_a_series_can_be_continued(images):
 
 def test_seeds_numbers_and_eta_change_the_latent():
     latents = [
-        sampling.generate_with_latents(MODEL, CLASSES, steps=2, batch_size=5, **settings)[1]
-        for settings in ({"seed": 3}, {"seed": 4}, {"seed": 3, "eta": 1}, {"seed": 3, "eta": 1})
+        sampling.generate_with_latents(MODEL, CLASSES, steps=2, seed=seed, eta=eta, batch_size=5)[1]
+        for seed, eta in ((3, 0.0), (4, 0.0), (3, 1.0), (3, 1.0))
     ]
     plain, other, noisy, again = latents
     np.testing.assert_array_equal(noisy, again)
