@@ -3,6 +3,8 @@
 
 import dataclasses
 import json
+import shlex
+import sys
 from typing import Any
 
 import jax
@@ -32,10 +34,14 @@ def run(wanted: settings.EvaluateSettings) -> dict[str, Any]:
     labels = np.arange(wanted.count) % 10
     images = [_sample(source, labels, wanted) for source in sources]
     found = {
+        "command": "python -m vqjax.evaluate " + shlex.join(sys.argv[1:]),
         "settings": dataclasses.asdict(wanted) | {"out": str(wanted.out)},
         "models": {
             source: digits.evaluate_images(pictures, labels)
-            | {"memorization": digits.memorization(pictures)}
+            | {
+                "memorization": digits.memorization(pictures),
+                "against_held_out": digits.evaluate_images(pictures, labels, reference="held"),
+            }
             for source, pictures in zip(sources, images)
         },
         "real_halves": digits.real_halves(),
@@ -83,6 +89,8 @@ def _show(found: dict[str, Any]) -> None:
     for score in SCORES:
         cells = [f"{scores[score]:.3f}" for scores in columns.values()]
         table.add_row("digit-FD" if score == "fd" else score, *cells)
+    held = [f"{scores['against_held_out']['fd']:.3f}" for scores in found["models"].values()]
+    table.add_row("digit-FD to the held-out half", *held, "")
     console = Console(highlight=False)
     console.print(table)
     for name, scores in found["models"].items():
