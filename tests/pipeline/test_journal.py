@@ -23,3 +23,12 @@ def test_pieces_keep_shape_type_and_bits(tmp_path):
         assert found[name].dtype == expected.dtype
         assert found[name].shape == expected.shape
         np.testing.assert_array_equal(found[name], expected)
+
+
+def test_what_a_killed_process_had_begun_is_cleared_away(tmp_path):
+    Journal.open(tmp_path / "run", {"fingerprint": "f"})
+    (tmp_path / "run" / ".model.123.part" / "params").mkdir(parents=True)
+    (tmp_path / "run" / "work").mkdir()
+    (tmp_path / "run" / "work" / ".piece.123.part").write_text("half")
+    Journal.open(tmp_path / "run", {"fingerprint": "f"})
+    assert not list(tmp_path.rglob("*.part"))

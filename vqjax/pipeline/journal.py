@@ -68,6 +68,7 @@ class Journal:
                 )
             record = {**record, "seconds": found["seconds"], "status": found["status"]}
             record["started"] = found["started"]
+            _clear_leftovers(folder)
             return cls(folder, record)
         if folder.exists() and any(folder.iterdir()):
             raise VqjaxError(f"{folder} is not empty and holds no run; choose another --out")
@@ -127,6 +128,15 @@ class Journal:
 
     def _work(self, name: str) -> pathlib.Path:
         return self.folder / "work" / f"{name}.safetensors"
+
+
+def _clear_leftovers(folder: pathlib.Path) -> None:
+    """Removes what a killed process had begun to write under a temporary name."""
+    for path in list(folder.rglob(".*.part")):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def peak_memory_bytes() -> int:
