@@ -6,7 +6,9 @@ Imports neither jax nor anything of ours but errors, so that `--help` answers at
 
 import dataclasses
 import pathlib
-from typing import Annotated, Literal
+import shlex
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -106,3 +108,23 @@ class EvaluateSettings:
     """Images in one compiled call."""
     out: pathlib.Path = pathlib.Path("evaluation.json")
     """The scores, with settings and versions."""
+
+
+def command_line(module: str, settings: Any) -> str:
+    """The command that repeats a call with these settings, defaults left out."""
+    return shlex.join(["python", "-m", module, settings.source, *_options(settings, "")])
+
+
+def _options(settings: Any, prefix: str) -> Iterator[str]:
+    for field in dataclasses.fields(settings):
+        value, name = getattr(settings, field.name), f"--{prefix}{field.name.replace('_', '-')}"
+        if field.name == "source" or value == field.default:
+            continue
+        if dataclasses.is_dataclass(value):
+            yield from _options(value, f"{prefix}{field.name}.")
+        elif isinstance(value, bool):
+            yield name
+        elif isinstance(value, tuple):
+            yield from (name, *map(str, value))
+        else:
+            yield from (name, str(value))

@@ -3,8 +3,6 @@
 
 import dataclasses
 import json
-import shlex
-import sys
 from typing import Any
 
 import jax
@@ -34,7 +32,7 @@ def run(wanted: settings.EvaluateSettings) -> dict[str, Any]:
     labels = np.arange(wanted.count) % 10
     images = [_sample(source, labels, wanted) for source in sources]
     found = {
-        "command": "python -m vqjax.evaluate " + shlex.join(sys.argv[1:]),
+        "command": settings.command_line("vqjax.evaluate", wanted),
         "settings": dataclasses.asdict(wanted) | {"out": str(wanted.out)},
         "models": {
             source: digits.evaluate_images(pictures, labels)

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import pathlib
-import shlex
 import sys
 import zlib
 from collections.abc import Callable
@@ -156,7 +155,7 @@ def _record(job: Job) -> dict[str, Any]:
     matters = {name: shown[name] for name in ("calibration", "seed")}
     versions = environment.versions()
     return {
-        "command": "python -m vqjax.quantize " + shlex.join(sys.argv[1:]),
+        "command": settings.command_line("vqjax.quantize", job.settings),
         "settings": shown,
         "samples": job.samples,
         "source_sha256": source,
