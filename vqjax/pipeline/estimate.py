@@ -25,8 +25,6 @@ from vqjax.pipeline.calibrate import LayerInput
 from vqjax.settings import Calibration
 
 _RUNTIME_BYTES = 1.8e9  # interpreter, libraries and compiled programs, measured on digits
-    0.9e9  # interpreter, libraries and compiled programs, measured on the embedded model
-)
 _SEARCH_SWEEPS = 13  # feedback and descent rounds of one layer, and their least-squares updates
 _SCORE_SHARE = 0.18  # speed of enumerating sums, relative to a large matrix product
 _NETWORK_SHARE = 0.45  # the same for the networks
