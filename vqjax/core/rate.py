@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a given number of bits can reach at best, whatever the code.
+
+Dimension key:  N fan-in
+"""
+
+import math
+
+import jax
+import numpy as np
+
+_STEPS = 100  # bisection steps: more than float64 can tell apart
+
+
+def reverse_water_filling(eigenvalues_N: jax.typing.ArrayLike, bits: float) -> float:
+    """Least mean distortion of a Gaussian source at a rate: the bound for every quantizer.
+
+    A row of W with independent weights of variance 1, its error measured by (w - q) S (w - q)^T,
+    is N independent Gaussian sources with the eigenvalues of S as variances. The rate-distortion
+    function of such a source fills the components up to one level theta,
+
+        R(theta) = 1/N sum_i max(0, 1/2 log2(l_i / theta)),   D(theta) = 1/N sum_i min(theta, l_i)
+
+    (Cover and Thomas, Elements of Information Theory, 2nd edition, section 10.3.3). Over the mean
+    eigenvalue it bounds the relative output error tr((W - Q) S (W - Q)^T) / tr(W S W^T). For
+    weights that are not Gaussian it is no bound, but what a Gaussian of their variance would need.
+
+    Args:
+      eigenvalues_N: of S. Small negative ones, which rounding causes, count as zero.
+      bits: R, per weight.
+
+    Returns:
+      D, in the units of the eigenvalues: the distortion per weight for weights of variance 1.
+    """
+    spectrum_N = np.maximum(np.asarray(eigenvalues_N, np.float64), 0.0)
+    positive = spectrum_N[spectrum_N > 0]
+    if positive.size == 0:
+        return 0.0
+    logs = np.log2(positive)
+    # With all components active the rate is at least `bits` at the lower end, 0 at the upper one.
+    low, high = float(logs.min()) - 2 * bits * spectrum_N.size / positive.size, float(logs.max())
+    for _ in range(_STEPS):
+        middle = (low + high) / 2
+        rate = np.sum(np.maximum(logs - middle, 0.0)) / 2 / spectrum_N.size
+        low, high = (middle, high) if rate > bits else (low, middle)
+    return float(np.mean(np.minimum(spectrum_N, math.exp2(high))))
