@@ -31,5 +31,12 @@ def test_the_command_line_round_trips(settings):
     assert tyro.cli(type(settings), args=words[3:]) == settings
 
 
+def test_a_subcommand_comes_before_its_options():
+    settings = lib.BenchAqSettings(inputs=pathlib.Path("my files"), seed=3)
+    line = lib.command_line("vqjax.bench", settings, "aq")
+    assert line == "python -m vqjax.bench aq --inputs 'my files' --seed 3"
+    assert tyro.cli(lib.BenchAqSettings, args=shlex.split(line)[4:]) == settings
+
+
 def test_defaults_are_left_out():
     assert lib.command_line("m", lib.QuantizeSettings(bits=3.0)) == "python -m m digits --bits 3.0"

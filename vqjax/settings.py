@@ -110,9 +110,30 @@ class EvaluateSettings:
     """The scores, with settings and versions."""
 
 
-def command_line(module: str, settings: Any) -> str:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BenchAqSettings:
+    """Measures the quantizer: error, bits and time on given matrices, or time on a whole U-Net.
+
+    With --inputs, every matrix file in a folder (.npz with W and second moments XTX, XTX_test, or
+    feature maps maps, maps_test) is quantized at 2 and 4 bits, beside baselines and the bound. With
+    --model, the U-Net of a preset is, with random weights and inputs."""
+
+    inputs: pathlib.Path | None = None
+    """Folder of matrix files."""
+    model: Preset | None = None
+    """Preset whose U-Net is quantized, layer by layer."""
+    json: pathlib.Path | None = None
+    """Results, written after each: the same command continues where an earlier one stopped."""
+    effort: Literal["reduced", "complete"] = "complete"
+    """How hard to search: as python -m vqjax.quantize does, or with fewer rounds."""
+    seed: int = 0
+    """Of the search, and of a model's weights and inputs."""
+
+
+def command_line(module: str, settings: Any, subcommand: str = "") -> str:
     """The command that repeats a call with these settings, defaults left out."""
-    return shlex.join(["python", "-m", module, settings.source, *_options(settings, "")])
+    words = [word for word in (subcommand, getattr(settings, "source", "")) if word]
+    return shlex.join(["python", "-m", module, *words, *_options(settings, "")])
 
 
 def _options(settings: Any, prefix: str) -> Iterator[str]:

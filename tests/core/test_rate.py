@@ -5,8 +5,8 @@ import json
 
 import numpy as np
 import pytest
-from tests.conftest import golden_params
 
+from tests.conftest import golden_params
 from vqjax.core.rate import reverse_water_filling
 
 

@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Command line of `python -m vqjax.bench`."""
+
+import sys
+
+import tyro
+
+from vqjax.settings import BenchAqSettings
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parses the arguments and measures; returns the exit code."""
+    settings = tyro.extras.subcommand_cli_from_dict(
+        {"aq": BenchAqSettings}, args=argv, prog="python -m vqjax.bench"
+    )
+    from vqjax.pipeline import command
+
+    return command.run(lambda: _work(settings))
+
+
+def _work(settings: BenchAqSettings) -> None:
+    from vqjax.bench import matrices, network
+    from vqjax.errors import VqjaxError
+
+    if (settings.inputs is None) == (settings.model is None):
+        raise VqjaxError(
+            "give either --inputs DIR, a folder of matrix files, or --model NAME, such as cin256-v2"
+        )
+    if settings.inputs is not None:
+        matrices.run(settings)
+    else:
+        network.run(settings)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
