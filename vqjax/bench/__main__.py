@@ -19,7 +19,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _work(settings: BenchAqSettings) -> None:
-    from vqjax.bench import matrices, network
     from vqjax.errors import VqjaxError
 
     if (settings.inputs is None) == (settings.model is None):
@@ -27,8 +26,12 @@ def _work(settings: BenchAqSettings) -> None:
             "give either --inputs DIR, a folder of matrix files, or --model NAME, such as cin256-v2"
         )
     if settings.inputs is not None:
+        from vqjax.bench import matrices
+
         matrices.run(settings)
     else:
+        from vqjax.bench import network
+
         network.run(settings)
 
 

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Time with compilation apart, and time by stage."""
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+
+Result = TypeVar("Result")
+
+_COMPILATION = "/jax/core/compile/"  # prefix of the events for tracing, lowering and compiling
+_ATTEMPTS = 4
+
+
+class CompileClock:
+    """Seconds that this thread's process spent on making programs, since the clock was made."""
+
+    def __init__(self) -> None:
+        self._spans: list[tuple[float, float]] = []
+        jax.monitoring.register_event_duration_secs_listener(self._hear)
+
+    def _hear(self, event: str, seconds: float, **_: str | int) -> None:
+        if not event.startswith(_COMPILATION):
+            return
+        end = time.perf_counter()
+        start = end - seconds
+        # Tracing one program traces those inside it: the outer event comes last and holds theirs.
+        while self._spans and self._spans[-1][1] > start:
+            start = min(start, self._spans.pop()[0])
+        self._spans.append((start, end))
+
+    @property
+    def seconds(self) -> float:
+        """Time so far."""
+        return sum(end - start for start, end in self._spans)
+
+
+def compiled_seconds(work: Callable[[], Result], clock: CompileClock) -> tuple[Result, float]:
+    """Runs `work` until a run needs no new program; returns its result and that run's seconds.
+
+    Args:
+      work: gives the same result each time.
+    """
+    for _ in range(_ATTEMPTS):
+        before, start = clock.seconds, time.perf_counter()
+        result = jax.block_until_ready(work())
+        seconds = time.perf_counter() - start
+        if clock.seconds == before:
+            break
+    return result, seconds
+
+
+class StageClock:
+    """Seconds by stage, compilation apart.
+
+    Attributes:
+      seconds: by stage; "compile" is one of them once anything was compiled.
+      rounds: how often each stage ended.
+    """
+
+    def __init__(self, clock: CompileClock) -> None:
+        self.seconds: Counter[str] = Counter()
+        self.rounds: Counter[str] = Counter()
+        self._clock = clock
+        self._last, self._compiled = time.perf_counter(), clock.seconds
+
+    def end(self, stage: str) -> None:
+        """Counts the time since the last call to `stage`, once all its arrays are computed."""
+        jax.block_until_ready(jax.live_arrays())
+        now, compiled = time.perf_counter(), self._clock.seconds
+        self.seconds[stage] += max(0.0, now - self._last - (compiled - self._compiled))
+        self.seconds["compile"] += compiled - self._compiled
+        self.rounds[stage] += 1
+        self._last, self._compiled = now, compiled

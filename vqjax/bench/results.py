@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The JSON file of a bench: written whole after every record, read again by the same command."""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+from collections.abc import Iterable
+from typing import Any
+
+from vqjax import core
+from vqjax.core.compress import Effort
+from vqjax.errors import VqjaxError
+from vqjax.io import native
+from vqjax.pipeline import environment
+from vqjax.settings import BenchAqSettings, command_line
+
+REDUCED = Effort(start_steps=10, feedback_rounds=1, descent_rounds=1)
+"""Few rounds: what a first look at a large model on a small machine can afford."""
+
+Record = dict[str, Any]
+
+
+def effort_of(settings: BenchAqSettings) -> Effort:
+    """The search effort that was asked for by name."""
+    return REDUCED if settings.effort == "reduced" else Effort()
+
+
+def identity(settings: BenchAqSettings) -> list[Any]:
+    """What all records depend on: versions, device, the quantizer's source, effort, seed."""
+    described = environment.describe()
+    digest = hashlib.sha256()
+    for path in sorted(pathlib.Path(core.__path__[0]).glob("*.py")):
+        digest.update(path.read_bytes())
+    device = [described[name] for name in ("device", "backend", "devices")]
+    effort = repr(effort_of(settings))
+    return [environment.versions(), device, digest.hexdigest(), effort, settings.seed]
+
+
+class Results:
+    """Records by fingerprint, in the order of the work, kept in a file where one is given.
+
+    Attributes:
+      content: everything in the file but the records.
+    """
+
+    def __init__(self, settings: BenchAqSettings, wanted: Iterable[str]) -> None:
+        """Takes over the finished records of an earlier run.
+
+        Args:
+          wanted: fingerprints of all records of this run, in order. Others are dropped.
+
+        Raises:
+          VqjaxError: if the file holds something else, or cannot be written.
+        """
+        self._path, self._order = settings.json, list(wanted)
+        known = _load(settings.json) if settings.json is not None else {}
+        self._records = {key: known[key] for key in self._order if key in known}
+        self.content: dict[str, Any] = {
+            "command": command_line("vqjax.bench", settings, "aq"),
+            "seed": settings.seed,
+            "effort": {"name": settings.effort, **dataclasses.asdict(effort_of(settings))},
+            "environment": environment.describe(),
+        }
+        self.save()  # before hours of work: is the place writable?
+
+    def get(self, key: str) -> Record | None:
+        """A finished record."""
+        return self._records.get(key)
+
+    def add(self, key: str, record: Record) -> Record:
+        """Keeps a record, on disk where a file was given."""
+        self._records[key] = record | {"fingerprint": key}
+        self.save()
+        return self._records[key]
+
+    @property
+    def records(self) -> list[Record]:
+        """All finished records, in the order of the work."""
+        return [self._records[key] for key in self._order if key in self._records]
+
+    def save(self) -> None:
+        """Writes the file, whole or not at all."""
+        if self._path is not None:
+            text = json.dumps({**self.content, "records": self.records}, indent=1)
+            native.write_atomically(self._path, text.encode() + b"\n")
+
+
+def _load(path: pathlib.Path) -> dict[str, Record]:
+    if not path.exists():
+        if not path.parent.is_dir():
+            raise VqjaxError(f"--json {path}: no folder {path.parent}; make it first")
+        return {}
+    try:
+        records = json.loads(path.read_text(encoding="utf-8"))["records"]
+        return {record["fingerprint"]: record for record in records if "fingerprint" in record}
+    except (ValueError, KeyError, TypeError, OSError):
+        raise VqjaxError(
+            f"--json {path}: found something other than results of this command; "
+            "choose another file or delete it"
+        ) from None
