@@ -136,7 +136,6 @@ def _timed(piece: Piece, effort: Effort, rows: int, seed: int, clock: CompileClo
     tensor, stats = compress_layer(
         kernel, moment, piece.spec, key=search_key, effort=effort, on_stage=stages.end
     )
-    stages.end("store")
     seconds = dict(stages.seconds)
     compiled = seconds.pop("compile", 0.0)
     return {
