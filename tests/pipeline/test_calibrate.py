@@ -7,12 +7,23 @@ import pytest
 
 from tests.io import models as small
 from vqjax import models
+from vqjax.core import moments as moments_lib
 from vqjax.core import tree
 from vqjax.core.plan import kernel_shapes
 from vqjax.pipeline import calibrate
 from vqjax.settings import Calibration
 
 SETTINGS = Calibration(images=3, steps=4, batch=2)
+
+
+PATHS = (
+    "unet/input_blocks_0/conv/kernel",
+    "unet/input_blocks_2/downsample/kernel",
+    "unet/input_blocks_3/attn/block_0/attn1/to_q/kernel",
+    "unet/output_blocks_3/res/skip/kernel",
+    "unet/output_blocks_1/res/conv1/kernel",
+    "unet/input_blocks_1/res/emb/kernel",
+)
 
 
 def _patches(x_BHWC: np.ndarray, stride: int, padding: tuple[int, int]) -> np.ndarray:
@@ -23,23 +34,14 @@ def _patches(x_BHWC: np.ndarray, stride: int, padding: tuple[int, int]) -> np.nd
         for i in range(0, height - 2, stride)
         for j in range(0, width - 2, stride)
     ]
-    return np.concatenate(cells)
+    return np.stack(cells, axis=1)
 
 
-def test_moments_are_the_mean_of_outer_products_of_what_each_output_reads():
-    model = small.dense(small.CLASSES)
-    visited = list(calibrate.trajectories(model, SETTINGS, seed=0))
-    paths = [
-        "unet/input_blocks_0/conv/kernel",
-        "unet/input_blocks_2/downsample/kernel",
-        "unet/input_blocks_3/attn/block_0/attn1/to_q/kernel",
-        "unet/output_blocks_3/res/skip/kernel",
-        "unet/input_blocks_1/res/emb/kernel",
-    ]
-    moments = calibrate.second_moments(model, visited, paths)
-
-    sums = {path: [] for path in paths}
+def _rows_by_image(model, visited) -> dict[str, np.ndarray]:
+    """Everything that the layers `PATHS` see, [images, rows, fan-in], as NumPy makes it."""
+    found = {path: [] for path in PATHS}
     for x_TBHWC, t_T, ids_B in visited:
+        calls = {path: [] for path in PATHS}
         for x_BHWC, t in zip(x_TBHWC, t_T):
             both = np.concatenate([np.full(len(ids_B), 3), ids_B])
             context = models.embed_classes(model.config, model.params, jnp.asarray(both))
@@ -56,17 +58,39 @@ def test_moments_are_the_mean_of_outer_products_of_what_each_output_reads():
                 context,
                 keep,
             )
-            for path in paths:
+            for path in PATHS:
                 x, window = seen[path]
                 if window and window["window"] == 3:
-                    rows = _patches(x, window["stride"], window["padding"])
-                else:
-                    rows = x.reshape(-1, x.shape[-1])
-                sums[path].append(rows.T @ rows / len(rows))
-    for path in paths:
-        expected = np.mean(sums[path], axis=0)
-        scale = np.abs(expected).max()
-        np.testing.assert_allclose(moments[path] / scale, expected / scale, atol=2e-5)
+                    x = _patches(x, window["stride"], window["padding"])
+                x = x.reshape(2, len(ids_B), -1, x.shape[-1])
+                calls[path].append(np.concatenate(x, axis=1))
+        for path in PATHS:
+            found[path].append(np.concatenate(calls[path], axis=1))
+    return {path: np.concatenate(parts) for path, parts in found.items()}
+
+
+def test_moments_are_the_means_over_what_each_output_reads(monkeypatch):
+    monkeypatch.setattr(calibrate, "_BLOCK", 50)
+    monkeypatch.setattr(calibrate, "_CHUNK_BYTES", 1 << 18)
+    monkeypatch.setattr(moments_lib, "HELD_FEATURES", 180)
+    model = small.dense(small.CLASSES)
+    visited = list(calibrate.trajectories(model, SETTINGS, seed=0))
+    moments = calibrate.second_moments(model, visited, PATHS)
+    for path, rows_IRN in _rows_by_image(model, visited).items():
+        window = 3 if "conv/" in path or "downsample" in path or "conv1" in path else 1
+        expected = moments_lib.of_images(rows_IRN, window)
+        assert moments[path].held_share == expected.held_share
+        for one, other in zip(moments[path].to_arrays().values(), expected.to_arrays().values()):
+            scale = np.abs(other).max()
+            np.testing.assert_allclose(one / scale, other / scale, atol=2e-5)
+    sizes = {len(moment.held_mean_N) < len(moment.mean_N) for moment in moments.values()}
+    assert sizes == {False, True}
+
+    again = calibrate.from_arrays(calibrate.to_arrays(moments))
+    assert again.keys() == moments.keys()
+    for path, moment in moments.items():
+        for one, other in zip(moment, again[path]):
+            np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.parametrize("config", [small.CLASSES, small.PLAIN], ids=lambda c: c.name)
@@ -92,7 +116,8 @@ def test_moments_do_not_depend_on_the_passes():
     together = calibrate.second_moments(model, visited, two)
     for path in two:
         alone = calibrate.second_moments(model, visited, [path])
-        np.testing.assert_allclose(alone[path], together[path], rtol=1e-5, atol=1e-5)
+        for one, other in zip(alone[path], together[path]):
+            np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
 
 
 def test_a_layer_larger_than_the_limit_gets_a_pass_of_its_own():

@@ -2,13 +2,13 @@
 """Second moments of every layer's input, from the full-precision model's own trajectories.
 
 Dimension key:  B batch   H W latent   C channels   T trajectory steps   R rows of a layer's input
-                N fan-in of a layer
+                N fan-in of a layer   P features of its held-out moment
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +16,17 @@ import numpy as np
 
 from vqjax import models, sampling
 from vqjax.config import LatentDiffusionConfig
+from vqjax.core import moments as moments_lib
 from vqjax.core.model import Model
+from vqjax.core.moments import Moment
 from vqjax.sampling.schedule import ddim_schedule
 from vqjax.settings import Calibration
 
-Moments = dict[str, np.ndarray]
-"""S [N, N] float32 by kernel path: the mean of x x^T over calibration inputs."""
+Moments = dict[str, Moment]
+"""By kernel path."""
+
+_CHUNK_BYTES = 1 << 26  # patches of a convolution that exist at a time, one image at least
+_BLOCK = 2048  # columns of a moment that are added at a time; those below the diagonal are not
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +35,22 @@ class LayerInput:
 
     fan_in: int
     positions: int
+    window: int = 1
+
+    @property
+    def moment_bytes(self) -> int:
+        """Memory of its moments."""
+        held = moments_lib.held_size(self.fan_in, self.window)
+        return 4 * (self.fan_in**2 + self.fan_in + held**2 + held)
+
+
+class _Sums(NamedTuple):
+    """Of a layer's rows, each image's divided by their number. `held` is empty for none."""
+
+    second_NN: jax.Array
+    mean_N: jax.Array
+    held_PP: jax.Array
+    held_mean_P: jax.Array
 
 
 def trace_layers(config: LatentDiffusionConfig, params: models.Params) -> dict[str, LayerInput]:
@@ -39,7 +60,8 @@ def trace_layers(config: LatentDiffusionConfig, params: models.Params) -> dict[s
 
     def measure(path: str, x: jax.Array, window: dict[str, Any]) -> None:
         rows = jax.eval_shape(functools.partial(_rows, **window), x)
-        sizes[path] = LayerInput(rows.shape[-1], int(np.prod(rows.shape[:-1])))
+        positions = int(np.prod(rows.shape[:-1]))
+        sizes[path] = LayerInput(rows.shape[-1], positions, window.get("window", 1))
 
     def run(x, t):
         return models.capture_inputs(config, params, x, t, context, measure)[0]
@@ -54,7 +76,7 @@ def batches(sizes: dict[str, LayerInput], limit_bytes: int) -> list[list[str]]:
     groups: list[list[str]] = [[]]
     used = 0
     for path, size in sizes.items():
-        needed = 4 * size.fan_in**2
+        needed = size.moment_bytes
         if groups[-1] and used + needed > limit_bytes:
             groups.append([])
             used = 0
@@ -93,44 +115,133 @@ def second_moments(
     paths: Sequence[str],
     on_step: Callable[[], None] = lambda: None,
 ) -> Moments:
-    """Mean of x x^T over everything that the layers `paths` see along the trajectories.
+    """Means of x x^T and of x over everything that the layers `paths` see along the trajectories.
+
+    Every image counts alike, whatever its batch.
 
     Args:
       visited: from `trajectories`.
       paths: kernels to look at; memory grows with the sum of their squared fan-ins.
       on_step: called after each U-Net call.
     """
-    chosen = frozenset(paths)
+    sizes = trace_layers(model.config, model.params)
+    images = sum(x_TBHWC.shape[1] for x_TBHWC, _, _ in visited)
+    every = {
+        path: moments_lib.held_every(sizes[path].fan_in, sizes[path].window, images)
+        for path in paths
+    }
+    sums = {path: _empty(sizes[path], every[path]) for path in paths}
+    add = _adder(model.config, every)
+    first = calls = 0
+    for x_TBHWC, t_T, ids_B in visited:
+        index_B = jnp.arange(first, first + x_TBHWC.shape[1])
+        for x_BHWC, t in zip(x_TBHWC, t_T):
+            sums = add(sums, model.params, x_BHWC, jnp.int32(t), ids_B, index_B)
+            calls += len(x_BHWC) * (1 if ids_B is None else 2)
+            on_step()
+        first += x_TBHWC.shape[1]
+    return {path: _moment(sums.pop(path), calls, images, every[path]) for path in paths}
+
+
+def to_arrays(moments: Moments) -> dict[str, np.ndarray]:
+    """Moments as named arrays, for storage."""
+    return {
+        f"{path}/{name}": array
+        for path, moment in moments.items()
+        for name, array in moment.to_arrays().items()
+    }
+
+
+def from_arrays(arrays: Mapping[str, np.ndarray]) -> Moments:
+    """The inverse of `to_arrays`."""
+    found: dict[str, dict[str, np.ndarray]] = {}
+    for key, array in arrays.items():
+        path, _, name = key.rpartition("/")
+        found.setdefault(path, {})[name] = array
+    return {path: Moment.from_arrays(fields) for path, fields in found.items()}
+
+
+def _adder(config: LatentDiffusionConfig, every: dict[str, int]):
+    """Returns the compiled step: sums plus what the layers see in one call of the U-Net."""
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def add(sums, params, x_BHWC, t, ids_B):
+    def add(sums, params, x_BHWC, t, ids_B, index_B):
         context = None
         if ids_B is not None:  # both guidance branches see the same latents
-            both = jnp.concatenate([jnp.full_like(ids_B, model.config.null_class), ids_B])
-            context = models.embed_classes(model.config, params, both)
+            both = jnp.concatenate([jnp.full_like(ids_B, config.null_class), ids_B])
+            context = models.embed_classes(config, params, both)
             x_BHWC = jnp.concatenate([x_BHWC, x_BHWC])
         t_B = jnp.broadcast_to(t, x_BHWC.shape[:1])
 
         def reduce(path, x, window):
-            if path not in chosen:
+            if path not in sums:
                 return None
-            rows_RN = _rows(x, **window).astype(jnp.float32)
-            rows_RN = rows_RN.reshape(-1, rows_RN.shape[-1])
-            precision = jax.lax.Precision.HIGHEST
-            return jnp.matmul(rows_RN.T, rows_RN, precision=precision) / rows_RN.shape[0]
+            return _add(sums[path], x, index_B, every[path], window)
 
-        _, means = models.capture_inputs(model.config, params, x_BHWC, t_B, context, reduce)
-        return jax.tree.map(jnp.add, sums, means)
+        return models.capture_inputs(config, params, x_BHWC, t_B, context, reduce)[1]
 
-    sizes = trace_layers(model.config, model.params)
-    sums = {path: jnp.zeros((sizes[path].fan_in,) * 2) for path in paths}
-    calls = 0
-    for x_TBHWC, t_T, ids_B in visited:
-        for x_BHWC, t in zip(x_TBHWC, t_T):
-            sums = add(sums, model.params, x_BHWC, jnp.int32(t), ids_B)
-            calls += 1
-            on_step()
-    return {path: np.asarray(total) / np.float32(calls) for path, total in sums.items()}
+    return add
+
+
+def _empty(size: LayerInput, every: int) -> _Sums:
+    held = moments_lib.held_size(size.fan_in, size.window) if every else 0
+    shapes = ((size.fan_in,) * 2, (size.fan_in,), (held, held), (held,))
+    return _Sums(*(jnp.zeros(shape, jnp.float32) for shape in shapes))
+
+
+def _add(sums: _Sums, x: jax.Array, index_B, every: int, window: dict[str, Any]) -> _Sums:
+    """Adds one call's rows to a layer's sums."""
+    second_NN, mean_N = _add_rows(sums.second_NN, sums.mean_N, x, window)
+    if not every:
+        return sums._replace(second_NN=second_NN, mean_N=mean_N)
+    batch = len(index_B)  # of images; x may hold both branches
+    held_B = index_B % every == every - 1
+    place_V = jnp.nonzero(held_B, size=-(-batch // every), fill_value=0)[0]
+    real_V = jnp.arange(len(place_V)) < jnp.sum(held_B)
+    area = window.get("window", 1) ** 2
+    columns = moments_lib.held_columns(len(mean_N), len(sums.held_mean_P), window.get("window", 1))
+    kept = x.reshape(-1, batch, *x.shape[1:])[:, place_V][..., columns[::area] // area]
+    kept *= real_V.reshape(1, -1, *[1] * (x.ndim - 1))
+    kept = kept.reshape(-1, *kept.shape[2:])
+    return _Sums(second_NN, mean_N, *_add_rows(sums.held_PP, sums.held_mean_P, kept, window))
+
+
+def _add_rows(second_NN, mean_N, x: jax.Array, window: dict[str, Any]):
+    """Adds all rows of some images; few images at a time, so that their patches stay small."""
+    shape = jax.eval_shape(functools.partial(_rows, **window), x).shape
+    positions, fan_in = int(np.prod(shape[1:-1])), shape[-1]
+    most = max(1, _CHUNK_BYTES // (4 * positions * fan_in))
+    together = max(n for n in range(1, len(x) + 1) if len(x) % n == 0 and n <= most)
+
+    def add(sums, x):
+        second_NN, mean_N = sums
+        rows_RN = _rows(x, **window).astype(jnp.float32).reshape(-1, fan_in)
+        for low in range(0, fan_in, _BLOCK):
+            high = min(low + _BLOCK, fan_in)
+            product = jnp.matmul(
+                rows_RN[:, :high].T, rows_RN[:, low:high], precision=jax.lax.Precision.HIGHEST
+            )
+            second_NN = second_NN.at[:high, low:high].add(product / positions)
+        return (second_NN, mean_N + jnp.sum(rows_RN, axis=0) / positions), None
+
+    parts = x.reshape(-1, together, *x.shape[1:])
+    return jax.lax.scan(add, (second_NN, mean_N), parts)[0]
+
+
+def _moment(sums: _Sums, calls: int, images: int, every: int) -> Moment:
+    """Means of the sums, the blocks below the diagonal filled in; `sums` may be given up."""
+    share = images // every / images if every else 0.0
+    second_NN, mean_N, held_PP, held_mean_P = (np.array(part) for part in sums)
+    for matrix, count in ((second_NN, calls), (held_PP, calls * share)):
+        for low in range(_BLOCK, len(matrix), _BLOCK):
+            rows = slice(low, low + _BLOCK)
+            matrix[rows, :low] = matrix[:low, rows].T
+        if count:
+            matrix /= np.float32(count)
+    mean_N /= np.float32(calls)
+    if not every:
+        return Moment(second_NN, mean_N)
+    return Moment(second_NN, mean_N, held_PP, share, held_mean_P / np.float32(calls * share))
 
 
 def _rows(x: jax.Array, window: int = 1, stride: int = 1, padding: tuple[int, int] = (0, 0)):

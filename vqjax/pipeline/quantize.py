@@ -20,6 +20,7 @@ from vqjax import io, progress, settings
 from vqjax.core import folding, tree
 from vqjax.core.compress import LayerStats, compress_layer
 from vqjax.core.model import Model
+from vqjax.core.moments import Moment
 from vqjax.core.plan import Plan, make_plan
 from vqjax.core.scalar import ScalarLayer, scalar_baseline
 from vqjax.core.tensor import VQTensor
@@ -220,16 +221,16 @@ def _trajectories(job: Job, journal: Journal) -> list[tuple]:
 def _moments(job, journal, visited, index, paths, part) -> calibrate.Moments:
     found = journal.load(f"moments-{index}")
     if found is not None:
-        return found[0]
+        return calibrate.from_arrays(found[0])
     calls = sum(len(t) for _, t, _ in visited)
     with journal.stage("calibrate"), progress.stage(f"calibrate{part}", calls) as advance:
         moments = calibrate.second_moments(job.model, visited, paths, advance)
-    journal.store(f"moments-{index}", moments, {})
+    journal.store(f"moments-{index}", calibrate.to_arrays(moments), {})
     return moments
 
 
 def _each_layer(
-    title: str, work: Callable[[str, np.ndarray], Any], moments: calibrate.Moments, note
+    title: str, work: Callable[[str, Moment], Any], moments: calibrate.Moments, note
 ) -> dict[str, Any]:
     """`work(path, moment)` for every layer; layers depend on nothing but their own arguments.
 
@@ -255,14 +256,14 @@ def _compress(job, journal, moments, part) -> dict[str, tuple[VQTensor, LayerSta
     flat = tree.flatten(job.model.params)
     seed_key = jax.random.key(job.settings.seed)
 
-    def work(path: str, moment: np.ndarray) -> tuple[VQTensor, LayerStats]:
+    def work(path: str, moment: Moment) -> tuple[VQTensor, LayerStats]:
         piece = f"layers/{path.replace('/', '.')}"
         found = journal.load(piece)
         if found is not None:
             return _restore(*found)
         key = jax.random.fold_in(seed_key, zlib.crc32(path.encode()))
         tensor, stats = compress_layer(
-            flat[path], jax.numpy.asarray(moment), job.plan[path], key=key
+            flat[path], jax.numpy.asarray(moment.second_NN), job.plan[path], key=key
         )
         arrays, about = leaves.to_arrays({"kernel": tensor})
         journal.store(piece, arrays, {"about": about["kernel"], "stats": stats._asdict()})
@@ -286,13 +287,13 @@ def _baseline(job, journal, moments, part) -> dict[str, ScalarLayer]:
     """Scalar quantization at the same bits on the same moments, what ours is measured against."""
     flat = tree.flatten(job.model.params)
 
-    def work(path: str, moment: np.ndarray) -> ScalarLayer:
+    def work(path: str, moment: Moment) -> ScalarLayer:
         piece = f"scalar/{path.replace('/', '.')}"
         found = journal.load(piece)
         if found is not None:
             return ScalarLayer(kernel=found[0]["kernel"], **found[1])
         bits = 8 if job.plan[path].grouping == "scalar" else job.scalar_bits
-        layer = scalar_baseline(flat[path], jax.numpy.asarray(moment), bits)
+        layer = scalar_baseline(flat[path], jax.numpy.asarray(moment.second_NN), bits)
         notes = {name: value for name, value in layer._asdict().items() if name != "kernel"}
         journal.store(piece, {"kernel": np.asarray(layer.kernel)}, notes)
         return layer
