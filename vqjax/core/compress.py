@@ -33,18 +33,19 @@ class Effort:
 
     Attributes:
       start_steps: rounds of search and least squares for the first codebooks.
-      feedback_rounds, descent_rounds: sweeps over all vectors of each kind.
-      least_gain: descent ends early once a round lowers the loss by less than this share.
+      feedback_rounds, descent_rounds: most sweeps over all vectors of each kind.
+      least_gain: sweeps of one kind end once one lowers the loss by less than this share.
       beam: hypotheses per vector; 0 enumerates where K**M allows it.
-      shrinkage: share of the moment's mean diagonal that is added to it. Against sampling noise:
-        0.02 costs nothing on the moment itself and gains on that of other inputs.
+      shrinkage: share of the moment's mean diagonal that is added to it where no metric is given.
+        Against sampling noise: 0.02 costs nothing on the moment itself and gains on that of other
+        inputs.
       damping: the same inside error feedback only.
     """
 
-    start_steps: int = 40
-    feedback_rounds: int = 4
-    descent_rounds: int = 8
-    least_gain: float = 2e-3
+    start_steps: int = 60
+    feedback_rounds: int = 8
+    descent_rounds: int = 12
+    least_gain: float = 3e-3
     beam: int = 0
     shrinkage: float = 0.02
     damping: float = 0.02
@@ -69,11 +70,16 @@ class LayerStats(NamedTuple):
 
 
 class _Problem(NamedTuple):
-    """One layer, padded with zeros to one of few sizes so that layers share compiled programs."""
+    """One layer in the order of its search, padded to one of few sizes to share compiled programs.
+
+    The vectors that see the largest inputs come first: error feedback then passes large errors on
+    to many later vectors. On correlated Gaussian inputs this lowers the loss by 2 to 5 % against
+    the natural order, and rising sizes raise it by 2 %.
+    """
 
     w_OP: jax.Array
-    moment_PP: jax.Array  # shrunk, its mean diagonal near 1
-    raw_PP: jax.Array  # as given
+    moment_PP: jax.Array  # what is minimized, its mean diagonal near 1
+    order_J: np.ndarray  # natural place of each vector
     outputs: int
     fan_in: int
 
@@ -86,58 +92,89 @@ class _State(NamedTuple):
 
 def compress_layer(
     kernel: jax.Array,
-    moment: jax.Array | None,
+    moment: jax.typing.ArrayLike | None,
     spec: LayerSpec,
     *,
     key: jax.Array,
     effort: Effort | None = None,
+    metric: jax.typing.ArrayLike | None = None,
+    on_stage: Callable[[str], None] = lambda stage: None,
 ) -> tuple[VQTensor, LayerStats]:
     """Compresses one kernel. The same arguments give the same bytes.
 
     Args:
       kernel: [I, O] or [H, W, I, O], any float type.
       moment: S = mean of x x^T over the layer's inputs, [N, N], columns as in `grouping.to_matrix`;
-        None weighs all inputs alike. It may be singular.
+        None weighs all inputs alike. It may be singular or, by sampling, not quite symmetric.
       spec: grouping and sizes. "scalar" rounds to the nearest of K equidistant values.
       key: decides the draw of the first codebooks.
       effort: how hard to search.
+      metric: [N, N], minimized in place of the moment, positive definite: the moment as the caller
+        shrank or centred it. The statistics are those of `moment` all the same.
+      on_stage: called when one of the stages "factor", "start", "feedback", "descent",
+        "least_squares" and "store" ends, each time that it does.
 
     Raises:
-      VqjaxError: if the kernel or the moment is not finite, or their sizes differ.
+      VqjaxError: if the kernel, the moment or the metric is not finite, their sizes differ, or the
+        moment is indefinite.
     """
-    check_layer(kernel, moment)
+    check_layer(kernel, moment, metric)
     effort = effort or Effort()
-    problem = _problem(kernel, moment, spec, effort)
     if spec.grouping == "scalar":
-        tensor = scalar.round_to_grid(grouping.to_matrix(kernel), kernel.shape, spec.entries)
-        quantized_OP, history = tensor.decode_matrix(), ()
+        tensor, history = _round_scalar(kernel, spec), ()
     else:
-        state, history = _search(problem, spec, effort, key)
-        state, tensor = _store(problem, state, kernel.shape, spec, effort)
-        quantized_OP = sweep.reconstruct(*state)
-    quantized_OP = grouping.padded(
-        np.asarray(quantized_OP)[: problem.outputs, : problem.fan_in], problem.w_OP.shape
+        problem = _problem(kernel, moment, metric, spec, effort)
+        state, history = _search(problem, spec, effort, key, on_stage)
+        tensor = _store(problem, state, kernel.shape, spec, effort)
+    stats = _statistics(kernel, moment, tensor, history)
+    on_stage("store")
+    return tensor, stats
+
+
+def _round_scalar(kernel: jax.Array, spec: LayerSpec) -> VQTensor:
+    return scalar.round_to_grid(grouping.to_matrix(kernel), kernel.shape, spec.entries)
+
+
+def _statistics(kernel, moment, tensor: VQTensor, history: tuple[float, ...]) -> LayerStats:
+    w_ON = grouping.to_matrix(np.asarray(kernel, np.float32))
+    rows, columns = _bucket(w_ON.shape[0], 4 * _tile_rows()), _bucket(w_ON.shape[1], 384)
+    moment_NN = np.eye(w_ON.shape[1], dtype=np.float32) if moment is None else moment
+    weight_mse, output_mse = scalar.relative_errors(
+        grouping.padded(w_ON, (rows, columns)),
+        grouping.padded(tensor.decode_matrix(), (rows, columns)),
+        grouping.padded(moment_NN, (columns, columns)),
     )
-    weight_mse, output_mse = scalar.relative_errors(problem.w_OP, quantized_OP, problem.raw_PP)
-    return tensor, LayerStats(weight_mse, output_mse, tensor.bits_per_weight, history)
+    return LayerStats(weight_mse, output_mse, tensor.bits_per_weight, history)
 
 
-def check_layer(kernel: jax.Array, moment: jax.Array | None) -> None:
-    """Raises VqjaxError unless both are finite and fit together."""
+def check_layer(
+    kernel: jax.Array,
+    moment: jax.typing.ArrayLike | None,
+    metric: jax.typing.ArrayLike | None = None,
+) -> None:
+    """Raises VqjaxError unless all are finite, fit together, and the moment can be one."""
     _, fan_in = grouping.matrix_shape(kernel.shape)
-    arrays = {"kernel": kernel} if moment is None else {"kernel": kernel, "moment": moment}
+    arrays = {"kernel": kernel, "moment": moment, "metric": metric}
     for name, array in arrays.items():
+        if array is None:
+            continue
         bad = int(np.sum(~np.isfinite(np.asarray(array, np.float32))))
         if bad:
             raise VqjaxError(
-                f"{name} of shape {tuple(array.shape)} holds {bad} NaN or infinite values; "
+                f"{name} of shape {np.shape(array)} holds {bad} NaN or infinite values; "
                 f"it must be finite: check the checkpoint and the calibration"
             )
-    if moment is not None and moment.shape != (fan_in, fan_in):
-        raise VqjaxError(
-            f"moment {tuple(moment.shape)} for a kernel {tuple(kernel.shape)}: expected "
-            f"{(fan_in, fan_in)}, one row per weight that an output reads"
-        )
+        if name != "kernel" and np.shape(array) != (fan_in, fan_in):
+            raise VqjaxError(
+                f"{name} {np.shape(array)} for a kernel {tuple(kernel.shape)}: expected "
+                f"{(fan_in, fan_in)}, one row per weight that an output reads"
+            )
+        least = 0.0 if name == "kernel" else float(np.min(np.diagonal(np.asarray(array))))
+        if least < 0:
+            raise VqjaxError(
+                f"{name} {np.shape(array)} has {least:.3g} on its diagonal: a mean of x x^T is "
+                f"positive semidefinite; gather it again"
+            )
 
 
 def _bucket(count: int, least: int) -> int:
@@ -151,27 +188,34 @@ def _tile_rows() -> int:
     return 32 if jax.default_backend() == "cpu" else 1024
 
 
-def _problem(kernel, moment, spec: LayerSpec, effort: Effort) -> _Problem:
+def _problem(kernel, moment, metric, spec: LayerSpec, effort: Effort) -> _Problem:
     outputs, fan_in = grouping.matrix_shape(kernel.shape)
     groups = grouping.groups_per_row(fan_in, spec.group)
+    used = groups * spec.group
+    given = next((s for s in (metric, moment) if s is not None), np.eye(fan_in, dtype=np.float32))
+    moment_NN = grouping.padded(given, (used, used))
+    sizes_J = np.diagonal(moment_NN).reshape(groups, spec.group).sum(axis=1)
+    order_J = np.argsort(-sizes_J, kind="stable")
+    order_N = (order_J[:, None] * spec.group + np.arange(spec.group)).reshape(-1)
     columns = _bucket(groups, 48) * spec.group
     w_ON = grouping.to_matrix(np.asarray(kernel, np.float32))
-    raw_NN = np.eye(fan_in, dtype=np.float32) if moment is None else np.asarray(moment, np.float32)
-    raw_PP = jnp.asarray(grouping.padded(raw_NN, (columns, columns)))
-    w_OP = grouping.padded(w_ON, (_bucket(outputs, 4 * _tile_rows()), columns))
-    shrunk_PP = _shrink(raw_PP, fan_in, effort.shrinkage)
-    return _Problem(jnp.asarray(w_OP), shrunk_PP, raw_PP, outputs, fan_in)
+    w_ON = grouping.padded(w_ON, (_bucket(outputs, 4 * _tile_rows()), used))[:, order_N]
+    w_OP = grouping.padded(w_ON, (w_ON.shape[0], columns))
+    moment_PP = grouping.padded(moment_NN[np.ix_(order_N, order_N)], (columns, columns))
+    real_P = grouping.padded(order_N < fan_in, (columns,)) > 0
+    shrinkage = effort.shrinkage if metric is None else 0.0
+    shrunk_PP = _shrink(jnp.asarray(moment_PP), jnp.asarray(real_P), shrinkage)
+    return _Problem(jnp.asarray(w_OP), shrunk_PP, order_J, outputs, fan_in)
 
 
 @jax.jit
-def _shrink(raw_PP, fan_in, shrinkage):
+def _shrink(raw_PP, real_P, shrinkage):
     """Returns the moment, symmetric, shrunk towards its mean diagonal, and of mean diagonal 1.
 
     The scale keeps losses near 1 whatever the units of the layer's inputs are. An input that was
     never seen other than zero would leave all choices equal: then all weights count alike.
     """
-    real_P = jnp.arange(raw_PP.shape[0]) < fan_in
-    size = jnp.trace(raw_PP) / fan_in
+    size = jnp.trace(raw_PP) / jnp.sum(real_P)
     scaled_PP = (raw_PP + raw_PP.T) / 2 / jnp.where(size > 0, size, 1.0)
     ridge = jnp.where(size > 0, shrinkage, 1.0)
     return scaled_PP + ridge * jnp.diag(real_P.astype(jnp.float32))
@@ -205,26 +249,45 @@ def _draw(key, outputs, groups):
 
 
 @functools.partial(jax.jit, static_argnames=("books", "group"))
-def _start(problem: _Problem, row_V, group_V, *, books: int, group: int):
+def _start(w_OP, fan_in, row_V, group_V, *, books: int, group: int):
     """Returns the state before any codebook, and the sample, rows scaled to size 1."""
-    w_OP = problem.w_OP
-    scales_O = jnp.sqrt(jnp.sum(w_OP**2, axis=1) / problem.fan_in)
+    scales_O = jnp.sqrt(jnp.sum(w_OP**2, axis=1) / fan_in)
     scaled_OP = w_OP / jnp.where(scales_O > 0, scales_O, 1.0)[:, None]
     vectors_OJG = scaled_OP.reshape(w_OP.shape[0], -1, group)
     codes_OJM = jnp.zeros((*vectors_OJG.shape[:2], books), jnp.int32)
     return codes_OJM, scales_O, vectors_OJG[row_V, group_V]
 
 
-def _search(problem: _Problem, spec: LayerSpec, effort: Effort, key):
+def _search(problem: _Problem, spec: LayerSpec, effort: Effort, key, on_stage):
     """Returns the best state and the relative loss after each round."""
-    draw_key, start_key, key = jax.random.split(key, 3)
-    passed_PP, metric_JGG, mean_GG = sweep.feedback_factors(
-        problem.moment_PP, effort.damping, group=spec.group
+    first_key, *round_keys = jax.random.split(key, 3)
+    fed = _feedback_rounds(problem, spec, effort, first_key, round_keys[0], on_stage)
+    descend = functools.partial(_descend, problem, effort)
+    found = _rounds(
+        "descent",
+        descend,
+        effort.descent_rounds,
+        fed,
+        problem,
+        effort,
+        round_keys[1],
+        on_stage,
     )
-    groups = grouping.groups_per_row(problem.fan_in, spec.group)
+    return found.best, found.history
+
+
+def _feedback_rounds(
+    problem: _Problem, spec: LayerSpec, effort: Effort, first_key, key, on_stage
+) -> "_Found":
+    """First codebooks, and codes by error feedback. Its factors of S, two matrices, end here."""
+    factors = sweep.feedback_factors(problem.moment_PP, effort.damping, group=spec.group)
+    passed_PP, metric_JGG, mean_GG = jax.block_until_ready(factors)
+    on_stage("factor")
+    draw_key, start_key = jax.random.split(first_key)
+    groups = problem.order_J.size
     places = _draw(draw_key, problem.outputs, groups)
     codes_OJM, scales_O, sample_VG = _start(
-        problem, *places, books=spec.codebooks, group=spec.group
+        problem.w_OP, problem.fan_in, *places, books=spec.codebooks, group=spec.group
     )
     books_MKG = initial_codebooks(
         sample_VG,
@@ -235,40 +298,67 @@ def _search(problem: _Problem, spec: LayerSpec, effort: Effort, key):
         steps=effort.start_steps,
         beam=effort.beam,
     )
-    state = _State(codes_OJM, books_MKG, scales_O)
-    best, history, total = state, [], _total(problem)
+    start = jax.block_until_ready(_State(codes_OJM, books_MKG, scales_O))
+    on_stage("start")
 
-    def fed_back(w_TP, _, scales_T):
-        return sweep.feedback(
-            w_TP,
-            passed_PP,
-            metric_JGG,
-            state.books_MKG,
-            scales_T,
-            beam=effort.beam,
-            groups=groups,
-        )
+    def feed_back(state: _State) -> jax.Array:
+        def of_rows(w_TP, _, scales_T):
+            return sweep.feedback(
+                w_TP,
+                passed_PP,
+                metric_JGG,
+                state.books_MKG,
+                scales_T,
+                beam=effort.beam,
+                groups=groups,
+            )
 
-    for index in range(effort.feedback_rounds + effort.descent_rounds):
-        feeding = index < effort.feedback_rounds
-        if index == effort.feedback_rounds:
-            state = best
-        descended = functools.partial(_descend, problem, state, effort, groups)
-        codes = _by_tiles(fed_back if feeding else descended, problem, state)
-        state = state._replace(codes_OJM=codes)
+        return _by_tiles(of_rows, problem, state)
+
+    rounds = effort.feedback_rounds
+    return _rounds("feedback", feed_back, rounds, _Found(start, ()), problem, effort, key, on_stage)
+
+
+class _Found(NamedTuple):
+    best: _State
+    history: tuple[float, ...]
+
+
+def _rounds(
+    stage: str,
+    search: Callable[[_State], jax.Array],
+    rounds: int,
+    found: _Found,
+    problem: _Problem,
+    effort: Effort,
+    key,
+    on_stage: Callable[[str], None],
+) -> _Found:
+    """Codes by `search` and least squares in turn, until a round gains too little."""
+    (state, history), total = found, _total(problem)
+    best = state
+    for index in range(rounds):
+        codes_OJM = jax.block_until_ready(search(state))
+        on_stage(stage)
         fit = codebooks_lib.improve(
-            problem.w_OP, problem.moment_PP, *state, jax.random.fold_in(key, index)
+            problem.w_OP,
+            problem.moment_PP,
+            codes_OJM,
+            state.books_MKG,
+            state.scales_O,
+            jax.random.fold_in(key, index),
         )
-        state = _State(codes, fit.books_MKG, fit.scales_O)
+        state = _State(codes_OJM, fit.books_MKG, fit.scales_O)
         previous = min(history, default=math.inf)
-        history.append(float(fit.loss) / total)
+        history = (*history, float(fit.loss) / total)
+        on_stage("least_squares")
         if history[-1] < previous:
             best = state
-        if not feeding and history[-1] > previous * (1 - effort.least_gain):
+        if history[-1] > previous * (1 - effort.least_gain):
             break
-        if feeding:
+        if stage == "feedback":  # it starts from no codes, so that unused entries may move
             state = state._replace(books_MKG=fit.revived_MKG)
-    return best, tuple(history)
+    return _Found(best, history)
 
 
 def _total(problem: _Problem) -> float:
@@ -276,42 +366,46 @@ def _total(problem: _Problem) -> float:
     return total if total > 0 else 1.0
 
 
-def _descend(problem, state: _State, effort: Effort, groups: int, w_TP, codes_TJM, scales_T):
-    """Returns the codes of one tile of rows after a sweep of coordinate descent."""
-    return sweep.descend(
-        w_TP,
-        problem.moment_PP,
-        codes_TJM,
-        state.books_MKG,
-        scales_T,
-        beam=effort.beam,
-        groups=groups,
-    )
+def _descend(problem: _Problem, effort: Effort, state: _State) -> jax.Array:
+    """Returns the codes after a sweep of coordinate descent."""
+
+    def of_rows(w_TP, codes_TJM, scales_T):
+        return sweep.descend(
+            w_TP,
+            problem.moment_PP,
+            codes_TJM,
+            state.books_MKG,
+            scales_T,
+            beam=effort.beam,
+            groups=problem.order_J.size,
+        )
+
+    return _by_tiles(of_rows, problem, state)
 
 
-def _store(problem: _Problem, state: _State, shape, spec: LayerSpec, effort: Effort):
+def _store(problem: _Problem, state: _State, shape, spec: LayerSpec, effort: Effort) -> VQTensor:
     """Rounds to the stored types, lets codes and scales answer to the rounding, and packs."""
-    groups = grouping.groups_per_row(problem.fan_in, spec.group)
+    groups = problem.order_J.size
     books_MKG, scales_O, stored, shared = _round(
         state.books_MKG, state.scales_O, codebook_bits=spec.codebook_bits
     )
     for _ in range(2):
         state = _State(state.codes_OJM, books_MKG, scales_O)
-        descended = functools.partial(_descend, problem, state, effort, groups)
-        codes = _by_tiles(descended, problem, state)
+        codes_OJM = _descend(problem, effort, state)
         scales_O = codebooks_lib.refit_scales(
-            problem.w_OP, problem.moment_PP, codes, books_MKG, scales_O
+            problem.w_OP, problem.moment_PP, codes_OJM, books_MKG, scales_O
         )
-        state = _State(codes, books_MKG, scales_O)
-    tensor = VQTensor.pack(
-        np.asarray(state.codes_OJM)[: problem.outputs, :groups],
+        state = _State(codes_OJM, books_MKG, scales_O)
+    codes_OJM = np.empty((problem.outputs, groups, spec.codebooks), np.int32)
+    codes_OJM[:, problem.order_J] = np.asarray(state.codes_OJM)[: problem.outputs, :groups]
+    return VQTensor.pack(
+        codes_OJM,
         stored,
         state.scales_O[: problem.outputs].astype(jnp.float16),
         shape=tuple(shape),
         grouping=spec.grouping,
         codebook_scale=shared,
     )
-    return state, tensor
 
 
 @functools.partial(jax.jit, static_argnames="codebook_bits")
