@@ -1,12 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shared test set-up: strict numerics, and the folder of reference fixtures."""
+"""Shared test set-up: compiled programs are kept, numerics strict, reference fixtures found."""
 
 import os
 import pathlib
 
-import jax
-import numpy as np
-import pytest
+# Compilation is most of the tests' time. Both workers and the programs that tests start share what
+# they compile, and so do later runs; the key of an entry holds program, flags and jax version.
+for _name, _value in {
+    "JAX_COMPILATION_CACHE_DIR": str(pathlib.Path(__file__).parents[1] / "build" / "xla"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+}.items():
+    os.environ.setdefault(_name, _value)  # before jax is imported, which reads them then
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")

@@ -119,11 +119,15 @@ def _nest(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
 
 
 def _checkpointer() -> ocp.Checkpointer:
+    # Orbax would wait for all processes that jax knows; models are saved and loaded by one.
+    this = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=this, active_processes={this})
     return ocp.Checkpointer(
         ocp.CompositeCheckpointHandler(
             params=ocp.PyTreeCheckpointHandler(use_ocdbt=False),
             model=ocp.JsonCheckpointHandler(),
-        )
+        ),
+        multiprocessing_options=alone,
     )
 
 

@@ -13,8 +13,8 @@ def run(work: Callable[[], int | None]) -> int:
 
     Other exceptions are our bugs and keep their traceback.
     """
-    _set_up()
     try:
+        _set_up()
         return work() or 0
     except (VqjaxError, FileNotFoundError, PermissionError) as error:
         print(f"vqjax: {error}", file=sys.stderr)
@@ -35,3 +35,6 @@ def _set_up() -> None:
         folder = platformdirs.user_cache_path("vqjax") / "xla"
         jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    from vqjax.pipeline import processes
+
+    processes.initialize()

@@ -20,7 +20,7 @@ from rich.table import Table
 from vqjax.config import LatentDiffusionConfig
 from vqjax.core.flops import layer_flops, total
 from vqjax.core.grouping import groups_per_row, matrix_shape
-from vqjax.core.plan import Plan
+from vqjax.core.plan import LayerSpec, Plan
 from vqjax.pipeline.calibrate import LayerInput
 from vqjax.settings import Calibration
 
@@ -71,7 +71,7 @@ def estimate(
     forward = total([layer_flops(unet[p], plan[p], sizes[p].positions) for p in plan]).dense
     calls = calibration.images * calibration.steps * 2
     moments = sum(2 * calls * size.positions * size.fan_in**2 for size in sizes.values())
-    search = sum(_search_flops(unet[path], plan, path) for path in plan)
+    search = sum(search_flops(unet[path], plan[path]) for path in plan)
     speed = _flops_per_second()
     fan_ins = [size.fan_in for size in sizes.values()]
     held = min(4 * sum(n**2 for n in fan_ins), int(calibration.memory * 1e9))
@@ -91,8 +91,8 @@ def estimate(
     )
 
 
-def _search_flops(shape: tuple[int, ...], plan: Plan, path: str) -> float:
-    spec = plan[path]
+def search_flops(shape: tuple[int, ...], spec: LayerSpec) -> float:
+    """Multiply-adds, times two, of searching one layer; 0 where values are only rounded."""
     outputs, fan_in = matrix_shape(shape)
     if spec.grouping == "scalar":
         return 0.0

@@ -14,7 +14,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ import safetensors.numpy
 
 from vqjax.errors import VqjaxError
 from vqjax.io import native
+from vqjax.pipeline.processes import Team
 
 STATUS_RUNNING, STATUS_DONE = "running", "done"
 
@@ -38,22 +39,31 @@ class Journal:
     Attributes:
       folder: the run folder.
       record: content of `run.json`.
+      team: the processes that work on the run; all but the first only add pieces of work.
     """
 
-    def __init__(self, folder: pathlib.Path, record: dict[str, Any]) -> None:
-        self.folder, self.record = folder, record
+    def __init__(
+        self, folder: pathlib.Path, record: dict[str, Any], team: Team | None = None
+    ) -> None:
+        self.folder, self.record, self.team = folder, record, team or Team()
 
     @classmethod
-    def open(cls, folder: pathlib.Path, record: dict[str, Any]) -> "Journal":
+    def open(
+        cls, folder: pathlib.Path, record: dict[str, Any], team: Team | None = None
+    ) -> "Journal":
         """Starts a run, or continues the one in `folder`.
 
         Args:
           record: must hold "fingerprint". Timings of an earlier part of the run are kept.
+          team: the processes of the run; all but the first wait until that one has opened it.
 
         Raises:
           VqjaxError: if the folder holds another run or something else.
         """
+        team = team or Team()
         path = folder / "run.json"
+        if not team.leads:
+            team.wait_for_leader(folder, lambda: _is_done(path))
         if path.exists():
             try:
                 found = json.loads(path.read_text())
@@ -68,13 +78,15 @@ class Journal:
                 )
             record = {**record, "seconds": found["seconds"], "status": found["status"]}
             record["started"] = found["started"]
-            _clear_leftovers(folder)
-            return cls(folder, record)
+            if team.leads:
+                _clear_leftovers(folder)
+            return cls(folder, record, team)
         if folder.exists() and any(folder.iterdir()):
             raise VqjaxError(f"{folder} is not empty and holds no run; choose another --out")
         folder.mkdir(parents=True, exist_ok=True)
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        journal = cls(folder, {**record, "started": now, "seconds": {}, "status": STATUS_RUNNING})
+        record = {**record, "started": now, "seconds": {}, "status": STATUS_RUNNING}
+        journal = cls(folder, record, team)
         journal.save()
         return journal
 
@@ -84,7 +96,9 @@ class Journal:
         return self.record["status"] == STATUS_DONE
 
     def save(self) -> None:
-        """Writes `run.json`."""
+        """Writes `run.json`, which belongs to the leading process."""
+        if not self.team.leads:
+            return
         self.write("run.json", json.dumps(self.record, indent=2).encode() + b"\n")
 
     def write(self, name: str, data: bytes) -> None:
@@ -111,6 +125,29 @@ class Journal:
             arrays = {key: file.get_tensor(key) for key in sorted(file.keys())}
             return arrays, json.loads((file.metadata() or {})["notes"])
 
+    def shared(self, name: str) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
+        """The same for a piece that the leading process makes: the others wait for it."""
+        if not self.team.leads:
+            self.wait_for(name, (0,))
+        return self.load(name)
+
+    def wait_for(self, name: str, processes: Iterable[int]) -> None:
+        """Returns once a piece is there that other processes are working on.
+
+        Raises:
+          VqjaxError: if one of them died.
+        """
+        self.team.wait(self.folder, self._work(name).exists, processes, name)
+
+    def wait_until_done(self) -> None:
+        """Returns once the leading process has completed the run.
+
+        Raises:
+          VqjaxError: if it died.
+        """
+        path = self.folder / "run.json"
+        self.team.wait(self.folder, lambda: _is_done(path), (0,), "the end of the run")
+
     def store(self, name: str, arrays: Mapping[str, np.ndarray], notes: dict[str, Any]) -> None:
         """Keeps a finished piece of work until the run is complete."""
         # Not ascontiguousarray, which makes a vector of a scalar.
@@ -128,6 +165,13 @@ class Journal:
 
     def _work(self, name: str) -> pathlib.Path:
         return self.folder / "work" / f"{name}.safetensors"
+
+
+def _is_done(path: pathlib.Path) -> bool:
+    try:
+        return json.loads(path.read_text())["status"] == STATUS_DONE
+    except (OSError, ValueError, KeyError, TypeError):
+        return False  # not there, or no run: who leads says what is wrong
 
 
 def _clear_leftovers(folder: pathlib.Path) -> None:

@@ -1,15 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The main job: fold, plan, calibrate, compress, save, sample, report. Killed, it resumes."""
 
-import concurrent.futures
 import dataclasses
 import json
 import math
-import os
 import pathlib
 import sys
 import zlib
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -26,11 +23,11 @@ from vqjax.core.scalar import ScalarLayer, scalar_baseline
 from vqjax.core.tensor import VQTensor
 from vqjax.errors import DoesNotFitError, VqjaxError
 from vqjax.io import leaves, native, orbax_model
-from vqjax.pipeline import calibrate, environment, estimate, results
+from vqjax.pipeline import calibrate, environment, estimate, layers, results
 from vqjax.pipeline.journal import Journal, fingerprint
+from vqjax.pipeline.processes import Team
 
 CALIBRATION_SEED = 1_000_003  # added to the seed, so that no report image was calibrated on
-CPU_WORKERS = 4  # layers searched side by side; each has its own arrays, so more cost memory
 SMALL_MODEL_SAMPLES, LARGE_MODEL_SAMPLES = 256, 4
 
 
@@ -99,7 +96,9 @@ def run(wanted: settings.QuantizeSettings) -> Report:
         job.samples,
         job.folded.weights,
     )
-    estimate.show(expected, job.plan, job.shapes)
+    team = Team.current()
+    if team.leads:
+        estimate.show(expected, job.plan, job.shapes)
     if wanted.dry_run:
         return Report(wanted.out, {})
     free = estimate.available_memory()
@@ -108,11 +107,20 @@ def run(wanted: settings.QuantizeSettings) -> Report:
             f"this run needs about {expected.memory / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB "
             f"are free; lower --calibration.memory (now {wanted.calibration.memory:g} GB)"
         )
-    journal = Journal.open(wanted.out, _record(job))
+    journal = Journal.open(wanted.out, _record(job), team)
     if journal.done:
         print(f"{wanted.out}: this run is complete", file=sys.stderr)
+    elif team.leads:
+        journal.write("plan.json", job.plan.to_json().encode())
+        with team.beating(wanted.out):
+            _finish(job, journal, *_work(job, journal))
+        journal.finish()
     else:
-        _work(job, journal)
+        with team.beating(wanted.out):
+            _work(job, journal)
+        journal.wait_until_done()
+    if not team.leads:
+        return Report(wanted.out, json.loads((wanted.out / "report.json").read_text()))
     if wanted.export is not None:
         model = orbax_model.load_model_folder(wanted.out / "model")
         plan = json.loads(job.plan.to_json())
@@ -165,8 +173,8 @@ def _record(job: Job) -> dict[str, Any]:
     }
 
 
-def _work(job: Job, journal: Journal) -> None:
-    journal.write("plan.json", job.plan.to_json().encode())
+def _work(job: Job, journal: Journal) -> tuple[dict, dict, dict]:
+    """Everything that all processes share: quantized layers, their statistics, the baseline's."""
     stats: dict[str, LayerStats] = {}
     scalar: dict[str, ScalarLayer] = {}
     quantized: dict[str, VQTensor] = {}
@@ -181,7 +189,17 @@ def _work(job: Job, journal: Journal) -> None:
                 quantized[path], stats[path] = tensor, one
         with journal.stage("scalar baseline"):
             scalar |= _baseline(job, journal, moments, part)
+    return quantized, stats, scalar
 
+
+def _finish(
+    job: Job,
+    journal: Journal,
+    quantized: dict[str, VQTensor],
+    stats: dict[str, LayerStats],
+    scalar: dict[str, ScalarLayer],
+) -> None:
+    """What one process does alone: saves, samples, reports."""
     flat = tree.flatten(job.model.params)
     half = {
         path: np.asarray(leaf, np.float16) for path, leaf in flat.items() if path not in job.plan
@@ -195,12 +213,11 @@ def _work(job: Job, journal: Journal) -> None:
     pictures = {name: _samples(job, journal, name, twin) for name, twin in twins.items()}
     with journal.stage("report"):
         results.write(job, journal, stats, scalar, model, pictures)
-    journal.finish()
 
 
 def _trajectories(job: Job, journal: Journal) -> list[tuple]:
     """The full-precision model's own sampling trajectories, kept across interruptions."""
-    found = journal.load("trajectories")
+    found = journal.shared("trajectories")
     wanted = job.settings.calibration
     if found is None:
         arrays = {}
@@ -219,7 +236,7 @@ def _trajectories(job: Job, journal: Journal) -> list[tuple]:
 
 
 def _moments(job, journal, visited, index, paths, part) -> calibrate.Moments:
-    found = journal.load(f"moments-{index}")
+    found = journal.shared(f"moments-{index}")
     if found is not None:
         return calibrate.from_arrays(found[0])
     calls = sum(len(t) for _, t, _ in visited)
@@ -229,36 +246,31 @@ def _moments(job, journal, visited, index, paths, part) -> calibrate.Moments:
     return moments
 
 
-def _each_layer(
-    title: str, work: Callable[[str, Moment], Any], moments: calibrate.Moments, note
-) -> dict[str, Any]:
-    """`work(path, moment)` for every layer; layers depend on nothing but their own arguments.
-
-    On a CPU a few run side by side, since neither compilation nor the search of one layer keeps all
-    cores busy.
-    """
-    workers = min(os.cpu_count() or 1, CPU_WORKERS) if jax.default_backend() == "cpu" else 1
-    with (
-        concurrent.futures.ThreadPoolExecutor(workers) as pool,
-        progress.stage(title, len(moments)) as advance,
-    ):
-        pending = {pool.submit(work, path, moment): path for path, moment in moments.items()}
-        try:
-            for future in concurrent.futures.as_completed(pending):
-                advance(1, note(pending[future], future.result()))
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    return {path: future.result() for future, path in pending.items()}
+def _each_layer(job, journal, title, work, moments, note, piece) -> dict[str, Any]:
+    shapes = {path: job.shapes[path] for path in moments}
+    return layers.each_layer(
+        title,
+        work,
+        moments,
+        note,
+        journal=journal,
+        piece=piece,
+        costs={
+            path: estimate.search_flops(shape, job.plan[path]) for path, shape in shapes.items()
+        },
+        alike=lambda path: (shapes[path], job.plan[path]),
+    )
 
 
 def _compress(job, journal, moments, part) -> dict[str, tuple[VQTensor, LayerStats]]:
     flat = tree.flatten(job.model.params)
     seed_key = jax.random.key(job.settings.seed)
 
+    def piece(path: str) -> str:
+        return f"layers/{path.replace('/', '.')}"
+
     def work(path: str, moment: Moment) -> tuple[VQTensor, LayerStats]:
-        piece = f"layers/{path.replace('/', '.')}"
-        found = journal.load(piece)
+        found = journal.load(piece(path))
         if found is not None:
             return _restore(*found)
         key = jax.random.fold_in(seed_key, zlib.crc32(path.encode()))
@@ -266,14 +278,14 @@ def _compress(job, journal, moments, part) -> dict[str, tuple[VQTensor, LayerSta
             flat[path], jax.numpy.asarray(moment.second_NN), job.plan[path], key=key
         )
         arrays, about = leaves.to_arrays({"kernel": tensor})
-        journal.store(piece, arrays, {"about": about["kernel"], "stats": stats._asdict()})
+        journal.store(piece(path), arrays, {"about": about["kernel"], "stats": stats._asdict()})
         return tensor, stats
 
     def note(path: str, result: tuple[VQTensor, LayerStats]) -> str:
         name = path.removeprefix("unet/").removesuffix("/kernel")
         return f"{name}  error {result[1].rel_output_mse:.4f}"
 
-    return _each_layer(f"compress{part}", work, moments, note)
+    return _each_layer(job, journal, f"compress{part}", work, moments, note, piece)
 
 
 def _restore(arrays, notes) -> tuple[VQTensor, LayerStats]:
@@ -287,18 +299,23 @@ def _baseline(job, journal, moments, part) -> dict[str, ScalarLayer]:
     """Scalar quantization at the same bits on the same moments, what ours is measured against."""
     flat = tree.flatten(job.model.params)
 
+    def piece(path: str) -> str:
+        return f"scalar/{path.replace('/', '.')}"
+
     def work(path: str, moment: Moment) -> ScalarLayer:
-        piece = f"scalar/{path.replace('/', '.')}"
-        found = journal.load(piece)
+        found = journal.load(piece(path))
         if found is not None:
             return ScalarLayer(kernel=found[0]["kernel"], **found[1])
         bits = 8 if job.plan[path].grouping == "scalar" else job.scalar_bits
         layer = scalar_baseline(flat[path], jax.numpy.asarray(moment.second_NN), bits)
         notes = {name: value for name, value in layer._asdict().items() if name != "kernel"}
-        journal.store(piece, {"kernel": np.asarray(layer.kernel)}, notes)
+        journal.store(piece(path), {"kernel": np.asarray(layer.kernel)}, notes)
         return layer
 
-    return _each_layer(f"baseline{part}", work, moments, lambda path, layer: "")
+    def note(path: str, layer: ScalarLayer) -> str:
+        return ""
+
+    return _each_layer(job, journal, f"baseline{part}", work, moments, note, piece)
 
 
 def _samples(job: Job, journal: Journal, name: str, model: Model) -> results.Samples:
