@@ -2,8 +2,11 @@
 """Plans: every budget is kept exactly, and every mistake in an edited plan is named."""
 
 import json
+import math
+import re
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -51,11 +54,58 @@ def test_budgets_are_used_and_never_exceeded(name, bits):
     assert bits - 0.01 < total.per_weight <= bits
 
 
-def test_default_at_two_bits_is_four_small_codebooks():
-    plan = make_plan(_model_shapes("cin256-v2"), bits=2.0)
-    sizes = {(spec.codebooks, spec.entries) for spec in plan.values() if spec.kind == "conv3x3"}
-    assert (4, 16) in sizes
-    assert sizes <= {(books, 16) for books in (3, 4, 5, 6)}
+@pytest.mark.parametrize("megabytes", [0.45, 0.6])
+def test_sizes_are_those_of_the_whole_stored_unet(megabytes):
+    shapes = _model_shapes("digits")
+    plan = make_plan(shapes, size=int(megabytes * 1e6))
+    total = plan.bits_report(shapes).total
+    unet = sum(math.prod(shape) for path, shape in shapes.items() if path.startswith("unet/"))
+    stored = total.total / 8 + 2 * (unet - total.weights)
+    assert 0.995 * megabytes < stored / 1e6 <= megabytes
+    assert plan.bits == pytest.approx(total.per_weight, abs=0.01)
+
+
+def test_candidates_suit_the_layer():
+    wide = plan_lib.candidates("conv3x3", (3, 3, 640, 640))
+    assert {spec.entries for spec in wide} == {16, 32, 64, 256}
+    assert {spec.codebook_bits for spec in wide} == {8, 16}
+    assert LayerSpec("conv3x3", "conv3x3", 9, 4, 16) in wide
+    # 24 vectors cannot feed 256 entries, nor can 27 inputs be refused: they are padded to 32.
+    narrow = plan_lib.candidates("attention", (27, 6))
+    assert {(spec.group, spec.entries) for spec in narrow} == {(8, 16)}
+    assert plan_lib.candidates("first_last", (3, 3, 3, 8))[0].grouping == "scalar"
+
+
+def test_the_plan_is_the_best_of_all():
+    """Against every combination, costs written out once more."""
+    shapes = {
+        "unet/a/res/conv1/kernel": (3, 3, 4, 16),
+        "unet/a/res/emb/kernel": (64, 16),
+        "unet/a/ff/out/kernel": (32, 48),
+    }
+    sensitivity = dict(zip(shapes, (1.0, 0.3, 4.0)))
+    gain = dict(zip(shapes, (0.2, 1.0, 0.5)))
+    kinds = ("conv3x3", "time", "feed_forward")
+    choices = [plan_lib.candidates(k, shape) for k, shape in zip(kinds, shapes.values())]
+    stored, costs = (
+        [[f(path, spec) for spec in found] for (path, shape), found in zip(shapes.items(), choices)]
+        for f in (
+            lambda path, spec: spec.stored(shapes[path]).total,
+            lambda path, spec: (
+                sensitivity[path] * min(1, gain[path] * plan_lib.expected_distortion(spec))
+            ),
+        )
+    )
+    budget = int(3 * sum(math.prod(shape) for shape in shapes.values()))
+    stored_XYZ, costs_XYZ = (
+        np.array(v[0])[:, None, None] + np.array(v[1])[:, None] + np.array(v[2])
+        for v in (stored, costs)
+    )
+    plan = make_plan(shapes, bits=3, sensitivity=sensitivity, gain=gain)
+    found = sum(
+        sensitivity[p] * min(1, gain[p] * plan_lib.expected_distortion(s)) for p, s in plan.items()
+    )
+    assert found == pytest.approx(np.min(costs_XYZ[stored_XYZ <= budget]), rel=1e-9)
 
 
 def test_kinds_and_groupings():
@@ -77,7 +127,8 @@ def test_sensitive_layers_get_more():
     path = "unet/input_blocks_1/res/conv1/kernel"
     plain = make_plan(SHAPES, bits=2)
     tilted = make_plan(SHAPES, bits=2, sensitivity={path: 1e9})
-    assert tilted[path].codebooks > plain[path].codebooks
+    code_bits = [p[path].codebooks * math.log2(p[path].entries) for p in (tilted, plain)]
+    assert code_bits[0] > code_bits[1]
     assert tilted.bits_report(SHAPES).total.per_weight <= 2
 
 
@@ -112,10 +163,16 @@ def test_json_round_trips_and_is_one_line_per_layer():
 
 
 def test_impossible_budgets_say_what_is_possible():
-    with pytest.raises(
-        VqjaxError, match=r"0.5 bits per weight is too little.*already takes 0\.[6-9]"
-    ):
+    with pytest.raises(VqjaxError, match=r"0.5 bits per weight is too little: the least pos") as e:
         make_plan(SHAPES, bits=0.5)
+    least = float(re.search(r"possible is ([\d.]+) bits", str(e.value))[1])
+    assert make_plan(SHAPES, bits=least).bits_report(SHAPES).total.per_weight <= least
+    with pytest.raises(VqjaxError, match=r"0.005 MB is too little: the least pos") as e:
+        make_plan(SHAPES, size=5000)
+    least = float(re.search(r"([\d.]+) MB with the parts in float16", str(e.value))[1])
+    assert len(make_plan(SHAPES, size=round(least * 1e6)))
+    with pytest.raises(VqjaxError, match="a plan needs a budget: bits per weight or a size"):
+        make_plan(SHAPES)
     with pytest.raises(VqjaxError, match="no U-Net kernels found"):
         make_plan({"first_stage/conv_in/kernel": (3, 3, 3, 8)}, bits=2)
     with pytest.raises(VqjaxError, match="no rule says what kind"):

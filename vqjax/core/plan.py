@@ -7,7 +7,7 @@ kinds; kinds decide how weights are grouped; `make_plan` spends a budget of stor
 """
 
 import dataclasses
-import heapq
+import itertools
 import json
 import math
 import re
@@ -16,6 +16,7 @@ from typing import Any
 
 from vqjax.core import bits as bits_lib
 from vqjax.core import grouping
+from vqjax.core.allocate import Option, allocate
 from vqjax.core.bits import StoredBits, stored_bits
 from vqjax.errors import VqjaxError, gathered
 
@@ -25,6 +26,7 @@ KINDS = ("first_last", "conv3x3", "conv1x1", "attention", "feed_forward", "time"
 ENTRIES = 16
 """Entries of a codebook where nobody chose otherwise: 4-bit codes, and little to store."""
 
+CANDIDATE_ENTRIES = (16, 32, 64, 256)
 MOST_CODEBOOKS = 10
 
 _INT8_OVERHEAD = 0.01
@@ -280,85 +282,99 @@ def layer_spec(
     return spec
 
 
+def candidates(kind: str, shape: tuple[int, ...]) -> list[LayerSpec]:
+    """Returns the ways in which a plan may store a kernel.
+
+    No codebook has more entries than half the vectors that it is to serve, codes take 1/4 to 6 bits
+    per weight, and everything else at most as much as one more bit.
+    """
+    if kind == "first_last":
+        return [layer_spec(kind, shape, codebooks=1)]
+    first = layer_spec(kind, shape, codebooks=1)
+    outputs, fan_in = grouping.matrix_shape(shape)
+    found = []
+    for group, entries, codebooks, codebook_bits in itertools.product(
+        (first.group,), CANDIDATE_ENTRIES, range(1, MOST_CODEBOOKS + 1), (8, 16)
+    ):
+        rate = codebooks * math.log2(entries) / group
+        vectors = outputs * grouping.groups_per_row(fan_in, group)
+        if not 0.25 <= rate <= 6 or 2 * entries > max(vectors, 2 * ENTRIES):
+            continue
+        spec = LayerSpec(kind, first.grouping, group, codebooks, entries, codebook_bits)
+        if (entries, codebooks) == (ENTRIES, 1) or spec.stored(shape).per_weight <= rate + 1:
+            found.append(spec)
+    return found
+
+
+def expected_distortion(spec: LayerSpec) -> float:
+    """Returns the mean squared error that a layer's code leaves of Gaussian weights of variance 1.
+
+    Beside what the codes leave, int8 codebooks round: their step is 1/127 of the largest entry,
+    about four standard deviations of the largest codebook.
+    """
+    if spec.grouping == "scalar":
+        return 2.0 ** (-2 * math.log2(spec.entries))
+    rounding = spec.codebooks * (4 / 127) ** 2 / 12 if spec.codebook_bits == 8 else 0.0
+    rate = spec.codebooks * math.log2(spec.entries) / spec.group
+    return 1.5 * 2.0 ** (-2 * rate) + rounding
+
+
 def make_plan(
     shapes: Mapping[str, tuple[int, ...]],
     *,
-    bits: float,
+    bits: float | None = None,
+    size: int | None = None,
     sensitivity: Mapping[str, float] | None = None,
+    gain: Mapping[str, float] | None = None,
     rules: tuple[Rule, ...] = RULES,
-    entries: int = ENTRIES,
 ) -> Plan:
-    """Spends a budget of stored bits on the layers: the next bit goes where it gains most.
+    """Spends a budget of stored bits on the layers so that the sum of their costs is least.
 
-    A layer's loss is taken as sensitivity * 2^(-2 R) with R its code bits per weight, the slope of
-    the rate-distortion function of a Gaussian source. Adding codebooks one at a time, best ratio of
-    gain to stored bits first, is optimal for such convex losses up to the last step.
+    A layer costs sensitivity * min(1, gain * D), with D the `expected_distortion` of its code: all
+    layers, groupings, codebooks and their storage compete for the same bits (`core.allocate`).
 
     Args:
-      shapes: of all parameters, or of the kernels, by path.
+      shapes: of all parameters; of the kernels alone where `size` is not given.
       bits: stored bits per quantized weight that must not be exceeded: codes, codebooks, scales and
         padding of all layers, first and last included.
+      size: bytes that the whole stored U-Net must not exceed, the parts in float16 included.
       sensitivity: what a relative output error of 1 in a layer costs; default: the square root
-        of its weights. A layer's error enters the residual stream whatever its size: on the
-        embedded model at 2 bits, this brings samples 3.1 dB nearer to full precision than costs
-        in proportion to the weights; equal costs bring 3.2 dB, but starve the largest layers.
+        of its weights, a layer's error entering the residual stream whatever its size.
+      gain: relative output error of a layer over D; default: 1.
       rules: sort layers into kinds.
-      entries: K of every codebook.
 
     Raises:
-      VqjaxError: if even one codebook per layer is over the budget, or no rule fits a layer.
+      VqjaxError: if the least possible is over the budget, or no rule fits a layer.
     """
     kernels = kernel_shapes(shapes)
     if not kernels:
         raise VqjaxError("no U-Net kernels found: expected paths like 'unet/out/conv/kernel'")
-    kinds = {path: kind_of(path, shape, rules) for path, shape in kernels.items()}
-    layers = {
-        path: layer_spec(kinds[path], shape, codebooks=1, entries=entries)
-        for path, shape in kernels.items()
-    }
-    least = Plan(layers).bits_report(kernels).total
-    left = math.floor(bits * least.weights) - least.total
-    if left < 0:
+    weights = sum(math.prod(shape) for shape in kernels.values())
+    rest = sum(math.prod(s) for p, s in shapes.items() if p.startswith("unet/")) - weights
+    if (bits is None) == (size is None):
+        raise VqjaxError("a plan needs a budget: bits per weight or a size, not both")
+    budget = math.floor(weights * (bits or 0)) if size is None else 8 * size - 16 * rest
+    choices: dict[str, list[LayerSpec]] = {}
+    options: dict[str, list[Option]] = {}
+    for path, shape in kernels.items():
+        choices[path] = candidates(kind_of(path, shape, rules), shape)
+        weight = (sensitivity or {}).get(path, math.sqrt(math.prod(shape)))
+        factor = (gain or {}).get(path, 1.0)
+        options[path] = [
+            Option(spec.stored(shape).total, weight * min(1.0, factor * expected_distortion(spec)))
+            for spec in choices[path]
+        ]
+    least = sum(min(option.bits for option in found) for found in options.values())
+    if least > budget:
+        asked = f"{bits} bits per weight" if size is None else f"{size / 1e6} MB"
         raise VqjaxError(
-            f"{bits} bits per weight is too little: one codebook of {entries} entries per layer "
-            f"already takes {least.per_weight:.3f}; ask for at least that"
+            f"{asked} is too little: the least possible is {_up(least / weights, 3)} bits per "
+            f"weight, {_up((least + 16 * rest) / 8e6, 3)} MB with the parts in float16"
         )
-    weight = {
-        path: (sensitivity or {}).get(path, math.sqrt(math.prod(kernels[path]))) for path in kernels
-    }
-    _spend(layers, kernels, weight, left)
-    return Plan(layers, bits)
+    chosen = allocate(options, budget)
+    layers = {path: choices[path][place] for path, place in chosen.items()}
+    return Plan(layers, math.floor(1e4 * budget / weights) / 1e4 if bits is None else bits)
 
 
-def _spend(
-    layers: dict[str, LayerSpec],
-    shapes: dict[str, tuple[int, ...]],
-    weight: dict[str, float],
-    left: int,
-) -> None:
-    """Adds codebooks to `layers` in place until nothing more fits into `left` bits."""
-
-    def offer(path: str) -> tuple[float, str, LayerSpec, int] | None:
-        spec = layers[path]
-        if spec.grouping == "scalar" or spec.codebooks >= MOST_CODEBOOKS:
-            return None
-        more = layer_spec(
-            spec.kind, shapes[path], codebooks=spec.codebooks + 1, entries=spec.entries
-        )
-        price = more.stored(shapes[path]).total - spec.stored(shapes[path]).total
-        gain = weight[path] * (_distortion(spec) - _distortion(more))
-        return -gain / price, path, more, price
-
-    offers = [found for path in layers if (found := offer(path)) is not None]
-    heapq.heapify(offers)
-    while offers:
-        _, path, more, price = heapq.heappop(offers)
-        if price > left:
-            continue
-        layers[path], left = more, left - price
-        if (found := offer(path)) is not None:
-            heapq.heappush(offers, found)
-
-
-def _distortion(spec: LayerSpec) -> float:
-    return 2.0 ** (-2 * spec.codebooks * math.log2(spec.entries) / spec.group)
+def _up(value: float, digits: int) -> float:
+    return math.ceil(value * 10**digits) / 10**digits
