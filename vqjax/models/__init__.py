@@ -28,6 +28,7 @@ __all__ = [
     "nearest_codes",
     "param_shapes",
     "predict_noise",
+    "predict_noise_disturbed",
 ]
 
 
@@ -111,6 +112,46 @@ def capture_inputs(
     with nn.intercept_methods(intercept):
         eps_BHWC = predict_noise(config, params, x_BHWC, t_B, context_BNX)
     return eps_BHWC, captured
+
+
+def predict_noise_disturbed(
+    config: LatentDiffusionConfig,
+    params: Params,
+    x_BHWC: jax.Array,
+    t_B: jax.Array,
+    context_BNX: jax.Array | None,
+    errors: dict[str, jax.Array],
+    amounts: dict[str, jax.Array],
+) -> jax.Array:
+    """`predict_noise` with errors E in its kernels, as much of each as `amounts` says.
+
+    Output o of a layer becomes y_o + a_bo (E x)_o. Its derivative in the amounts at zero says what
+    the errors of every row of every kernel do to each image, in one backward pass and without a
+    gradient of the size of a kernel.
+
+    Args:
+      errors: E by kernel path ("unet/.../kernel"), of the kernels' shapes; other layers are exact.
+        What stands under the path of a layer's bias is added to (E x)_o.
+      amounts: a [B, O] by kernel path.
+    """
+
+    def intercept(call, args, kwargs, context):
+        module = context.module
+        if not isinstance(module, Dense | Conv) or context.method_name != "__call__":
+            return call(*args, **kwargs)
+        path = "/".join(("unet", *module.path, "kernel"))
+        y = call(*args, **kwargs)
+        if path not in errors:
+            return y
+        change = module.product(args[0], errors[path].astype(y.dtype))
+        bias_O = errors.get(path.removesuffix("kernel") + "bias")
+        if bias_O is not None:
+            change += jnp.broadcast_to(bias_O.astype(y.dtype), y.shape)
+        amount_BO = amounts[path].astype(y.dtype)
+        return y + amount_BO.reshape(len(y), *[1] * (y.ndim - 2), -1) * change
+
+    with nn.intercept_methods(intercept):
+        return predict_noise(config, params, x_BHWC, t_B, context_BNX)
 
 
 def embed_classes(

@@ -31,9 +31,13 @@ class Dense(nn.Module):
     features: int
     use_bias: bool = True
 
+    def product(self, x: jax.Array, kernel_IO: jax.Array) -> jax.Array:
+        """The linear part, with any kernel of this layer's shape."""
+        return x @ kernel_IO
+
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x @ _kernel(self, (x.shape[-1], self.features), x.dtype)
+        y = self.product(x, _kernel(self, (x.shape[-1], self.features), x.dtype))
         if self.use_bias:
             bias_O = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
             y += jnp.broadcast_to(bias_O.astype(x.dtype), y.shape)
@@ -53,16 +57,20 @@ class Conv(nn.Module):
     stride: int = 1
     padding: tuple[int, int] = (1, 1)
 
-    @nn.compact
-    def __call__(self, x_BHWI: jax.Array) -> jax.Array:
-        shape = (self.window, self.window, x_BHWI.shape[-1], self.features)
-        y_BHWO = jax.lax.conv_general_dilated(
+    def product(self, x_BHWI: jax.Array, kernel_HWIO: jax.Array) -> jax.Array:
+        """The linear part, with any kernel of this layer's shape."""
+        return jax.lax.conv_general_dilated(
             x_BHWI,
-            _kernel(self, shape, x_BHWI.dtype),
+            kernel_HWIO,
             window_strides=(self.stride, self.stride),
             padding=(self.padding, self.padding),
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
+
+    @nn.compact
+    def __call__(self, x_BHWI: jax.Array) -> jax.Array:
+        shape = (self.window, self.window, x_BHWI.shape[-1], self.features)
+        y_BHWO = self.product(x_BHWI, _kernel(self, shape, x_BHWI.dtype))
         bias_O = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
         return y_BHWO + jnp.broadcast_to(bias_O.astype(y_BHWO.dtype), y_BHWO.shape)
 
