@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a given number of bits can reach at best, whatever the code.
+"""What a given number of bits can reach: at best, and by an additive code.
 
-Dimension key:  N fan-in
+Dimension key:  N fan-in   M codebooks   K entries   G weights of a vector
 """
 
 import math
 
 import jax
 import numpy as np
+
+from vqjax.core.encode import EXACT_LIMIT
 
 _STEPS = 100  # bisection steps: more than float64 can tell apart
 
@@ -44,3 +46,25 @@ def reverse_water_filling(eigenvalues_N: jax.typing.ArrayLike, bits: float) -> f
         rate = np.sum(np.maximum(logs - middle, 0.0)) / 2 / spectrum_N.size
         low, high = (middle, high) if rate > bits else (low, middle)
     return float(np.mean(np.minimum(spectrum_N, math.exp2(high))))
+
+
+def code_distortion(group: int, books: int, entries: int) -> float:
+    """Mean squared error that an additive code leaves of Gaussian weights of variance 1.
+
+    The rate-distortion function 2^(-2 R), R = M log2(K) / G, times what a code of G dimensions
+    loses: more in few dimensions and at high rates, where the fixed length of codes cannot follow
+    the density, and more where K**M sums are too many to enumerate. The three factors are fitted to
+    26 codes trained by `initial_codebooks` on 8,192 Gaussian vectors and applied to others
+    (G 1 to 8, M 1 to 8, K 16 to 256); all are met within 20 %.
+
+    Args:
+      group: G.
+      books: M.
+      entries: K.
+    """
+    length = books * math.log2(entries)
+    rate = length / group
+    shape = 1.72 * group**-0.5 * (1 - 2 ** (-1.2 * rate))
+    sums = 0.1 * max(0.0, rate - 2) if books > 1 else 0.0
+    search = 0.043 * max(0.0, length - math.log2(EXACT_LIMIT))
+    return 2.0 ** (-2 * rate) * (1 + shape) * (1 + sums) * (1 + search)
