@@ -37,14 +37,15 @@ PER_OUTPUT = ("feedback", "descent", "least_squares", "store")  # the other stag
 ROWS = {"complete": 16_384, "reduced": 2_048}
 _BLOCK_ROWS = 1024
 _FACTORS = 32
+_WIDE = 4608  # fan-in: large enough to predict the largest, small enough not to take long
 
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """One measurement: a layer of the model, or one of the same fan-in to see the cost grow.
+    """One measurement: a layer of the model, or one like it to see how cost grows.
 
     Attributes:
-      part: "scaling" or "layer".
+      part: "scaling", one fan-in at several output counts; "wide", a large fan-in; "layer".
       path: of the kernel.
       shape: in Linen layout.
     """
@@ -71,18 +72,18 @@ def run(wanted: BenchAqSettings) -> None:
         f"{effort.descent_rounds} descent rounds"
     )
     clock = CompileClock()
-    scaling = [index for index, piece in enumerate(pieces) if piece.part == "scaling"]
-    with progress.stage("scaling", len(scaling)) as advance:
-        for index in scaling:
+    first = [index for index, piece in enumerate(pieces) if piece.part != "layer"]
+    with progress.stage("scaling", len(first)) as advance:
+        for index in first:
             if kept.get(keys[index]) is None:
                 _timed(
                     pieces[index], effort, rows, wanted.seed, clock
                 )  # compiles, and is forgotten
                 kept.add(keys[index], _timed(pieces[index], effort, rows, wanted.seed, clock))
             advance()
-    speeds = Speeds.of([kept.get(keys[index]) or {} for index in scaling])
-    layers = [index for index in range(len(pieces)) if index not in scaling]
-    expected = [speeds.predict(pieces[index], rows) for index in layers]
+    prediction = Prediction.of(kept.records[: len(first)])
+    layers = [index for index in range(len(pieces)) if index not in first]
+    expected = [prediction.seconds(pieces[index], rows) for index in layers]
     console.print(f"predicted: {sum(expected):.0f} s, compilation apart")
     _layers(
         [(pieces[index], keys[index]) for index in layers],
@@ -108,7 +109,7 @@ def _layers(todo, expected, kept: results.Results, measure: Callable[[Piece], di
 
 
 def pieces_of(config: config_lib.LatentDiffusionConfig) -> list[Piece]:
-    """The scaling measurements, then all layers in the order of the plan."""
+    """A few measurements to predict from, then all layers in the order of the plan."""
     folded = folding.fold(config, models.param_shapes(config)).params
     shapes = {path: tuple(leaf.shape) for path, leaf in tree.flatten(folded).items()}
     plan = make_plan(shapes, bits=BITS)
@@ -121,7 +122,9 @@ def pieces_of(config: config_lib.LatentDiffusionConfig) -> list[Piece]:
         dataclasses.replace(middle, part="scaling", shape=(*middle.shape[:-1], count))
         for count in counts
     ]
-    return scaling + layers
+    wide = [piece for piece in coded if grouping.matrix_shape(piece.shape)[1] <= _WIDE][-1]
+    wide = dataclasses.replace(wide, part="wide", shape=(*wide.shape[:-1], counts[0]))
+    return [*scaling, wide, *layers]
 
 
 def _timed(piece: Piece, effort: Effort, rows: int, seed: int, clock: CompileClock) -> dict:
@@ -180,37 +183,48 @@ def _add_rows(total_NN, key, scale_N, mix_FN, *, count: int):
 
 
 @dataclasses.dataclass(frozen=True)
-class Speeds:
-    """What the scaling measurements predict of other layers.
+class Prediction:
+    """Seconds of a stage as a constant and a multiple of its counted operations.
 
     Attributes:
-      flops_per_second: by stage.
+      constant, slope: by stage; stages without a count are constant.
       rounds: how often a stage ran.
-      start: seconds of the first codebooks, made from a sample of one size.
     """
 
-    flops_per_second: dict[str, float]
+    constant: dict[str, float]
+    slope: dict[str, float]
     rounds: dict[str, int]
-    start: float
 
     @classmethod
-    def of(cls, records: Sequence[dict[str, Any]]) -> "Speeds":
-        """From the largest of the scaling measurements."""
-        largest = records[-1]
-        speeds = {
-            stage: count / max(largest["seconds"].get(stage, 0.0), 1e-6)
-            for stage, count in largest["flops"].items()
-            if count
-        }
-        start = sum(largest["seconds"].get(stage, 0.0) for stage in ("start", "store"))
-        return cls(speeds, largest["rounds"], start)
+    def of(cls, records: Sequence[dict[str, Any]]) -> "Prediction":
+        """Least squares of relative errors on a few measurements of different sizes."""
+        constant, slope = {}, {}
+        for stage in records[0]["seconds"]:
+            seconds = np.array([max(r["seconds"].get(stage, 0.0), 1e-6) for r in records])
+            flops = np.array([r["flops"].get(stage, 0.0) for r in records])
+            constant[stage], slope[stage] = _line(flops, seconds)
+        return cls(constant, slope, records[0]["rounds"])
 
-    def predict(self, piece: Piece, rows: int) -> float:
-        """Seconds of one layer, compilation apart."""
+    def seconds(self, piece: Piece, rows: int) -> float:
+        """Of one layer, compilation apart."""
         counts = work.stage_flops(piece.shape, piece.spec, self.rounds, rows)
-        known = sum(counts[stage] / speed for stage, speed in self.flops_per_second.items()
-                    if stage in counts)  # fmt: skip
-        return known + (0.0 if piece.spec.grouping == "scalar" else self.start)
+        if piece.spec.grouping == "scalar":
+            return self.constant["moments"] + self.slope["moments"] * counts["moments"]
+        return sum(self.constant.values()) + sum(
+            self.slope[stage] * count for stage, count in counts.items()
+        )
+
+
+def _line(flops: np.ndarray, seconds: np.ndarray) -> tuple[float, float]:
+    """Returns a constant and a slope, neither negative, of least squared relative error."""
+    if np.ptp(flops) == 0:
+        return float(np.mean(seconds)), 0.0
+    slope, constant = np.polyfit(flops, seconds, 1, w=1 / seconds)
+    if slope < 0:
+        return float(np.mean(seconds)), 0.0
+    if constant < 0:
+        return 0.0, float(np.mean(flops / seconds) / np.mean((flops / seconds) ** 2))
+    return float(constant), float(slope)
 
 
 def exponent(outputs: Sequence[float], seconds: Sequence[float]) -> float:

@@ -29,12 +29,17 @@ def effort_of(settings: BenchAqSettings) -> Effort:
 def identity(settings: BenchAqSettings) -> list[Any]:
     """What all records depend on: versions, device, the quantizer's source, effort, seed."""
     described = environment.describe()
+    device = [described[name] for name in ("device", "backend", "devices")]
+    effort = repr(effort_of(settings))
+    return [environment.versions(), device, source_digest(), effort, settings.seed]
+
+
+def source_digest() -> str:
+    """SHA-256 of the quantizer's source: results of other code are not continued."""
     digest = hashlib.sha256()
     for path in sorted(pathlib.Path(core.__path__[0]).glob("*.py")):
         digest.update(path.read_bytes())
-    device = [described[name] for name in ("device", "backend", "devices")]
-    effort = repr(effort_of(settings))
-    return [environment.versions(), device, digest.hexdigest(), effort, settings.seed]
+    return digest.hexdigest()
 
 
 class Results:

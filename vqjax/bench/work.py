@@ -17,6 +17,7 @@ from vqjax.core.plan import LayerSpec
 
 # One least-squares update: three products with S to set up and to judge, eight conjugate gradients.
 _PRODUCTS = 3 + 8
+_STORED_SWEEPS = 2  # of descent, after rounding to the stored types
 
 
 def stage_flops(
@@ -43,6 +44,7 @@ def stage_flops(
         "feedback": product / 2 + tried,
         "descent": product + tried,
         "least_squares": _PRODUCTS * product,
+        "store": _STORED_SWEEPS * (product + tried),
     }
     return {stage: count * rounds.get(stage, 0) for stage, count in counts.items()}
 
