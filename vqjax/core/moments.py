@@ -22,8 +22,8 @@ from vqjax.errors import VqjaxError
 HELD_EVERY = 4
 """One image of so many is held out."""
 
-HELD_FEATURES = 1152
-"""Most features of a held-out moment: 128 channels of a 3x3 window; seconds of eigenvalues."""
+HELD_FEATURES = 576
+"""Most features of a held-out moment: 64 channels of a 3x3 window, tenths of a second each."""
 
 
 class Moment(NamedTuple):

@@ -37,7 +37,7 @@ DEFAULT = Shrinkage("identity", 0.0, 0.02)
 """Where nothing was held out: costs nothing on the moment itself and gains on other inputs."""
 
 _RIDGES = {("identity", 0.0): (0.005, 0.02, 0.06, 0.2, 0.6)} | {
-    ("kronecker", share): (0.02, 0.1) for share in (0.3, 0.7, 0.9, 1.0)
+    ("kronecker", share): (0.02, 0.05, 0.1) for share in (0.3, 0.7, 0.9, 1.0)
 }
 """What is tried. A share of the identity is a ridge; ridges leave the eigenvectors alone."""
 
