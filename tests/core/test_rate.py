@@ -18,7 +18,7 @@ def test_equal_eigenvalues_give_the_distortion_of_one_gaussian(bits):
 
 def test_a_component_below_the_water_gets_no_bits():
     # All bits go to the first of two: 1/2 * 1/2 log2(4 / theta) = 1/2 gives theta = 1.
-    assert reverse_water_filling([4.0, 0.5], 0.5) == pytest.approx((1.0 + 0.5) / 2)
+    assert reverse_water_filling(np.array([4.0, 0.5]), 0.5) == pytest.approx((1.0 + 0.5) / 2)
 
 
 def test_many_bits_reach_every_component():
@@ -29,7 +29,7 @@ def test_many_bits_reach_every_component():
 
 def test_zero_and_slightly_negative_eigenvalues_cost_nothing():
     # Half of the components are silent: the others have twice the bits.
-    found = reverse_water_filling([1.0, 1.0, 0.0, -1e-9], 1.0)
+    found = reverse_water_filling(np.array([1.0, 1.0, 0.0, -1e-9]), 1.0)
     assert found == pytest.approx(0.5 * 2**-4)
     assert reverse_water_filling(np.zeros(3), 2.0) == 0.0
 

@@ -2,7 +2,7 @@
 """Time with compilation apart, and time by stage."""
 
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -21,11 +21,11 @@ class CompileClock:
         self._spans: list[tuple[float, float]] = []
         jax.monitoring.register_event_duration_secs_listener(self._hear)
 
-    def _hear(self, event: str, seconds: float, **_: str | int) -> None:
+    def _hear(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
         if not event.startswith(_COMPILATION):
             return
         end = time.perf_counter()
-        start = end - seconds
+        start = end - duration_secs
         # Tracing one program traces those inside it: the outer event comes last and holds theirs.
         while self._spans and self._spans[-1][1] > start:
             start = min(start, self._spans.pop()[0])
@@ -43,13 +43,14 @@ def compiled_seconds(work: Callable[[], Result], clock: CompileClock) -> tuple[R
     Args:
       work: gives the same result each time.
     """
-    for _ in range(_ATTEMPTS):
+    attempt = 0
+    while True:
+        attempt += 1
         before, start = clock.seconds, time.perf_counter()
         result = jax.block_until_ready(work())
         seconds = time.perf_counter() - start
-        if clock.seconds == before:
-            break
-    return result, seconds
+        if clock.seconds == before or attempt == _ATTEMPTS:
+            return result, seconds
 
 
 class StageClock:
@@ -61,7 +62,7 @@ class StageClock:
     """
 
     def __init__(self, clock: CompileClock) -> None:
-        self.seconds: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
         self.rounds: Counter[str] = Counter()
         self._clock = clock
         self._last, self._compiled = time.perf_counter(), clock.seconds

@@ -110,8 +110,8 @@ def _read_file(path: pathlib.Path) -> Matrix | None:
     kernel = grouping.from_matrix(weight.reshape(len(weight), -1), shape)
     digest = hashlib.sha256(data).hexdigest()
     if "maps" not in arrays:
-        moments = (arrays[name].astype(np.float64) for name in ("XTX", "XTX_test"))
-        return Matrix(path.name, digest, kernel, *((s + s.T) / 2 for s in moments), None)
+        seen_NN, held_NN = (_symmetric(arrays[name]) for name in ("XTX", "XTX_test"))
+        return Matrix(path.name, digest, kernel, seen_NN, held_NN, None)
     rows_IRN = patches(arrays["maps"], weight.shape[-1])
     test_IRN = patches(arrays["maps_test"], weight.shape[-1])
     return Matrix(path.name, digest, kernel, _moment(rows_IRN), _moment(test_IRN), rows_IRN)
@@ -181,6 +181,11 @@ def patches(maps_ICHW: np.ndarray, window: int) -> np.ndarray:
     views = np.lib.stride_tricks.sliding_window_view(padded, (window, window), (2, 3))
     images, channels, height, width = maps_ICHW.shape
     return views.transpose(0, 2, 3, 1, 4, 5).reshape(images, height * width, channels * window**2)
+
+
+def _symmetric(moment_NN: np.ndarray) -> np.ndarray:
+    moment_NN = moment_NN.astype(np.float64)
+    return (moment_NN + moment_NN.T) / 2
 
 
 def _moment(rows_IRN: np.ndarray) -> np.ndarray:

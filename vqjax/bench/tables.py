@@ -71,7 +71,7 @@ def _add(table: Table, file: str, records: list[dict[str, Any]]) -> None:
 
 
 def _cells(record: dict[str, Any]) -> list[str]:
-    name = _NAMES.get(record["method"], record["method"])
+    name = str(_NAMES.get(record["method"], record["method"]))
     if record["method"] == "reference":
         name = record["setting"].split()[0] + ", beam " + record["setting"].split()[-1]
     ratio, entropy = record["ratio_to_reference"], record["codes_entropy"]
