@@ -8,7 +8,6 @@ import sys
 import numpy as np
 
 DTYPES = {"U8": "u1", "I8": "i1", "F16": "<f2", "F32": "<f4"}
-GROUP = {"conv3x3": 9, "linear": 8, "scalar": 1}
 
 
 def read(path):
@@ -28,21 +27,41 @@ def read(path):
     books_scale = {p: arrays.pop(f"{p}.codebook_scale", np.float32(1)) for p in parts}
     dense = {path: array.astype(np.float32) for path, array in arrays.items()}
     for path, about in document["quantized"].items():
-        dense[path] = decode(parts[path], books_scale[path], about["shape"], about["grouping"])
+        dense[path] = decode(parts[path], books_scale[path], about["shape"])
     return dense
 
 
-def decode(part, books_scale, shape, grouping):
+def decode(part, books_scale, shape):
     books = part["codebooks"].astype(np.float32) * books_scale
-    count, entries, _ = books.shape
+    count, entries, group = books.shape
     *window, inputs, outputs = shape
-    fan_in, bits = int(np.prod([*window, inputs])), max(1, (entries - 1).bit_length())
-    groups = -(-fan_in // GROUP[grouping])
-    codes = np.unpackbits(part["codes"], axis=1, count=groups * count * bits, bitorder="little")
-    codes = codes.reshape(outputs, groups, count, bits) @ (1 << np.arange(bits))
+    fan_in = int(np.prod([*window, inputs]))
+    groups = -(-fan_in // group)
+    rows = [unpack(row, groups * count, entries) for row in part["codes"]]
+    codes = np.array(rows).reshape(outputs, groups, count)
     weights = sum(books[m][codes[:, :, m]] for m in range(count))
     matrix = weights.reshape(outputs, -1)[:, :fan_in] * part["scales"].astype(np.float32)[:, None]
     return matrix.reshape([outputs, inputs, *window]).transpose([*range(2, len(shape)), 1, 0])
+
+
+def unpack(row, count, entries):
+    """Codes are the digits, to the base K, of words that follow each other in a row's bits."""
+    size, bits = word(entries)
+    number, codes = int.from_bytes(row.tobytes(), "little"), []
+    for _ in range(-(-count // size)):
+        digits, number = number & ((1 << bits) - 1), number >> bits
+        for _ in range(size):
+            digits, code = divmod(digits, entries)
+            codes.append(code)
+    return codes[:count]
+
+
+def word(entries):
+    """Codes and bits of one word: one code where K is a power of two, else the tightest."""
+    if entries & (entries - 1) == 0:
+        return 1, max(1, entries.bit_length() - 1)
+    words = [(d, (entries**d - 1).bit_length()) for d in range(1, 17)]
+    return min((w for w in words if w[1] <= 64), key=lambda w: w[1] / w[0])
 
 
 if __name__ == "__main__":

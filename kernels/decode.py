@@ -2,44 +2,91 @@
 """Packed codes to weights: the definition that every faster implementation must agree with.
 
 Dimension key:  O rows   J vectors of a row   M codebooks   K entries   G weights of a vector
-                C codes of a row (J * M)   Y bytes of a row (C * bits / 8, rounded up)
+                C codes of a row (J * M)   Y bytes of a row   V words of a row   D codes of a word
+                L bytes of a word
 
-A row's codes follow each other without gaps, least significant bit first, so that code c occupies
-the bits c * bits ... (c + 1) * bits - 1 of the row's little-endian bit string. Rows start at bytes.
+A row's codes follow each other without gaps, least significant bit first. Where K is a power of
+two, code c occupies the bits c * b ... (c + 1) * b - 1 of the row's little-endian bit string,
+b = log2 K. Other K share words: D codes make the number code[0] + code[1] K + code[2] K^2 ...,
+which takes fewer bits than D codes by themselves (K = 15: 16 codes in 63 bits), and words follow
+each other like codes. A last word of fewer codes takes the bits that it needs. Rows start at bytes.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-MAX_BITS = 16
+MAX_ENTRIES = 65_536
+_WORD_CODES, _WORD_BITS = 16, 64
 
 
-def code_bits(entries: int) -> int:
-    """Returns the bits of one code that can name `entries` codebook entries: at least 1."""
-    return max(1, (entries - 1).bit_length())
+@functools.cache
+def code_word(entries: int) -> tuple[int, int]:
+    """Returns D and the bits of a full word: the fewest bits per code, of these the fewest codes.
+
+    A word has at most 16 codes and 64 bits.
+    """
+    if entries & (entries - 1) == 0:
+        return 1, max(1, entries.bit_length() - 1)
+    sizes = ((count, _number_bits(count, entries)) for count in range(1, _WORD_CODES + 1))
+    fitting = [(count, bits) for count, bits in sizes if bits <= _WORD_BITS]
+    return min(fitting, key=lambda word: word[1] / word[0])
 
 
-def packed_bytes(count: int, bits: int) -> int:
+def _number_bits(count: int, entries: int) -> int:
+    return (entries**count - 1).bit_length()
+
+
+def row_bits(count: int, entries: int) -> int:
+    """Returns the bits of a row of `count` codes, before it is filled up to whole bytes."""
+    size, bits = code_word(entries)
+    rest = count % size
+    return count // size * bits + (_number_bits(rest, entries) if rest else 0)
+
+
+def packed_bytes(count: int, entries: int) -> int:
     """Returns the bytes of one row of `count` codes."""
-    return -(-count * bits // 8)
+    return -(-row_bits(count, entries) // 8)
 
 
-def pack(codes_OC: jax.Array | np.ndarray, bits: int) -> jax.Array | np.ndarray:
-    """Returns integer codes below 2**bits as bytes, uint8 [O, Y]. Unused last bits are zero.
+def pack(codes_OC: jax.Array | np.ndarray, entries: int) -> jax.Array | np.ndarray:
+    """Returns integer codes below K as bytes, uint8 [O, Y]. Unused last bits are zero.
 
     NumPy codes are packed by NumPy: a model has too many shapes to compile for each.
     """
     xp = np if isinstance(codes_OC, np.ndarray) else jnp
     rows, count = np.shape(codes_OC)
-    shifts = xp.arange(bits, dtype=xp.uint32).reshape(1, 1, bits)
-    bits_OCb = (xp.asarray(codes_OC).astype(xp.uint32)[..., None] >> shifts) & xp.uint32(1)
-    bits_OX = bits_OCb.reshape(rows, count * bits).astype(xp.uint8)
-    return xp.packbits(bits_OX, axis=1, bitorder="little")
+    size, bits = code_word(entries)
+    words = -(-count // size)
+    codes_OVD = xp.pad(codes_OC, ((0, 0), (0, words * size - count))).reshape(rows, words, size)
+    if size == 1:
+        shifts = xp.arange(bits, dtype=xp.uint32).reshape(1, 1, bits)
+        bits_OVb = (codes_OVD.astype(xp.uint32) >> shifts) & xp.uint32(1)
+    else:
+        bytes_OVL = _to_words(codes_OVD.astype(xp.int32), entries, -(-bits // 8), xp)
+        bits_OVb = xp.unpackbits(bytes_OVL, axis=2, bitorder="little")[..., :bits]
+    bits_OX = bits_OVb.reshape(rows, words * bits)[:, : row_bits(count, entries)]
+    return xp.packbits(bits_OX.astype(xp.uint8), axis=1, bitorder="little")
 
 
-def unpack(packed_OY: jax.Array, count: int, bits: int) -> jax.Array:
+def _to_words(codes_OVD, entries: int, size: int, xp):
+    """Returns code[0] + K (code[1] + K (...)) as bytes [O, V, L], the least significant first."""
+    bytes_L = [xp.zeros(codes_OVD.shape[:2], xp.int32) for _ in range(size)]
+    for place in reversed(range(codes_OVD.shape[2])):
+        carry = codes_OVD[..., place]
+        for index in range(size):
+            carry = carry + bytes_L[index] * entries
+            bytes_L[index], carry = carry & 255, carry >> 8
+    return xp.stack(bytes_L, axis=2).astype(xp.uint8)
+
+
+def unpack(packed_OY: jax.Array, count: int, entries: int) -> jax.Array:
     """The inverse of `pack`: the first `count` codes of each row, int32 [O, C]."""
+    size, bits = code_word(entries)
+    if size > 1:
+        return _from_words(packed_OY, count, entries)
     rows = packed_OY.shape[0]
     mask = (1 << bits) - 1
     if 8 % bits == 0:
@@ -53,6 +100,24 @@ def unpack(packed_OY: jax.Array, count: int, bits: int) -> jax.Array:
     for byte in range(3):
         window_OC |= padded_OY[:, start_C // 8 + byte] << (8 * byte)
     return (window_OC >> jnp.asarray(start_C % 8, jnp.int32)[None]) & mask
+
+
+def _from_words(packed_OY: jax.Array, count: int, entries: int) -> jax.Array:
+    """Long division of every word by K, byte by byte: no integer is longer than 32 bits."""
+    size, bits = code_word(entries)
+    rows, words = packed_OY.shape[0], -(-count // size)
+    bits_OX = jnp.unpackbits(packed_OY, axis=1, bitorder="little")[:, : row_bits(count, entries)]
+    bits_OX = jnp.pad(bits_OX, ((0, 0), (0, words * bits - bits_OX.shape[1])))
+    bytes_OVL = jnp.packbits(bits_OX.reshape(rows, words, bits), axis=2, bitorder="little")
+    bytes_L = [bytes_OVL[..., index].astype(jnp.int32) for index in range(bytes_OVL.shape[2])]
+    codes_D = []
+    for _ in range(size):
+        rest = jnp.zeros((rows, words), jnp.int32)
+        for index in reversed(range(len(bytes_L))):
+            rest = rest * 256 + bytes_L[index]
+            bytes_L[index], rest = rest // entries, rest % entries
+        codes_D.append(rest)
+    return jnp.stack(codes_D, axis=2).reshape(rows, words * size)[:, :count]
 
 
 def real_codebooks(codebooks_MKG: jax.Array, codebook_scale: jax.Array | None) -> jax.Array:
@@ -91,6 +156,6 @@ def decode(
     """
     books, entries, group = codebooks_MKG.shape
     rows = packed_OY.shape[0]
-    codes_OJM = unpack(packed_OY, groups * books, code_bits(entries)).reshape(rows, groups, books)
+    codes_OJM = unpack(packed_OY, groups * books, entries).reshape(rows, groups, books)
     total_OJG = sum_entries(codes_OJM, real_codebooks(codebooks_MKG, codebook_scale))
     return total_OJG.reshape(rows, groups * group) * scales_O.astype(jnp.float32)[:, None]

@@ -67,13 +67,27 @@ def test_sizes_are_those_of_the_whole_stored_unet(megabytes):
 
 def test_candidates_suit_the_layer():
     wide = plan_lib.candidates("conv3x3", (3, 3, 640, 640))
-    assert {spec.entries for spec in wide} == {16, 32, 64, 256}
+    assert {spec.group for spec in wide} == {3, 9}
     assert {spec.codebook_bits for spec in wide} == {8, 16}
     assert LayerSpec("conv3x3", "conv3x3", 9, 4, 16) in wide
-    # 24 vectors cannot feed 256 entries, nor can 27 inputs be refused: they are padded to 32.
-    narrow = plan_lib.candidates("attention", (27, 6))
-    assert {(spec.group, spec.entries) for spec in narrow} == {(8, 16)}
+    narrow = plan_lib.candidates("attention", (27, 6))  # the last vector of 27 inputs is padded
+    assert {spec.grouping for spec in narrow} == {"linear"}
+    assert not [problem for spec in wide + narrow for problem in spec.problems()]
     assert plan_lib.candidates("first_last", (3, 3, 3, 8))[0].grouping == "scalar"
+
+
+@pytest.mark.parametrize(
+    ("shape", "kind"), [((384, 96), "attention"), ((3, 3, 128, 64), "conv3x3")]
+)
+@pytest.mark.parametrize("limit", [1.5, 2, 4])
+def test_the_best_code_of_a_lone_kernel_uses_its_limit(shape, kind, limit):
+    spec = plan_lib.best_spec(shape, limit, kind)
+    assert not spec.problems()
+    assert 0.9 * limit < spec.stored(shape).per_weight <= limit
+    more = plan_lib.best_spec(shape, limit + 0.5, kind)
+    assert plan_lib.expected_distortion(more) < plan_lib.expected_distortion(spec)
+    with pytest.raises(VqjaxError, match=r"stores 0\.1 bits per weight or less"):
+        plan_lib.best_spec(shape, 0.1, kind)
 
 
 def test_the_plan_is_the_best_of_all():
@@ -127,7 +141,7 @@ def test_sensitive_layers_get_more():
     path = "unet/input_blocks_1/res/conv1/kernel"
     plain = make_plan(SHAPES, bits=2)
     tilted = make_plan(SHAPES, bits=2, sensitivity={path: 1e9})
-    code_bits = [p[path].codebooks * math.log2(p[path].entries) for p in (tilted, plain)]
+    code_bits = [p[path].codebooks * 4 / p[path].group for p in (tilted, plain)]
     assert code_bits[0] > code_bits[1]
     assert tilted.bits_report(SHAPES).total.per_weight <= 2
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from vqjax.core import grouping
 from vqjax.core.tensor import VQTensor
 from vqjax.errors import VqjaxError
+from vqjax.kernels import decode
 
 
 def _tensor(shape=(20, 6), group=8, books=3, entries=16, name="linear", seed=0, int8=False):
@@ -69,8 +70,11 @@ def test_pack_and_unpack_are_inverses_and_bytes_are_exact(shape, books, entries)
     np.testing.assert_array_equal(tensor.unpack(), codes)
     outputs, fan_in = grouping.matrix_shape(shape)
     groups = -(-fan_in // group)
-    code_bits = groups * books * int(np.ceil(np.log2(entries)))
-    expected = outputs * -(-code_bits // 8) + 2 * books * entries * group + 2 * outputs
+    expected = (
+        outputs * decode.packed_bytes(groups * books, entries)
+        + 2 * books * entries * group
+        + 2 * outputs
+    )
     assert tensor.nbytes == expected
     assert tensor.bits_per_weight == 8 * expected / (outputs * fan_in)
 

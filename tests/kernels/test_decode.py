@@ -14,28 +14,38 @@ from vqjax.kernels.vq_conv.ref import vq_conv
 from vqjax.kernels.vq_matmul.ref import vq_matmul
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=16, deadline=None)
 @given(
-    bits=st.integers(1, 12),
+    entries=st.sampled_from([2, 3, 8, 14, 15, 16, 24, 100, 256, 300, 4096]),
     count=st.integers(1, 19),
     rows=st.integers(1, 3),
     seed=st.integers(0, 9),
+    module=st.sampled_from([np, jnp]),
 )
-def test_packed_rows_are_little_endian_bit_strings(bits, count, rows, seed):
-    codes = np.random.default_rng(seed).integers(0, 2**bits, (rows, count))
-    packed = decode.pack(jnp.asarray(codes), bits)
-    assert packed.shape == (rows, decode.packed_bytes(count, bits))
+def test_packed_rows_are_little_endian_bit_strings(entries, count, rows, seed, module):
+    codes = np.random.default_rng(seed).integers(0, entries, (rows, count))
+    packed = decode.pack(module.asarray(codes), entries)
+    assert packed.shape == (rows, decode.packed_bytes(count, entries))
+    size, bits = decode.code_word(entries)
     for row, stored in zip(codes, np.asarray(packed)):
-        number = sum(int(code) << (bits * place) for place, code in enumerate(row))
+        words = [row[first : first + size] for first in range(0, count, size)]
+        numbers = [
+            sum(int(code) * entries**place for place, code in enumerate(word)) for word in words
+        ]
+        number = sum(word << (bits * place) for place, word in enumerate(numbers))
         assert bytes(stored) == number.to_bytes(len(stored), "little")
-    np.testing.assert_array_equal(decode.unpack(jnp.asarray(packed), count, bits), codes)
+    np.testing.assert_array_equal(decode.unpack(jnp.asarray(packed), count, entries), codes)
 
 
 @pytest.mark.parametrize(
-    ("entries", "bits"), [(2, 1), (3, 2), (16, 4), (17, 5), (256, 8), (4096, 12)]
+    ("entries", "word"),
+    [(2, (1, 1)), (16, (1, 4)), (256, (1, 8)), (4096, (1, 12)), (15, (16, 63)), (3, (12, 20))],
 )
-def test_code_bits(entries, bits):
-    assert decode.code_bits(entries) == bits
+def test_words_take_the_fewest_bits(entries, word):
+    size, bits = decode.code_word(entries)
+    assert bits / size <= word[1] / word[0]
+    assert entries**size <= 2**bits
+    assert bits <= 64
 
 
 def _tensor(shape, group, name):

@@ -8,7 +8,7 @@ import dataclasses
 import math
 
 from vqjax.core import grouping
-from vqjax.kernels.decode import code_bits, packed_bytes
+from vqjax.kernels.decode import packed_bytes
 
 SCALE_BITS = 16
 """Bits of one row scale (float16)."""
@@ -65,7 +65,7 @@ def stored_bits(
     codes = grouping.groups_per_row(fan_in, group) * books
     shared = SHARED_SCALE_BITS if codebook_bits == 8 else 0
     return StoredBits(
-        codes=8 * outputs * packed_bytes(codes, code_bits(entries)),
+        codes=8 * outputs * packed_bytes(codes, entries),
         codebooks=books * entries * group * codebook_bits + shared,
         scales=outputs * SCALE_BITS,
         weights=math.prod(shape),

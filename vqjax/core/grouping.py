@@ -20,7 +20,18 @@ from vqjax.errors import VqjaxError
 Matrix = TypeVar("Matrix", jax.Array, np.ndarray)
 
 GROUPS = {"conv3x3": 9, "linear": 8, "scalar": 1}
-"""Weights of one vector, by grouping."""
+"""Usual number of weights of one vector, by grouping."""
+
+MOST_WEIGHTS = 64
+"""Most weights of one vector."""
+
+
+def fits(grouping: str, group: int) -> bool:
+    """Whether vectors of `group` weights are possible: rows or whole numbers of 3x3 kernels, one
+    weight for "scalar", any number elsewhere."""
+    if not isinstance(group, int) or not 1 <= group <= MOST_WEIGHTS:
+        return False
+    return {"conv3x3": group == 3 or group % 9 == 0, "scalar": group == 1}.get(grouping, True)
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:

@@ -29,7 +29,7 @@ ENTRIES = 16
 
 MOST_CODEBOOKS = 10
 
-_LONE_ENTRIES = (8, 16, 32, 64, 128, 256)
+_LONE_ENTRIES = (8, 10, 12, 14, 15, 16, 20, 24, 28, 32, 40, 48, 64, 128, 256)
 
 _INT8_OVERHEAD = 0.01
 _INT8_CODEBOOKS = 5
@@ -73,9 +73,14 @@ class LayerSpec:
         found = []
         if self.grouping not in grouping.GROUPS:
             found.append(f"grouping {self.grouping!r}, expected one of {list(grouping.GROUPS)}")
-        ranges = {"group": (1, 64), "codebooks": (1, 16), "entries": (2, 4096)}
+        elif not grouping.fits(self.grouping, self.group):
+            found.append(
+                f"group {self.group!r} with grouping {self.grouping!r}, expected 3 or a multiple "
+                f"of 9 for conv3x3, 1 for scalar, 1 to {grouping.MOST_WEIGHTS} for linear"
+            )
+        ranges = {"codebooks": (1, 16), "entries": (2, 4096)}
         if self.grouping == "scalar":
-            ranges = {"group": (1, 1), "codebooks": (1, 1), "entries": (2, 256)}
+            ranges = {"codebooks": (1, 1), "entries": (2, 256)}
         for name, (low, high) in ranges.items():
             value = getattr(self, name)
             if not isinstance(value, int) or not low <= value <= high:

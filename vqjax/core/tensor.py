@@ -33,7 +33,7 @@ class VQTensor:
       * row o, vector j decodes to scales[o] * sum over m of codebooks[m, code[o, j, m]];
       * the vectors of a row are consecutive columns of the kernel's matrix view (`core.grouping`),
         the last one zero-padded where G does not divide N;
-      * codes are below K, stored in ceil(log2 K) bits each, in the order (j, m), each row in whole
+      * codes are below K, stored in about log2 K bits each, in the order (j, m), each row in whole
         bytes (`kernels.decode`);
       * `codebook_scale` is given exactly where the codebooks are int8.
 
@@ -87,9 +87,7 @@ class VQTensor:
         if problems:
             found = "; ".join(problems)
             raise VqjaxError(f"kernel {tuple(shape)} in vectors of {group} does not fit: {found}")
-        packed = decode_lib.pack(
-            codes_OJM.reshape(outputs, groups * books), decode_lib.code_bits(entries)
-        )
+        packed = decode_lib.pack(codes_OJM.reshape(outputs, groups * books), entries)
         return cls(
             codes=jnp.asarray(packed),
             codebooks=codebooks_MKG,
@@ -128,8 +126,7 @@ class VQTensor:
     def unpack(self) -> jax.Array:
         """Returns the codes as int32 [O, J, M]."""
         books, entries, _ = self.codebooks.shape
-        bits = decode_lib.code_bits(entries)
-        codes = decode_lib.unpack(self.codes, self.groups * books, bits)
+        codes = decode_lib.unpack(self.codes, self.groups * books, entries)
         return codes.reshape(self.codes.shape[0], self.groups, books)
 
     def decode_matrix(self) -> jax.Array:

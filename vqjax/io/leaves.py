@@ -135,12 +135,6 @@ def not_finite(array: np.ndarray) -> list[str]:
     return [f"{np.count_nonzero(~np.isfinite(array))} of {array.size} values are NaN or infinite"]
 
 
-def _highest_code(packed_OY: np.ndarray, count: int, bits: int) -> int:
-    # numpy, because jnp would compile once per shape.
-    places = np.unpackbits(packed_OY, axis=1, count=count * bits, bitorder="little")
-    return int((places.reshape(-1, count, bits) @ (1 << np.arange(bits))).max())
-
-
 def _misfits(parts: Mapping[str, Any], about: Any, expected: tuple[int, ...] | None) -> list[str]:
     """What is wrong with one quantized leaf; types first, since the sizes need them."""
     if expected is None:
@@ -160,16 +154,17 @@ def _misfits(parts: Mapping[str, Any], about: Any, expected: tuple[int, ...] | N
 
 def _size_misfits(parts: Mapping[str, Any], grouping: str, shape: tuple[int, ...]) -> list[str]:
     books_MKG, scale = parts["codebooks"], parts["codebook_scale"]
-    group = grouping_lib.GROUPS[grouping]
-    if books_MKG.ndim != 3 or 0 in books_MKG.shape or books_MKG.shape[2] != group:
-        return [f"codebooks {books_MKG.shape}, expected [M, K, {group}]"]
+    if books_MKG.ndim != 3 or 0 in books_MKG.shape:
+        return [f"codebooks {books_MKG.shape}, expected [M, K, G]"]
+    group = books_MKG.shape[2]
+    if not grouping_lib.fits(grouping, group):
+        return [f"vectors of {group} weights do not go with grouping {grouping!r}"]
     outputs, fan_in = grouping_lib.matrix_shape(shape)
     books, entries, _ = books_MKG.shape
     count = grouping_lib.groups_per_row(fan_in, group) * books
-    bits = decode_lib.code_bits(entries)
-    if bits > decode_lib.MAX_BITS:
-        return [f"{entries} codebook entries, expected at most {2**decode_lib.MAX_BITS}"]
-    sizes = {"codes": (outputs, decode_lib.packed_bytes(count, bits)), "scales": (outputs,)}
+    if entries > decode_lib.MAX_ENTRIES:
+        return [f"{entries} codebook entries, expected at most {decode_lib.MAX_ENTRIES}"]
+    sizes = {"codes": (outputs, decode_lib.packed_bytes(count, entries)), "scales": (outputs,)}
     found = [
         f"{part} {tuple(parts[part].shape)}, expected {size}"
         for part, size in sizes.items()
@@ -182,8 +177,8 @@ def _size_misfits(parts: Mapping[str, Any], grouping: str, shape: tuple[int, ...
     for part in ("codebooks", "scales", "codebook_scale"):
         if parts[part] is not None:
             found += [f"{part}: {bad}" for bad in not_finite(np.asarray(parts[part]))]
-    if not found and entries != 2**bits:
-        highest = _highest_code(np.asarray(parts["codes"]), count, bits)
-        if highest >= entries:
-            found.append(f"code {highest}, expected below {entries}")
+    if not found and entries & (entries - 1):
+        codes_OC = decode_lib.unpack(jnp.asarray(parts["codes"]), count, entries)
+        if np.any(np.asarray(decode_lib.pack(np.asarray(codes_OC), entries)) != parts["codes"]):
+            found.append(f"codes beyond the {entries} codebook entries")
     return found
