@@ -9,6 +9,7 @@ scales row by row. The codebooks' normal equations are solved by conjugate gradi
 is decode, multiply by S, and add up what falls to each entry.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -146,15 +147,37 @@ def revive(books_MKG, weights_MK, key: jax.Array) -> jax.Array:
     return jnp.where(weights_MK[..., None] > 0, books_MKG, moved_MKG)
 
 
-@jax.jit
-def improve(w_ON, moment_NN, codes_OJM, books_MKG, scales_O, key) -> Fit:
-    """Least squares for the codes as they are: codebooks first, then scales."""
+FIT_VECTORS = 65_536
+"""Vectors, about, that codebooks are fitted to: a hundred and more for each of their numbers."""
+
+
+def fit_rows(rows: int, groups: int) -> int:
+    """Returns how many rows of a layer hold `FIT_VECTORS` vectors, all where there are fewer."""
+    return min(rows, max(1, FIT_VECTORS // groups))
+
+
+@functools.partial(jax.jit, static_argnames="rows")
+def improve(
+    w_ON, moment_NN, codes_OJM, books_MKG, scales_O, key, outputs=None, *, rows: int | None = None
+) -> Fit:
+    """Least squares for the codes as they are: codebooks first, then scales.
+
+    Args:
+      outputs: rows that hold anything; default: all. The rest is padding.
+      rows: fit the codebooks to so many of them, at equal distances. Scales and loss are always
+        those of all rows, and a fit that does not lower their loss is discarded.
+    """
+    entries = books_MKG.shape[1]
     residual_ON = w_ON - reconstruct(codes_OJM, books_MKG, scales_O)
     image_ON = dot(residual_ON, moment_NN)
     before = jnp.sum(image_ON * residual_ON)
     diagonal_N = jnp.diagonal(moment_NN)
-    weights_MK = entry_weights(codes_OJM, scales_O, diagonal_N, books_MKG.shape[1])
-    fitted_MKG = fit_codebooks(image_ON, moment_NN, codes_OJM, books_MKG, scales_O, weights_MK)
+    count = w_ON.shape[0] if outputs is None else outputs
+    rows = w_ON.shape[0] if rows is None else rows
+    fit_R = jnp.arange(rows, dtype=jnp.int32) * count // rows
+    part = codes_OJM[fit_R], books_MKG, scales_O[fit_R]
+    part_MK = entry_weights(part[0], part[2], diagonal_N, entries)
+    fitted_MKG = fit_codebooks(image_ON[fit_R], moment_NN, *part, part_MK)
 
     q_ON = reconstruct(codes_OJM, fitted_MKG, jnp.ones_like(scales_O))
     image_ON = dot(q_ON, moment_NN)
@@ -165,6 +188,7 @@ def improve(w_ON, moment_NN, codes_OJM, books_MKG, scales_O, key) -> Fit:
     better = after < before
     books_MKG = jnp.where(better, fitted_MKG, books_MKG)
     scales_O = jnp.where(better, fitted_O, scales_O)
+    weights_MK = entry_weights(codes_OJM, scales_O, diagonal_N, entries)
     return Fit(books_MKG, scales_O, revive(books_MKG, weights_MK, key), jnp.minimum(after, before))
 
 

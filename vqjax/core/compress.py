@@ -282,6 +282,11 @@ def _feedback_rounds(
     """First codebooks, and codes by error feedback. Its factors of S, two matrices, end here."""
     factors = sweep.feedback_factors(problem.moment_PP, effort.damping, group=spec.group)
     passed_PP, metric_JGG, mean_GG = jax.block_until_ready(factors)
+    if not np.isfinite(np.asarray(mean_GG)).all():
+        raise VqjaxError(
+            f"the moment of {problem.fan_in} inputs is indefinite: a mean of x x^T, shrunk, has a "
+            f"Cholesky factor; gather it again, or in more precision"
+        )
     on_stage("factor")
     draw_key, start_key = jax.random.split(first_key)
     groups = problem.order_J.size
@@ -347,6 +352,8 @@ def _rounds(
             state.books_MKG,
             state.scales_O,
             jax.random.fold_in(key, index),
+            problem.outputs,
+            rows=codebooks_lib.fit_rows(problem.w_OP.shape[0], problem.order_J.size),
         )
         state = _State(codes_OJM, fit.books_MKG, fit.scales_O)
         previous = min(history, default=math.inf)
