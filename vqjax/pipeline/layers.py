@@ -74,9 +74,10 @@ def side_by_side() -> int:
     One on each accelerator. On a CPU a few, since neither compilation nor the search of one layer
     keeps all cores busy.
     """
+    devices = len(jax.local_devices())
     if jax.default_backend() != "cpu":
-        return len(jax.local_devices())
-    return min(os.cpu_count() or 1, CPU_WORKERS)
+        return devices
+    return max(devices, min(os.cpu_count() or 1, CPU_WORKERS))
 
 
 def shares(costs: Mapping[str, float], count: int) -> list[list[str]]:
