@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Drawn errors: their size, their directions, and the gain against a code that is really made."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vqjax.core.compress import compress_layer
+from vqjax.core.plan import LayerSpec, expected_distortion
+from vqjax.core.typical_error import typical_error
+
+
+def _moment(fan_in, seed):
+    rng = np.random.default_rng(seed)
+    factor = rng.standard_normal((fan_in, fan_in)) * np.exp2(rng.uniform(-2, 2, fan_in))
+    return (factor @ factor.T / fan_in).astype(np.float32)
+
+
+def _ridge(moment_NN):
+    size = np.trace(moment_NN) / len(moment_NN)
+    return moment_NN + 0.02 * size * np.eye(len(moment_NN), dtype=np.float32)
+
+
+def test_errors_are_white_under_the_metric_and_of_the_output_s_size():
+    w_NO = np.random.default_rng(0).standard_normal((24, 4000)).astype(np.float32)
+    moment_NN = _moment(24, 0)
+    error, _ = typical_error(w_NO, moment_NN, moment_NN, jax.random.key(0))
+    error_NO = np.asarray(error)
+    energies = [np.vdot(m.T @ moment_NN, m.T) for m in (error_NO, w_NO)]
+    assert energies[0] == pytest.approx(energies[1], rel=1e-3)
+    lower_NN = np.linalg.cholesky(moment_NN)
+    white_NN = np.cov(lower_NN.T @ error_NO, bias=True)
+    white_NN /= np.trace(white_NN) / 24
+    assert np.max(np.abs(white_NN - np.eye(24))) < 0.2
+
+
+@pytest.mark.parametrize("shape", [(48, 64), (3, 3, 8, 48)])
+def test_the_gain_predicts_what_compression_leaves(shape):
+    kernel = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
+    fan_in = int(np.prod(shape[:-1]))
+    moment_NN = _moment(fan_in, 2)
+    name, group = ("conv3x3", 9) if len(shape) == 4 else ("linear", 8)
+    spec = LayerSpec("attention", name, group, 3, 16)
+    _, gain = typical_error(kernel, moment_NN, _ridge(moment_NN), jax.random.key(0))
+    _, stats = compress_layer(jnp.asarray(kernel), moment_NN, spec, key=jax.random.key(0))
+    assert gain < 0.8  # correlated inputs are easier than independent ones
+    assert 0.7 < stats.rel_output_mse / (gain * expected_distortion(spec)) < 1.4
+
+
+def test_layers_without_output_have_no_error():
+    kernel = np.ones((8, 4), np.float32)
+    still = typical_error(kernel, np.zeros((8, 8)), np.eye(8), jax.random.key(0))
+    empty = typical_error(0 * kernel, np.eye(8), np.eye(8), jax.random.key(0))
+    for error, gain in (still, empty):
+        assert gain == 0
+        assert not np.any(np.asarray(error))
