@@ -30,3 +30,37 @@ def load(source, *, config=None):
     from vqjax import io
 
     return io.load_model(source, config=config)
+
+
+def compress_tree(params, moments, plan, **options):
+    """Compresses any nested dict of arrays: see `vqjax.core.compress_tree.compress_tree`.
+
+    Args:
+      params: nested dict of arrays, kernels [inputs, outputs] or [height, width, inputs, outputs].
+      moments: mean of x x^T over a layer's inputs, by path; None weighs all inputs alike.
+      plan: `LayerSpec` by path; `uniform_plan` makes one.
+      **options: `seed`, `effort`, `on_layer`.
+
+    Returns:
+      The tree with a `VQTensor` at each path of the plan, and errors and bits by path.
+
+    Raises:
+      VqjaxError: lists all that does not fit together.
+    """
+    from vqjax.core import compress_tree as module
+
+    return module.compress_tree(params, moments, plan, **options)
+
+
+def uniform_plan(params, *, bits, **options):
+    """Makes a plan for any nested dict: see `vqjax.core.compress_tree.uniform_plan`."""
+    from vqjax.core import compress_tree as module
+
+    return module.uniform_plan(params, bits=bits, **options)
+
+
+def densify(params, **options):
+    """Decodes every quantized leaf of a tree: see `vqjax.core.compress_tree.densify`."""
+    from vqjax.core import compress_tree as module
+
+    return module.densify(params, **options)
