@@ -17,7 +17,7 @@ Preset = Literal["cin256-v2", "celebahq", "ffhq", "lsun_bedrooms", "lsun_churche
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """What the calibration looks at; both guidance branches of every step count alike."""
+    """What the calibration looks at: both guidance branches of every step."""
 
     images: int = 32
     """Sampling trajectories of the full-precision model; classes go round."""
@@ -40,8 +40,11 @@ class QuantizeSettings:
     the package."""
     bits: float = 2.0
     """Most stored bits per quantized weight: codes, codebooks, scales, first and last layer."""
+    size: float | None = None
+    """Most MB (10^6 bytes) of the whole stored U-Net, its parts in float16 included; replaces
+    --bits."""
     plan: pathlib.Path | None = None
-    """A plan.json, perhaps edited, in place of the one made for --bits."""
+    """A plan.json, perhaps edited, in place of the one made for --bits or --size."""
     out: pathlib.Path = pathlib.Path("vqjax-out")
     """Run folder. An unfinished run of the same command there is resumed."""
     export: pathlib.Path | None = None

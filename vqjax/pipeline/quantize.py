@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The main job: fold, plan, calibrate, compress, save, sample, report. Killed, it resumes."""
+"""The main job: fold, calibrate, plan, compress, save, sample, report. Killed, it resumes."""
 
 import dataclasses
 import json
@@ -14,16 +14,16 @@ import numpy as np
 
 from vqjax import config as config_lib
 from vqjax import io, progress, settings
-from vqjax.core import folding, tree
+from vqjax.core import folding, grouping, tree
 from vqjax.core.compress import LayerStats, compress_layer
 from vqjax.core.model import Model
-from vqjax.core.moments import Moment
+from vqjax.core.moments import Moment, corrected_bias
 from vqjax.core.plan import Plan, make_plan
 from vqjax.core.scalar import ScalarLayer, scalar_baseline
 from vqjax.core.tensor import VQTensor
 from vqjax.errors import DoesNotFitError, VqjaxError
 from vqjax.io import leaves, native, orbax_model
-from vqjax.pipeline import calibrate, environment, estimate, layers, results
+from vqjax.pipeline import calibrate, environment, estimate, layers, planning, results
 from vqjax.pipeline.journal import Journal, fingerprint
 from vqjax.pipeline.processes import Team
 
@@ -50,7 +50,7 @@ class Job:
     Attributes:
       model: full precision, folded.
       folded: what folding removed.
-      plan: one entry per kernel of the U-Net.
+      plan: one entry per kernel of the U-Net; until layers are measured, made from their shapes.
       sizes: what each layer sees for one image.
     """
 
@@ -74,9 +74,30 @@ class Job:
         return SMALL_MODEL_SAMPLES if small else LARGE_MODEL_SAMPLES
 
     @property
+    def bits(self) -> float:
+        """Budget, stored bits per quantized weight."""
+        return self.settings.bits if self.plan.bits is None else self.plan.bits
+
+    @property
     def scalar_bits(self) -> int:
         """Whole bits of the scalar baseline: the budget, rounded up in its favour."""
-        return min(max(math.ceil(self.settings.bits), 1), 8)
+        return min(max(math.ceil(self.bits), 1), 8)
+
+
+class Layers(NamedTuple):
+    """What was made of the layers, by path.
+
+    Attributes:
+      quantized: kernels.
+      stats: of these kernels.
+      biases: float16, corrected for what the kernels lose of the mean.
+      scalar: the same kernels quantized to scalars, the baseline.
+    """
+
+    quantized: dict[str, VQTensor]
+    stats: dict[str, LayerStats]
+    biases: dict[str, np.ndarray]
+    scalar: dict[str, ScalarLayer]
 
 
 @jax.default_matmul_precision("highest")  # TF32 would cost the third digit of every figure
@@ -99,6 +120,8 @@ def run(wanted: settings.QuantizeSettings) -> Report:
     team = Team.current()
     if team.leads:
         estimate.show(expected, job.plan, job.shapes)
+        if wanted.plan is None:
+            print("The plan above knows shapes alone; the run measures layers and makes its own.")
     if wanted.dry_run:
         return Report(wanted.out, {})
     free = estimate.available_memory()
@@ -111,9 +134,8 @@ def run(wanted: settings.QuantizeSettings) -> Report:
     if journal.done:
         print(f"{wanted.out}: this run is complete", file=sys.stderr)
     elif team.leads:
-        journal.write("plan.json", job.plan.to_json().encode())
         with team.beating(wanted.out):
-            _finish(job, journal, *_work(job, journal))
+            _finish(*_work(job, journal))
         journal.finish()
     else:
         with team.beating(wanted.out):
@@ -123,7 +145,7 @@ def run(wanted: settings.QuantizeSettings) -> Report:
         return Report(wanted.out, json.loads((wanted.out / "report.json").read_text()))
     if wanted.export is not None:
         model = orbax_model.load_model_folder(wanted.out / "model")
-        plan = json.loads(job.plan.to_json())
+        plan = json.loads((wanted.out / "plan.json").read_text())
         native.save_model(wanted.export, model, extra_metadata={"plan": plan})
     report = json.loads((wanted.out / "report.json").read_text())
     results.show(report, wanted.out)
@@ -134,6 +156,8 @@ def prepare(wanted: settings.QuantizeSettings) -> Job:
     """Loads, folds and plans; checks every setting."""
     if not 0.5 <= wanted.bits <= 8:
         raise VqjaxError(f"--bits {wanted.bits:g}: expected 0.5 to 8 bits per weight")
+    if wanted.size is not None and not 0 < wanted.size < math.inf:
+        raise VqjaxError(f"--size {wanted.size:g}: expected a number of MB above 0")
     if wanted.samples is not None and wanted.samples < 4:
         raise VqjaxError(f"--samples {wanted.samples}: expected 4 or more images per model")
     preset = None if wanted.config is None else config_lib.PRESETS[wanted.config]()
@@ -148,12 +172,19 @@ def prepare(wanted: settings.QuantizeSettings) -> Job:
     model = dataclasses.replace(model, params=folded.params)
     shapes = {path: tuple(leaf.shape) for path, leaf in tree.flatten(folded.params).items()}
     if wanted.plan is None:
-        plan = make_plan(shapes, bits=wanted.bits)
+        plan = make_plan(shapes, **planning.budget(wanted))
     else:
-        plan = Plan.from_json(wanted.plan.read_text())
+        plan = Plan.from_json(_read(wanted.plan))
         plan.check(shapes)
     sizes = calibrate.trace_layers(model.config, model.params)
     return Job(wanted, model, folded, plan, sizes)
+
+
+def _read(path: pathlib.Path) -> str:
+    try:
+        return path.read_text()
+    except OSError as error:
+        raise VqjaxError(f"--plan {path}: {error.strerror}") from None
 
 
 def _record(job: Job) -> dict[str, Any]:
@@ -161,7 +192,8 @@ def _record(job: Job) -> dict[str, Any]:
     source = leaves.content_hash(job.model.config.to_dict(), arrays)
     asked = dataclasses.asdict(job.settings)
     shown = {name: str(v) if isinstance(v, pathlib.Path) else v for name, v in asked.items()}
-    matters = {name: shown[name] for name in ("calibration", "seed")}
+    matters: dict[str, Any] = {name: shown[name] for name in ("calibration", "seed")}
+    matters["budget"] = planning.budget(job.settings) if job.settings.plan is None else None
     versions = environment.versions()
     return {
         "command": settings.command_line("vqjax.quantize", job.settings),
@@ -173,46 +205,61 @@ def _record(job: Job) -> dict[str, Any]:
     }
 
 
-def _work(job: Job, journal: Journal) -> tuple[dict, dict, dict]:
-    """Everything that all processes share: quantized layers, their statistics, the baseline's."""
-    stats: dict[str, LayerStats] = {}
-    scalar: dict[str, ScalarLayer] = {}
-    quantized: dict[str, VQTensor] = {}
+def _work(job: Job, journal: Journal) -> tuple[Job, Journal, Layers]:
+    """Everything that all processes share; returns the job with the plan of its layers.
+
+    Moments that do not fit into memory together are kept in the journal from the first pass, which
+    measures layers, to the second, which compresses them.
+    """
     limit = int(job.settings.calibration.memory * 1e9)
     groups = calibrate.batches({path: job.sizes[path] for path in job.plan}, limit)
     visited = _trajectories(job, journal)
+    outlooks: dict[str, planning.Outlook] = {}
     for index, paths in enumerate(groups):
         part = f" {index + 1}/{len(groups)}" if len(groups) > 1 else ""
         moments = _moments(job, journal, visited, index, paths, part)
+        with journal.stage("calibrate"):
+            outlooks |= _outlooks(job, journal, moments, part)
+    costs = planning.sensitivities(job, journal, visited, outlooks)
+    job = planning.planned(job, outlooks, costs)
+    if journal.team.leads:
+        rows = planning.record(job.plan, job.shapes, outlooks, costs)
+        journal.write("plan.json", job.plan.to_json().encode())
+        journal.write("sensitivity.json", planning.to_json(rows).encode())
+        planning.show(job.plan, rows)
+    done = Layers({}, {}, {}, {})
+    for index, paths in enumerate(groups):
+        part = f" {index + 1}/{len(groups)}" if len(groups) > 1 else ""
+        if len(groups) > 1:
+            moments = _moments(job, journal, visited, index, paths, part)
         with journal.stage("compress"):
-            for path, (tensor, one) in _compress(job, journal, moments, part).items():
-                quantized[path], stats[path] = tensor, one
+            for path, (tensor, stats, biases) in _compress(
+                job, journal, moments, outlooks, part
+            ).items():
+                done.quantized[path], done.stats[path] = tensor, stats
+                done.biases.update(biases)
         with journal.stage("scalar baseline"):
-            scalar |= _baseline(job, journal, moments, part)
-    return quantized, stats, scalar
+            done.scalar.update(_baseline(job, journal, moments, part))
+    return job, journal, done
 
 
-def _finish(
-    job: Job,
-    journal: Journal,
-    quantized: dict[str, VQTensor],
-    stats: dict[str, LayerStats],
-    scalar: dict[str, ScalarLayer],
-) -> None:
+def _finish(job: Job, journal: Journal, done: Layers) -> None:
     """What one process does alone: saves, samples, reports."""
     flat = tree.flatten(job.model.params)
     half = {
         path: np.asarray(leaf, np.float16) for path, leaf in flat.items() if path not in job.plan
     }
-    model = Model(config=job.model.config, params=tree.unflatten(half | quantized))
+    model = Model(
+        config=job.model.config, params=tree.unflatten(half | done.biases | done.quantized)
+    )
     with journal.stage("save"):
         orbax_model.save_model_folder(journal.folder / "model", model)
-    dense = {path: layer.kernel for path, layer in scalar.items()}
+    dense = {path: layer.kernel for path, layer in done.scalar.items()}
     rival = Model(config=job.model.config, params=tree.unflatten(half | dense))
     twins = {"full_precision": job.model, "quantized": model, "scalar_baseline": rival}
     pictures = {name: _samples(job, journal, name, twin) for name, twin in twins.items()}
     with journal.stage("report"):
-        results.write(job, journal, stats, scalar, model, pictures)
+        results.write(job, journal, done.stats, done.scalar, model, pictures)
 
 
 def _trajectories(job: Job, journal: Journal) -> list[tuple]:
@@ -262,37 +309,78 @@ def _each_layer(job, journal, title, work, moments, note, piece) -> dict[str, An
     )
 
 
-def _compress(job, journal, moments, part) -> dict[str, tuple[VQTensor, LayerStats]]:
+def _outlooks(job, journal, moments, part) -> dict[str, planning.Outlook]:
+    def work(path: str, moment: Moment) -> planning.Outlook:
+        return planning.outlook(job, journal, path, moment)
+
+    def note(path: str, result: planning.Outlook) -> str:
+        return ""
+
+    return _each_layer(job, journal, f"metrics{part}", work, moments, note, planning.piece)
+
+
+def _compress(job, journal, moments, outlooks, part) -> dict[str, tuple]:
+    """Quantized kernel, its statistics, and its layer's bias where that is corrected."""
     flat = tree.flatten(job.model.params)
     seed_key = jax.random.key(job.settings.seed)
 
     def piece(path: str) -> str:
         return f"layers/{path.replace('/', '.')}"
 
-    def work(path: str, moment: Moment) -> tuple[VQTensor, LayerStats]:
+    def work(path: str, moment: Moment) -> tuple:
         found = journal.load(piece(path))
         if found is not None:
-            return _restore(*found)
+            return _restore(path, *found)
         key = jax.random.fold_in(seed_key, zlib.crc32(path.encode()))
+        outlook = outlooks[path]
         tensor, stats = compress_layer(
-            flat[path], jax.numpy.asarray(moment.second_NN), job.plan[path], key=key
+            flat[path],
+            outlook.moment(moment),
+            job.plan[path],
+            key=key,
+            metric=outlook.metric(moment, job.sizes[path].window),
         )
-        arrays, about = leaves.to_arrays({"kernel": tensor})
-        journal.store(piece(path), arrays, {"about": about["kernel"], "stats": stats._asdict()})
-        return tensor, stats
+        tensors, about = leaves.to_arrays({"kernel": tensor})
+        bias = f"{path.removesuffix('kernel')}bias"
+        biases = {}
+        if outlook.centred:
+            decoded = np.asarray(tensor.decode(jax.numpy.float32))
+            stats = _of_whole_output(stats, flat[path], moment, outlook)
+            biases[bias] = corrected_bias(
+                np.asarray(flat[bias]), np.asarray(flat[path]), decoded, moment.mean_N
+            ).astype(np.float16)
+        notes = {"about": about["kernel"], "stats": stats._asdict()}
+        journal.store(piece(path), tensors | {"bias": biases[bias]} if biases else tensors, notes)
+        return tensor, stats, biases
 
-    def note(path: str, result: tuple[VQTensor, LayerStats]) -> str:
+    def note(path: str, result: tuple) -> str:
         name = path.removeprefix("unet/").removesuffix("/kernel")
         return f"{name}  error {result[1].rel_output_mse:.4f}"
 
     return _each_layer(job, journal, f"compress{part}", work, moments, note, piece)
 
 
-def _restore(arrays, notes) -> tuple[VQTensor, LayerStats]:
-    parts = {name.removeprefix("kernel."): jax.numpy.asarray(a) for name, a in arrays.items()}
+def _of_whole_output(stats: LayerStats, kernel, moment: Moment, outlook) -> LayerStats:
+    """The error relative to the whole output, not only to what the bias does not make."""
+    w_ON = grouping.to_matrix(np.asarray(kernel, np.float32))
+    part, whole = (
+        float(np.vdot(w_ON @ second_NN, w_ON))
+        for second_NN in (outlook.moment(moment), moment.second_NN)
+    )
+    share = part / whole if whole > 0 else 1.0
+    return stats._replace(rel_output_mse=stats.rel_output_mse * share)
+
+
+def _restore(path: str, arrays, notes) -> tuple:
+    tensors = {
+        name.removeprefix("kernel."): jax.numpy.asarray(a)
+        for name, a in arrays.items()
+        if name != "bias"
+    }
     about = notes["about"]
-    tensor = VQTensor(**parts, shape=tuple(about["shape"]), grouping=about["grouping"])
-    return tensor, LayerStats(**notes["stats"])
+    tensor = VQTensor(**tensors, shape=tuple(about["shape"]), grouping=about["grouping"])
+    biases = {f"{path.removesuffix('kernel')}bias": a for n, a in arrays.items() if n == "bias"}
+    return tensor, LayerStats(**notes["stats"]), biases
 
 
 def _baseline(job, journal, moments, part) -> dict[str, ScalarLayer]:

@@ -98,7 +98,7 @@ def _weights(job: "Job", model: Model) -> dict[str, Any]:
     packed = [leaf for leaf in flat.values() if isinstance(leaf, VQTensor)]
     stored = sum(int(leaf.nbytes) for leaf in flat.values())
     return {
-        "bits_target": job.settings.bits,
+        "bits_target": job.bits,
         "bits_per_weight": 8 * sum(t.nbytes for t in packed) / sum(t.size for t in packed),
         "bits_per_weight_model": 8 * stored / _unet_weights(job),
         "bytes_before": 4 * _unet_weights(job),

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Predicted changes of the noise prediction against kernels that are really replaced."""
+
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.io import models as small
+from vqjax import io
+from vqjax.core import folding, shrinkage, tree
+from vqjax.core.compress import Effort, compress_layer
+from vqjax.core.model import Model
+from vqjax.core.plan import RULES, kernel_shapes, kind_of, layer_spec
+from vqjax.pipeline import calibrate, sensitivity
+from vqjax.settings import Calibration
+
+GUIDANCE = 3.0
+
+
+def _expected(model: Model, moments: calibrate.Moments) -> dict[str, sensitivity.Expected]:
+    sizes = calibrate.trace_layers(model.config, model.params)
+    flat = tree.flatten(model.params)
+    found = {}
+    for path, moment in moments.items():
+        metric = shrinkage.Metric(
+            shrinkage.shrink(moment.second_NN, sizes[path].window, shrinkage.DEFAULT),
+            shrinkage.DEFAULT,
+            False,
+        )
+        key = jax.random.key(zlib.crc32(path.encode()))
+        found[path] = sensitivity.expected(path, flat[path], moment, metric, key)
+    return found
+
+
+@pytest.mark.parametrize("config", [small.CLASSES, small.PLAIN], ids=lambda config: config.name)
+def test_small_errors_do_what_is_predicted(config):
+    model = small.dense(config)
+    model = Model(config, folding.fold(config, model.params).params)
+    calibration = Calibration(images=8, steps=4, batch=8)
+    visited = list(calibrate.trajectories(model, calibration, seed=1))
+    flat = tree.flatten(model.params)
+    kernels = list(kernel_shapes({path: leaf.shape for path, leaf in flat.items()}))[::7]
+    moments = calibrate.second_moments(model, visited, kernels)
+    found = _expected(model, moments)
+    # Both sides measure one draw of the errors, rows taken as independent by the one alone.
+    errors = {path: 1e-3 * one.errors[path] for path, one in found.items()}
+    predicted = sensitivity.responses(model, visited, errors, GUIDANCE, jax.random.key(0))
+    replaced = {path: flat[path] + jnp.asarray(error) for path, error in errors.items()}
+    measured = sensitivity.replaced(model, visited, replaced, GUIDANCE)
+    ratios = np.array([predicted[path] / measured[path] for path in kernels])
+    assert np.all(np.abs(np.log2(ratios)) < 1.5), ratios
+    assert abs(np.mean(np.log2(ratios))) < 0.4, ratios
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("codebooks", [2, 3])
+def test_layers_are_ranked_as_replacing_them_does(codebooks):
+    """The embedded model: a fifth of its layers, replaced by what compression makes of them."""
+    model = io.load_model("digits")
+    model = Model(model.config, folding.fold(model.config, model.params).params)
+    visited, held = (
+        list(calibrate.trajectories(model, Calibration(images=16), seed)) for seed in (1, 2)
+    )
+    flat = tree.flatten(model.params)
+    paths = [
+        path
+        for path, shape in kernel_shapes({p: leaf.shape for p, leaf in flat.items()}).items()
+        if kind_of(path, shape, RULES) != "first_last"
+    ][::5]
+    moments = calibrate.second_moments(model, visited, paths)
+    expected = _expected(model, moments)
+    errors = {path: one.errors[path] for path, one in expected.items()}
+    costs = sensitivity.responses(model, visited, errors, GUIDANCE, jax.random.key(0))
+    effort = Effort(start_steps=15, feedback_rounds=2, descent_rounds=2)
+    replaced, predicted = {}, {}
+    for path in paths:
+        shape = flat[path].shape
+        spec = layer_spec(kind_of(path, shape, RULES), shape, codebooks=codebooks)
+        tensor, stats = compress_layer(
+            flat[path], moments[path].second_NN, spec, key=jax.random.key(0), effort=effort
+        )
+        replaced[path] = tensor.decode(jnp.float32)
+        predicted[path] = costs[path] * stats.rel_output_mse
+    measured = sensitivity.replaced(model, held, replaced, GUIDANCE)
+    pairs = np.log2([(predicted[path], measured[path]) for path in paths])
+    ranks = np.argsort(np.argsort(pairs, axis=0), axis=0)
+    assert np.corrcoef(ranks.T)[0, 1] > 0.85
+    # Held-out inputs and second-order effects make errors larger than predicted, evenly.
+    assert 0 < np.median(pairs[:, 1] - pairs[:, 0]) < 1.2

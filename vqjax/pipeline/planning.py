@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From calibrated inputs to a plan: what errors will be, what they will do, who gets the bits."""
+
+import dataclasses
+import json
+import zlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from vqjax import progress
+from vqjax.core import moments as moments_lib
+from vqjax.core import shrinkage, tree
+from vqjax.core.moments import Moment
+from vqjax.core.plan import Plan, expected_distortion, make_plan
+from vqjax.core.shrinkage import Shrinkage
+from vqjax.pipeline import sensitivity
+from vqjax.pipeline.journal import Journal
+from vqjax.settings import QuantizeSettings
+
+if TYPE_CHECKING:
+    from vqjax.pipeline.quantize import Job
+
+
+class Outlook(NamedTuple):
+    """What is known of a layer before it is compressed.
+
+    Attributes:
+      shrinkage: how its metric is made of its moment.
+      centred: whether the mean of its inputs is left to a corrected bias.
+      gain: its relative output error over the distortion of unit Gaussians.
+      errors: a typical error, of relative output error 1, by paths of parameters.
+    """
+
+    shrinkage: Shrinkage
+    centred: bool
+    gain: float
+    errors: dict[str, np.ndarray]
+
+    def moment(self, moment: Moment) -> np.ndarray:
+        """The moment that the layer's error is measured with."""
+        second_NN = moment.second_NN
+        return moments_lib.centred(second_NN, moment.mean_N) if self.centred else second_NN
+
+    def metric(self, moment: Moment, window: int) -> np.ndarray:
+        """What the search minimizes."""
+        return shrinkage.shrink(self.moment(moment), window, self.shrinkage)
+
+
+def piece(path: str) -> str:
+    """Name of a layer's outlook in the journal."""
+    return f"outlook/{path.replace('/', '.')}"
+
+
+def outlook(job: "Job", journal: Journal, path: str, moment: Moment) -> Outlook:
+    """Chooses a layer's metric and draws its typical error, or finds both in the journal."""
+    found = journal.load(piece(path))
+    if found is not None:
+        errors, notes = found
+        named = {name.replace(".", "/"): error for name, error in errors.items()}
+        return Outlook(Shrinkage(*notes["shrinkage"]), notes["centred"], notes["gain"], named)
+    flat = tree.flatten(job.model.params)
+    metric = shrinkage.layer_metric(
+        moment,
+        job.sizes[path].window,
+        has_bias=f"{path.removesuffix('kernel')}bias" in flat,
+        bits=job.bits,
+    )
+    # Another draw than that of the search, which folds the same number into the seed's key.
+    key = jax.random.fold_in(jax.random.key(job.settings.seed), 1)
+    key = jax.random.fold_in(key, zlib.crc32(path.encode()))
+    expected = sensitivity.expected(path, flat[path], moment, metric, key)
+    notes = {
+        "shrinkage": list(metric.shrinkage),
+        "centred": metric.centred,
+        "gain": expected.gain,
+    }
+    stored = {name.replace("/", "."): error for name, error in expected.errors.items()}
+    journal.store(piece(path), stored, notes)
+    return Outlook(metric.shrinkage, metric.centred, expected.gain, expected.errors)
+
+
+def sensitivities(
+    job: "Job", journal: Journal, visited: list[tuple], outlooks: Mapping[str, Outlook]
+) -> dict[str, float]:
+    """Mean squared change of the noise prediction for a relative output error of 1, by layer."""
+    found = journal.shared("sensitivity")
+    if found is not None:
+        return found[1]
+    errors = {path: error for one in outlooks.values() for path, error in one.errors.items()}
+    count = sensitivity.calls(visited)
+    with journal.stage("calibrate"), progress.stage("sensitivity", count) as advance:
+        costs = sensitivity.responses(
+            job.model,
+            visited,
+            errors,
+            job.settings.calibration.guidance,
+            jax.random.key(job.settings.seed),
+            advance,
+        )
+    journal.store("sensitivity", {}, costs)
+    return costs
+
+
+def planned(job: "Job", outlooks: Mapping[str, Outlook], costs: Mapping[str, float]) -> "Job":
+    """The job with the plan of its measured layers; a plan that the user gave stays."""
+    if job.settings.plan is not None:
+        return job
+    gain = {path: one.gain for path, one in outlooks.items()}
+    plan = make_plan(job.shapes, **budget(job.settings), sensitivity=costs, gain=gain)
+    return dataclasses.replace(job, plan=plan)
+
+
+def budget(wanted: QuantizeSettings) -> dict[str, Any]:
+    """The arguments of `make_plan` that say how much may be spent."""
+    return {"bits": wanted.bits} if wanted.size is None else {"size": int(wanted.size * 1e6)}
+
+
+def record(
+    plan: Plan,
+    shapes: Mapping[str, tuple[int, ...]],
+    outlooks: Mapping[str, Outlook],
+    costs: Mapping[str, float],
+) -> dict[str, dict[str, float]]:
+    """What each layer of the plan was expected to cost, and why.
+
+    Returns:
+      By layer: "sensitivity" (mean squared change of the guided noise prediction for a relative
+      output error of 1), "gain", "expected_output_mse", "expected_cost" (the product of first and
+      third) and "bits_per_weight".
+    """
+    rows = {}
+    for path, spec in plan.items():
+        error = min(1.0, outlooks[path].gain * expected_distortion(spec))
+        rows[path] = {
+            "sensitivity": costs[path],
+            "gain": outlooks[path].gain,
+            "expected_output_mse": error,
+            "expected_cost": costs[path] * error,
+            "bits_per_weight": spec.stored(tuple(shapes[path])).per_weight,
+        }
+    return rows
+
+
+def to_json(rows: Mapping[str, dict[str, float]]) -> str:
+    """One line per layer."""
+    lines = [f"  {json.dumps(path)}: {json.dumps(row)}" for path, row in rows.items()]
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def show(plan: Plan, rows: Mapping[str, dict[str, float]]) -> None:
+    """Prints the plan, a line per layer."""
+    title = "Plan by layer, as measured: vectors, codes, bits, cost of losing all, error, share"
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
+    table.add_column("layer", overflow="fold")
+    for name in ("G", "codes", "bits", "cost", "error", "%"):
+        table.add_column(name, justify="right")
+    total = sum(row["expected_cost"] for row in rows.values()) or 1.0
+    for path, row in rows.items():
+        spec = plan[path]
+        table.add_row(path.removeprefix("unet/").removesuffix("/kernel"), str(spec.group),
+                      f"{spec.codebooks} x {spec.entries}", f"{row['bits_per_weight']:.3f}",
+                      f"{row['sensitivity']:.2g}", f"{row['expected_output_mse']:.2g}",
+                      f"{100 * row['expected_cost'] / total:.1f}")  # fmt: skip
+    Console(highlight=False).print(table)

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an error in each layer does to the noise prediction: all layers at once.
+
+Dimension key:  B batch   H W latent   C channels   O outputs of a layer   T trajectory steps
+
+The prediction of one image moves by J_l e for an error e at the output of layer l. With a random
+vector v of signs, the expected square of v^T J_l e is |J_l e|^2 (Hutchinson, Communications in
+Statistics 19, 1990): one backward pass from v gives it for every layer, to first order in the
+errors (Gauss-Newton). Errors at the positions of an image, and in both branches of guidance, come
+from one wrong kernel and may add up, so each error is followed through the layer it belongs to.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vqjax import models, sampling
+from vqjax.core import grouping, tree
+from vqjax.core.model import Model
+from vqjax.core.moments import Moment, centred
+from vqjax.core.shrinkage import Metric
+from vqjax.core.typical_error import typical_error
+
+POSITIONS = 4096  # of the latents of one call: bounds the memory of the backward pass
+LEAST_IMAGES = 8  # of large models, one by one; of small ones, what fits into one call
+EVERY = 3  # of the timesteps that were stored
+
+
+class Expected(NamedTuple):
+    """What compression will do to one layer.
+
+    Attributes:
+      errors: by the paths of its kernel and, where the bias will be corrected, its bias.
+      gain: relative output error over the distortion of unit Gaussians.
+    """
+
+    errors: dict[str, np.ndarray]
+    gain: float
+
+
+def expected(
+    path: str, kernel: jax.Array, moment: Moment, metric: Metric, key: jax.Array
+) -> Expected:
+    """Draws the error that `responses` follows: one of relative output error 1."""
+    second_NN = moment.second_NN
+    if metric.centred:
+        second_NN = centred(second_NN, moment.mean_N)
+    found = typical_error(kernel, second_NN, metric.metric_NN, key)
+    errors = {path: np.asarray(found.error)}
+    if metric.centred:
+        shift_O = -grouping.to_matrix(errors[path]) @ moment.mean_N
+        errors[path.removesuffix("kernel") + "bias"] = shift_O
+    return Expected(errors, found.gain)
+
+
+def responses(
+    model: Model,
+    visited: Sequence[tuple],
+    errors: Mapping[str, np.ndarray],
+    guidance: float,
+    key: jax.Array,
+    on_step: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
+    """Mean squared change of the guided noise prediction that the errors would make, one by one.
+
+    Rows of a kernel are taken to have independent errors.
+
+    Args:
+      visited: from `calibrate.trajectories`.
+      errors: of `expected`, all layers.
+      guidance: weighs the branches as sampling does.
+      key: of the random signs.
+      on_step: called after each backward pass; there are `calls(visited)`.
+    """
+    kernels = tuple(path for path in errors if path.endswith("/kernel"))
+    errors = {path: jnp.asarray(error) for path, error in errors.items()}
+    run = _compiled(model.config, kernels, guidance)
+    sums, calls = dict.fromkeys(kernels, 0.0), 0
+    for x_BHWC, t, ids_B in _points(visited):
+        found = run(model.params, errors, x_BHWC, t, ids_B, jax.random.fold_in(key, calls))
+        sums = {path: sums[path] + float(found[path]) for path in kernels}
+        calls += 1
+        on_step()
+    return {path: total / calls for path, total in sums.items()}
+
+
+def calls(visited: Sequence[tuple]) -> int:
+    """Backward passes of `responses`."""
+    return sum(1 for _ in _points(visited))
+
+
+def replaced(
+    model: Model, visited: Sequence[tuple], kernels: Mapping[str, np.ndarray], guidance: float
+) -> dict[str, float]:
+    """What `responses` predicts, measured: each kernel in turn is replaced by the one given.
+
+    Args:
+      visited: from `calibrate.trajectories`; only those steps are used that `responses` would use.
+      kernels: by path.
+      guidance: as for `responses`.
+
+    Returns:
+      Mean squared change of the guided noise prediction, by path.
+    """
+    predict = jax.jit(
+        lambda params, x_BHWC, t, ids_B: sampling.predictor(model.config, params, ids_B, guidance)(
+            x_BHWC, jnp.broadcast_to(t, x_BHWC.shape[:1])
+        )
+    )
+    points = list(_points(visited))
+    exact = [predict(model.params, *point) for point in points]
+    flat = tree.flatten(model.params)
+    changes = {}
+    for path, kernel in kernels.items():
+        params = tree.unflatten({**flat, path: jnp.asarray(kernel)})
+        moved = [predict(params, *point) for point in points]
+        squares = [float(jnp.mean((a - b) ** 2)) for a, b in zip(moved, exact)]
+        changes[path] = float(np.mean(squares))
+    return changes
+
+
+def _points(visited: Sequence[tuple]) -> Iterator[tuple]:
+    """Yields (x_BHWC, t, ids_B): every `EVERY`-th step, another first one from call to call."""
+    images = 0
+    for x_TBHWC, t_T, ids_B in visited:
+        _, batch, height, width, _ = x_TBHWC.shape
+        most = POSITIONS // (height * width)
+        size = max(1, min(batch, most))
+        for first in range(0, batch - size + 1, size):
+            if images >= max(LEAST_IMAGES, most):
+                return
+            chosen = slice(first, first + size)
+            ids = None if ids_B is None else jnp.asarray(ids_B[chosen])
+            for index in range(images // size % EVERY, len(t_T), EVERY):
+                yield jnp.asarray(x_TBHWC[index, chosen]), jnp.int32(t_T[index]), ids
+            images += size
+
+
+def _compiled(config, kernels: tuple[str, ...], guidance: float):
+    def predict(params, errors, x_BHWC, t, ids_B, amounts):
+        if ids_B is None:
+            t_B = jnp.broadcast_to(t, x_BHWC.shape[:1])
+            return models.predict_noise_disturbed(
+                config, params, x_BHWC, t_B, None, errors, amounts
+            )
+        both = jnp.concatenate([jnp.full_like(ids_B, config.null_class), ids_B])
+        doubled = jax.tree.map(lambda a: jnp.concatenate([a, a]), (x_BHWC, amounts))
+        uncond, cond = jnp.split(
+            models.predict_noise_disturbed(
+                config,
+                params,
+                doubled[0],
+                jnp.broadcast_to(t, both.shape),
+                models.embed_classes(config, params, both),
+                errors,
+                doubled[1],
+            ),
+            2,
+        )
+        return uncond + guidance * (cond - uncond)
+
+    @jax.jit
+    def run(params, errors, x_BHWC, t, ids_B, key):
+        none = {
+            path: jnp.zeros((len(x_BHWC), errors[path].shape[-1]), jnp.float32) for path in kernels
+        }
+        eps, back = jax.vjp(functools.partial(predict, params, errors, x_BHWC, t, ids_B), none)
+        (slopes,) = back(jax.random.rademacher(key, eps.shape, eps.dtype))
+        return {path: jnp.sum(slope_BO**2) / eps.size for path, slope_BO in slopes.items()}
+
+    return run
