@@ -119,6 +119,10 @@ def test_operations_are_counted_per_round():
     assert counts["descent"] == 2 * (2 * 32 * 64**2 + 2 * 32 * 8 * 16**4)
     assert counts["feedback"] == 32 * 64**2 + 2 * 32 * 8 * 16**4
     assert counts["least_squares"] == 0
+    fit = work.stage_flops((64, 32), spec, {"least_squares": 1}, rows=1)["least_squares"]
+    assert fit == (3 + 8) * 2 * 32 * 64**2  # so small a layer is fitted to all its rows
+    large = work.stage_flops((64, 32_000), spec, {"least_squares": 1}, rows=1)["least_squares"]
+    assert large < 1000 * fit
     twice = work.stage_flops((64, 32), LayerSpec("time", "linear", 8, 8, 16), {"descent": 1}, 1)
     assert twice["store"] == 0
     assert twice["descent"] == 2 * 32 * 64**2 + 2 * 32 * 8 * 2 * 16**4

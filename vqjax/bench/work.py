@@ -12,11 +12,13 @@ import jax
 import jax.numpy as jnp
 
 from vqjax.core import grouping
+from vqjax.core.codebooks import fit_rows
 from vqjax.core.encode import EXACT_LIMIT
 from vqjax.core.plan import LayerSpec
 
-# One least-squares update: three products with S to set up and to judge, eight conjugate gradients.
-_PRODUCTS = 3 + 8
+# One least-squares update: products with S of all rows to set up and to judge, and of those rows
+# that codebooks are fitted to for each step of conjugate gradients, taken at their most.
+_JUDGING, _STEPS = 3, 8
 _STORED_SWEEPS = 2  # of descent, after rounding to the stored types
 
 
@@ -36,14 +38,16 @@ def stage_flops(
     if spec.grouping == "scalar":
         return {"moments": 2.0 * rows * fan_in**2}
     product = 2.0 * outputs * fan_in**2
-    tried = 2.0 * outputs * grouping.groups_per_row(fan_in, spec.group) * _sums(spec)
+    groups = grouping.groups_per_row(fan_in, spec.group)
+    fitted = fit_rows(outputs, groups) / outputs
+    tried = 2.0 * outputs * groups * _sums(spec)
     counts = {
         "moments": 2.0 * rows * fan_in**2,
         # A Cholesky factor and its inverse, each N^3 / 3, and its rows times G x G blocks.
         "factor": 2 / 3 * fan_in**3 + 2.0 * spec.group * fan_in**2,
         "feedback": product / 2 + tried,
         "descent": product + tried,
-        "least_squares": _PRODUCTS * product,
+        "least_squares": (_JUDGING + _STEPS * fitted) * product,
         "store": _STORED_SWEEPS * (product + tried),
     }
     return {stage: count * rounds.get(stage, 0) for stage, count in counts.items()}
