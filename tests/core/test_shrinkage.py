@@ -34,7 +34,9 @@ def test_predictions_rank_ridges_as_true_quantization_does():
     w_ON = np.random.default_rng(3).normal(size=(256, 48))
     test_NN = moments.of_images(_images(1, 20_000, seed=9)).second_NN
     moment = moments.of_images(_images(8, 12))
-    second_NN = moments.split(moment, 1).fit_PP
+    split = moments.split(moment, 1)
+    assert split is not None
+    second_NN = split.fit_PP
     predicted, true = [], []
     for ridge in RIDGES:
         choice = Shrinkage("identity", 0.0, ridge)

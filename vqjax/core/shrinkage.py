@@ -18,6 +18,8 @@ from vqjax.core import moments as moments_lib
 from vqjax.core.moments import Moment, Split
 from vqjax.errors import VqjaxError
 
+Target = Literal["identity", "kronecker"]
+
 
 class Shrinkage(NamedTuple):
     """S becomes (1 - share) S + share T + ridge tr(S)/N I.
@@ -28,7 +30,7 @@ class Shrinkage(NamedTuple):
       ridge: relative to the mean diagonal of S, positive.
     """
 
-    target: Literal["identity", "kronecker"]
+    target: Target
     share: float
     ridge: float
 
@@ -36,8 +38,12 @@ class Shrinkage(NamedTuple):
 DEFAULT = Shrinkage("identity", 0.0, 0.02)
 """Where nothing was held out: costs nothing on the moment itself and gains on other inputs."""
 
-_RIDGES = {("identity", 0.0): (0.005, 0.02, 0.06, 0.2, 0.6)} | {
-    ("kronecker", share): (0.02, 0.05, 0.1) for share in (0.3, 0.7, 0.9, 1.0)
+_RIDGES: dict[tuple[Target, float], tuple[float, ...]] = {
+    ("identity", 0.0): (0.005, 0.02, 0.06, 0.2, 0.6),
+    ("kronecker", 0.3): (0.02, 0.05, 0.1),
+    ("kronecker", 0.7): (0.02, 0.05, 0.1),
+    ("kronecker", 0.9): (0.02, 0.05, 0.1),
+    ("kronecker", 1.0): (0.02, 0.05, 0.1),
 }
 """What is tried. A share of the identity is a ridge; ridges leave the eigenvectors alone."""
 

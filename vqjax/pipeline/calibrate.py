@@ -7,6 +7,7 @@ Dimension key:  B batch   H W latent   C channels   T trajectory steps   R rows 
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -24,6 +25,10 @@ from vqjax.settings import Calibration
 
 Moments = dict[str, Moment]
 """By kernel path."""
+
+_TIME = re.compile(r"/(time_embed/dense\d+|emb)/kernel$")
+"""Layers that see the timestep alone. All images show them the same inputs, so that no image tells
+what other timesteps would: held out are timesteps."""
 
 _CHUNK_BYTES = 1 << 26  # patches of a convolution that exist at a time, one image at least
 _BLOCK = 2048  # columns of a moment that are added at a time; those below the diagonal are not
@@ -117,7 +122,8 @@ def second_moments(
 ) -> Moments:
     """Means of x x^T and of x over everything that the layers `paths` see along the trajectories.
 
-    Every image counts alike, whatever its batch.
+    Every image counts alike, whatever its batch. Held out are images; timesteps where nothing else
+    is seen.
 
     Args:
       visited: from `trajectories`.
@@ -126,8 +132,10 @@ def second_moments(
     """
     sizes = trace_layers(model.config, model.params)
     images = sum(x_TBHWC.shape[1] for x_TBHWC, _, _ in visited)
+    steps = len(visited[0][1])
+    units = {path: steps if _TIME.search(path) else images for path in paths}
     every = {
-        path: moments_lib.held_every(sizes[path].fan_in, sizes[path].window, images)
+        path: moments_lib.held_every(sizes[path].fan_in, sizes[path].window, units[path])
         for path in paths
     }
     sums = {path: _empty(sizes[path], every[path]) for path in paths}
@@ -135,12 +143,20 @@ def second_moments(
     first = calls = 0
     for x_TBHWC, t_T, ids_B in visited:
         index_B = jnp.arange(first, first + x_TBHWC.shape[1])
-        for x_BHWC, t in zip(x_TBHWC, t_T):
-            sums = add(sums, model.params, x_BHWC, jnp.int32(t), ids_B, index_B)
-            calls += len(x_BHWC) * (1 if ids_B is None else 2)
+        for step, (x_BHWC, t) in enumerate(zip(x_TBHWC, t_T)):
+            sums = add(sums, model.params, x_BHWC, jnp.int32(t), ids_B, index_B, jnp.int32(step))
+            calls += 1
             on_step()
         first += x_TBHWC.shape[1]
-    return {path: _moment(sums.pop(path), calls, images, every[path]) for path in paths}
+    branches = 1 if visited[0][2] is None else 2
+    return {
+        path: _moment(
+            sums.pop(path),
+            calls if _TIME.search(path) else images * steps * branches,
+            units[path] // every[path] / units[path] if every[path] else 0.0,
+        )
+        for path in paths
+    }
 
 
 def to_arrays(moments: Moments) -> dict[str, np.ndarray]:
@@ -165,7 +181,7 @@ def _adder(config: LatentDiffusionConfig, every: dict[str, int]):
     """Returns the compiled step: sums plus what the layers see in one call of the U-Net."""
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def add(sums, params, x_BHWC, t, ids_B, index_B):
+    def add(sums, params, x_BHWC, t, ids_B, index_B, step):
         context = None
         if ids_B is not None:  # both guidance branches see the same latents
             both = jnp.concatenate([jnp.full_like(ids_B, config.null_class), ids_B])
@@ -176,6 +192,8 @@ def _adder(config: LatentDiffusionConfig, every: dict[str, int]):
         def reduce(path, x, window):
             if path not in sums:
                 return None
+            if _TIME.search(path):
+                return _add(sums[path], x[:1], step[None], every[path], window)
             return _add(sums[path], x, index_B, every[path], window)
 
         return models.capture_inputs(config, params, x_BHWC, t_B, context, reduce)[1]
@@ -228,20 +246,19 @@ def _add_rows(second_NN, mean_N, x: jax.Array, window: dict[str, Any]):
     return jax.lax.scan(add, (second_NN, mean_N), parts)[0]
 
 
-def _moment(sums: _Sums, calls: int, images: int, every: int) -> Moment:
-    """Means of the sums, the blocks below the diagonal filled in; `sums` may be given up."""
-    share = images // every / images if every else 0.0
+def _moment(sums: _Sums, count: int, share: float) -> Moment:
+    """Means of the sums over `count` rows' worth, the blocks below the diagonal filled in."""
     second_NN, mean_N, held_PP, held_mean_P = (np.array(part) for part in sums)
-    for matrix, count in ((second_NN, calls), (held_PP, calls * share)):
+    for matrix in (second_NN, held_PP):
         for low in range(_BLOCK, len(matrix), _BLOCK):
             rows = slice(low, low + _BLOCK)
             matrix[rows, :low] = matrix[:low, rows].T
-        if count:
-            matrix /= np.float32(count)
-    mean_N /= np.float32(calls)
-    if not every:
+    second_NN /= np.float32(count)
+    mean_N /= np.float32(count)
+    if not share:
         return Moment(second_NN, mean_N)
-    return Moment(second_NN, mean_N, held_PP, share, held_mean_P / np.float32(calls * share))
+    held = np.float32(count * share)
+    return Moment(second_NN, mean_N, held_PP / held, share, held_mean_P / held)
 
 
 def _rows(x: jax.Array, window: int = 1, stride: int = 1, padding: tuple[int, int] = (0, 0)):
