@@ -27,8 +27,6 @@ class Calibration:
     """Classifier-free guidance of the trajectories."""
     batch: int = 16
     """Trajectories in one compiled call."""
-    memory: float = 4.0
-    """GB for the second moments of layer inputs; what does not fit takes another pass."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,6 +55,9 @@ class QuantizeSettings:
     """What the checkpoint was trained as, where its shapes do not tell."""
     calibration: Calibration = Calibration()
     """Inputs that layer errors are measured on."""
+    memory: float | None = None
+    """Most GB that the run takes in each process: moments that do not fit take another pass, and
+    fewer layers are searched side by side. Default: 4 GB for moments, and what the rest needs."""
     seed: int = 0
     """Of calibration, search and samples."""
 

@@ -22,9 +22,9 @@ from vqjax.core.flops import layer_flops, total
 from vqjax.core.grouping import groups_per_row, matrix_shape
 from vqjax.core.plan import LayerSpec, Plan
 from vqjax.pipeline.calibrate import LayerInput
+from vqjax.pipeline.memory import Division
 from vqjax.settings import Calibration
 
-_RUNTIME_BYTES = 1.8e9  # interpreter, libraries and compiled programs, measured on digits
 _SEARCH_SWEEPS = 13  # feedback and descent rounds of one layer, and their least-squares updates
 _SCORE_SHARE = 0.18  # speed of enumerating sums, relative to a large matrix product
 _NETWORK_SHARE = 0.45  # the same for the networks
@@ -38,13 +38,13 @@ class Estimate:
     Attributes:
       bytes_before: U-Net in float32.
       bytes_after: U-Net as it will be stored, unquantized parts in float16.
-      memory: peak resident bytes.
+      memory: peak resident bytes by part.
       seconds: by stage.
     """
 
     bytes_before: int
     bytes_after: int
-    memory: int
+    memory: dict[str, int]
     seconds: dict[str, float]
 
 
@@ -56,6 +56,7 @@ def estimate(
     calibration: Calibration,
     samples: int,
     folded_weights: int,
+    division: Division,
 ) -> Estimate:
     """Predicts a run.
 
@@ -64,6 +65,7 @@ def estimate(
       sizes: from `calibrate.trace_layers`.
       samples: images per model in the report.
       folded_weights: removed before; they count in `bytes_before`.
+      division: how the run divides its memory.
     """
     unet = {path: shape for path, shape in shapes.items() if path.startswith("unet/")}
     weights = sum(math.prod(shape) for shape in unet.values())
@@ -73,15 +75,12 @@ def estimate(
     moments = sum(2 * calls * size.positions * size.fan_in**2 for size in sizes.values())
     search = sum(search_flops(unet[path], plan[path]) for path in plan)
     speed = _flops_per_second()
-    fan_ins = [size.fan_in for size in sizes.values()]
-    held = min(4 * sum(n**2 for n in fan_ins), int(calibration.memory * 1e9))
-    everything = 4 * sum(math.prod(shape) for shape in shapes.values())
     pixels = config.first_stage.resolution**2
     pictures = 40 * forward + 3e3 * pixels * config.first_stage.ch
     return Estimate(
         bytes_before=4 * (weights + folded_weights),
         bytes_after=math.ceil(stored.total / 8) + 2 * (weights - stored.weights),
-        memory=int(_RUNTIME_BYTES + 3 * everything + 2 * held + 12 * max(fan_ins) ** 2),
+        memory=division.parts,
         seconds={
             "compile": _COMPILE_SECONDS,
             "calibrate": (2 * calls * forward / _NETWORK_SHARE + moments) / speed,
@@ -142,7 +141,9 @@ def show(estimate: Estimate, plan: Plan, shapes: Mapping[str, tuple[int, ...]]) 
     console.print(
         f"U-Net: {estimate.bytes_before / 1e6:.2f} MB in float32 -> "
         f"{estimate.bytes_after / 1e6:.2f} MB (norms and biases in float16 included)\n"
-        f"memory: about {estimate.memory / 1e9:.1f} GB\n"
+        f"memory: about {sum(estimate.memory.values()) / 1e9:.2f} GB ("
+        + ", ".join(f"{part} {value / 1e9:.2f}" for part, value in estimate.memory.items())
+        + ")\n"
         f"time: about {sum(estimate.seconds.values()):.0f} s ("
         + ", ".join(f"{stage} {value:.0f}" for stage, value in estimate.seconds.items())
         + "; compile only once per machine)"

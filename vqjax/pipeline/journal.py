@@ -109,11 +109,15 @@ class Journal:
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Adds the time spent inside to `seconds[name]`, also over several attempts."""
+        """Adds the time spent inside to `seconds[name]`, also over several attempts.
+
+        `peak_memory_after[name]` is the largest resident size of this process so far.
+        """
         start = time.monotonic()
         yield
         seconds = self.record["seconds"]
         seconds[name] = round(seconds.get(name, 0.0) + time.monotonic() - start, 3)
+        self.record.setdefault("peak_memory_after", {})[name] = peak_memory_bytes()
         self.save()
 
     def load(self, name: str) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:

@@ -23,7 +23,7 @@ from vqjax.core.scalar import ScalarLayer, scalar_baseline
 from vqjax.core.tensor import VQTensor
 from vqjax.errors import DoesNotFitError, VqjaxError
 from vqjax.io import leaves, native, orbax_model
-from vqjax.pipeline import calibrate, environment, estimate, layers, planning, results
+from vqjax.pipeline import calibrate, environment, estimate, layers, memory, planning, results
 from vqjax.pipeline.journal import Journal, fingerprint
 from vqjax.pipeline.processes import Team
 
@@ -52,6 +52,7 @@ class Job:
       folded: what folding removed.
       plan: one entry per kernel of the U-Net; until layers are measured, made from their shapes.
       sizes: what each layer sees for one image.
+      division: how the run divides its memory.
     """
 
     settings: settings.QuantizeSettings
@@ -59,6 +60,7 @@ class Job:
     folded: folding.Folded
     plan: Plan
     sizes: dict[str, calibrate.LayerInput]
+    division: memory.Division
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -116,6 +118,7 @@ def run(wanted: settings.QuantizeSettings) -> Report:
         wanted.calibration,
         job.samples,
         job.folded.weights,
+        job.division,
     )
     team = Team.current()
     if team.leads:
@@ -125,10 +128,10 @@ def run(wanted: settings.QuantizeSettings) -> Report:
     if wanted.dry_run:
         return Report(wanted.out, {})
     free = estimate.available_memory()
-    if free is not None and expected.memory > free:
+    if free is not None and job.division.peak > free:
         raise DoesNotFitError(
-            f"this run needs about {expected.memory / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB "
-            f"are free; lower --calibration.memory (now {wanted.calibration.memory:g} GB)"
+            f"this run takes about {job.division.peak / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB "
+            f"are free; ask for --memory {free / 1e9:.1f} or end other programs"
         )
     journal = Journal.open(wanted.out, _record(job), team)
     if journal.done:
@@ -177,7 +180,16 @@ def prepare(wanted: settings.QuantizeSettings) -> Job:
         plan = Plan.from_json(_read(wanted.plan))
         plan.check(shapes)
     sizes = calibrate.trace_layers(model.config, model.params)
-    return Job(wanted, model, folded, plan, sizes)
+    limit = None if wanted.memory is None else wanted.memory * 1e9
+    division = memory.divide(
+        model.config,
+        shapes,
+        {path: sizes[path] for path in plan},
+        wanted.calibration,
+        limit=limit,
+        workers=layers.side_by_side(),
+    )
+    return Job(wanted, model, folded, plan, sizes, division)
 
 
 def _read(path: pathlib.Path) -> str:
@@ -192,7 +204,7 @@ def _record(job: Job) -> dict[str, Any]:
     source = leaves.content_hash(job.model.config.to_dict(), arrays)
     asked = dataclasses.asdict(job.settings)
     shown = {name: str(v) if isinstance(v, pathlib.Path) else v for name, v in asked.items()}
-    matters: dict[str, Any] = {name: shown[name] for name in ("calibration", "seed")}
+    matters: dict[str, Any] = {name: shown[name] for name in ("calibration", "memory", "seed")}
     matters["budget"] = planning.budget(job.settings) if job.settings.plan is None else None
     versions = environment.versions()
     return {
@@ -211,8 +223,8 @@ def _work(job: Job, journal: Journal) -> tuple[Job, Journal, Layers]:
     Moments that do not fit into memory together are kept in the journal from the first pass, which
     measures layers, to the second, which compresses them.
     """
-    limit = int(job.settings.calibration.memory * 1e9)
-    groups = calibrate.batches({path: job.sizes[path] for path in job.plan}, limit)
+    sizes = {path: job.sizes[path] for path in job.plan}
+    groups = calibrate.batches(sizes, job.division.moments)
     visited = _trajectories(job, journal)
     outlooks: dict[str, planning.Outlook] = {}
     for index, paths in enumerate(groups):
@@ -306,6 +318,7 @@ def _each_layer(job, journal, title, work, moments, note, piece) -> dict[str, An
             path: estimate.search_flops(shape, job.plan[path]) for path, shape in shapes.items()
         },
         alike=lambda path: (shapes[path], job.plan[path]),
+        workers=job.division.workers,
     )
 
 

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much memory a run takes at its peak, part by part, and how to stay below a limit.
+
+What a run does follows from the limit and from shapes alone, never from what happens to be free:
+the same command must give the same bytes everywhere.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+from vqjax.config import LatentDiffusionConfig
+from vqjax.errors import DoesNotFitError
+from vqjax.pipeline.calibrate import LayerInput, batches
+from vqjax.settings import Calibration
+
+DEFAULT_MOMENTS = 4_000_000_000  # bytes of moments side by side where nobody set a limit
+
+_RUNTIME = 1.35e9  # interpreter, libraries, and programs while they are compiled and after
+_WEIGHT_COPIES = 3  # full precision, quantized, and the scalar baseline
+_MOMENT_COPIES = 2  # sums or what was read, and what is written
+_SEARCH_MATRICES = 8  # of one layer, fan-in by fan-in: moment, metric, factors, their workspace
+_ACTIVATION_COPIES = 4  # of the largest layer's inputs, in and around it
+
+
+@dataclasses.dataclass(frozen=True)
+class Division:
+    """How a run divides its memory.
+
+    Attributes:
+      moments: most bytes of moments that are gathered in one pass.
+      workers: layers searched side by side.
+      parts: peak bytes by part.
+    """
+
+    moments: int
+    workers: int
+    parts: dict[str, int]
+
+    @property
+    def peak(self) -> int:
+        """Predicted largest resident size, in bytes."""
+        return sum(self.parts.values())
+
+
+def divide(
+    config: LatentDiffusionConfig,
+    shapes: Mapping[str, tuple[int, ...]],
+    sizes: Mapping[str, LayerInput],
+    calibration: Calibration,
+    *,
+    limit: float | None,
+    workers: int,
+) -> Division:
+    """Chooses passes of the calibration and layers side by side so that the peak fits.
+
+    Args:
+      shapes: of all parameters, by path.
+      sizes: from `calibrate.trace_layers`, for the layers to quantize.
+      limit: bytes that the run may take; None divides as if memory were plenty.
+      workers: most layers side by side.
+
+    Raises:
+      DoesNotFitError: if one layer at a time is too much; says what would be enough.
+    """
+    needed = sorted((size.moment_bytes for size in sizes.values()), reverse=True)
+    fixed = {
+        "runtime": int(_RUNTIME),
+        "weights": _WEIGHT_COPIES * 4 * sum(math.prod(shape) for shape in shapes.values()),
+        "activations": _activations(config, sizes, calibration),
+    }
+
+    def parts(moments: int, count: int) -> dict[str, int]:
+        group = max(
+            sum(sizes[path].moment_bytes for path in paths)
+            for paths in batches(dict(sizes), moments)
+        )
+        search = _SEARCH_MATRICES * 4 * sum(sorted(_squares(sizes))[-count:])
+        return fixed | {"moments": _MOMENT_COPIES * group, "search": search}
+
+    if limit is None:
+        moments = min(DEFAULT_MOMENTS, sum(needed))
+        return Division(moments, workers, parts(moments, workers))
+    # Passes must not depend on the machine's cores, so moments come first: half of what is left.
+    half = (limit - sum(fixed.values())) / 2 / _MOMENT_COPIES
+    moments = int(max(min(half, sum(needed), DEFAULT_MOMENTS), needed[0]))
+    for count in range(workers, 0, -1):
+        found = Division(moments, count, parts(moments, count))
+        if found.peak <= limit:
+            return found
+    least = sum(parts(1, 1).values())
+    raise DoesNotFitError(
+        f"--memory {limit / 1e9:g}: one layer at a time takes {least / 1e9:.2f} GB; "
+        f"ask for {math.ceil(least / 1e8) / 10:g} or more"
+    )
+
+
+def _squares(sizes: Mapping[str, LayerInput]) -> list[int]:
+    return [size.fan_in**2 for size in sizes.values()]
+
+
+def _activations(
+    config: LatentDiffusionConfig, sizes: Mapping[str, LayerInput], calibration: Calibration
+) -> int:
+    """Bytes of the widest place of the networks at work."""
+    inputs = max(size.positions * size.fan_in // size.window**2 for size in sizes.values())
+    pixels = config.first_stage.resolution**2 * config.first_stage.ch
+    return _ACTIVATION_COPIES * 4 * 2 * calibration.batch * max(inputs, pixels)
