@@ -24,7 +24,7 @@ from vqjax.bench.clock import CompileClock, compiled_seconds
 from vqjax.bench.inputs import Matrix
 from vqjax.core import grouping, moments, shrinkage
 from vqjax.core.compress import Effort, compress_layer
-from vqjax.core.plan import MOST_CODEBOOKS, LayerSpec, layer_spec
+from vqjax.core.plan import LayerSpec, best_spec
 from vqjax.core.rate import reverse_water_filling
 from vqjax.core.scalar import scalar_baseline
 from vqjax.errors import VqjaxError
@@ -130,18 +130,6 @@ def settings_of(matrix: Matrix) -> list[Setting]:
                 Setting("vqjax", nominal, objective, storage, limit, spec) for objective in "SI"
             ]
     return found
-
-
-def best_spec(shape: tuple[int, ...], limit_bits: float, kind: str) -> LayerSpec:
-    """The code with the most codebooks that a limit on stored bits leaves room for."""
-    fitting = [
-        spec
-        for books in range(1, MOST_CODEBOOKS + 1)
-        if (spec := layer_spec(kind, shape, codebooks=books)).stored(shape).per_weight <= limit_bits
-    ]
-    if not fitting:
-        raise VqjaxError(f"no code of {tuple(shape)} weights stores {limit_bits:g} bits or less")
-    return fitting[-1]
 
 
 def _kind(matrix: Matrix) -> str:
