@@ -10,7 +10,7 @@ import pytest
 
 from tests.io import models as small
 from vqjax import io
-from vqjax.core import folding, shrinkage, tree
+from vqjax.core import folding, moments, shrinkage, tree
 from vqjax.core.compress import Effort, compress_layer
 from vqjax.core.model import Model
 from vqjax.core.plan import RULES, kernel_shapes, kind_of, layer_spec
@@ -20,11 +20,11 @@ from vqjax.settings import Calibration
 GUIDANCE = 3.0
 
 
-def _expected(model: Model, moments: calibrate.Moments) -> dict[str, sensitivity.Expected]:
+def _expected(model: Model, gathered: calibrate.Moments) -> dict[str, sensitivity.Expected]:
     sizes = calibrate.trace_layers(model.config, model.params)
     flat = tree.flatten(model.params)
     found = {}
-    for path, moment in moments.items():
+    for path, moment in gathered.items():
         metric = shrinkage.Metric(
             shrinkage.shrink(moment.second_NN, sizes[path].window, shrinkage.DEFAULT),
             shrinkage.DEFAULT,
@@ -35,6 +35,16 @@ def _expected(model: Model, moments: calibrate.Moments) -> dict[str, sensitivity
     return found
 
 
+def test_constant_inputs_leave_nothing_to_a_centred_moment():
+    x_RN = np.random.default_rng(0).standard_normal((64, 6)).astype(np.float32)
+    x_RN[:, 2] = 3e2
+    moment = moments.of_images(x_RN.reshape(4, 16, 6))
+    second_NN = sensitivity.measured_with(moment, centred=True)
+    assert not np.any(second_NN[2])
+    assert not np.any(second_NN[:, 2])
+    np.testing.assert_allclose(second_NN[0, :2], np.cov(x_RN.T, bias=True)[0, :2], atol=1e-4)
+
+
 @pytest.mark.parametrize("config", [small.CLASSES, small.PLAIN], ids=lambda config: config.name)
 def test_small_errors_do_what_is_predicted(config):
     model = small.dense(config)
@@ -43,14 +53,17 @@ def test_small_errors_do_what_is_predicted(config):
     visited = list(calibrate.trajectories(model, calibration, seed=1))
     flat = tree.flatten(model.params)
     kernels = list(kernel_shapes({path: leaf.shape for path, leaf in flat.items()}))[::7]
-    moments = calibrate.second_moments(model, visited, kernels)
-    found = _expected(model, moments)
+    gathered = calibrate.second_moments(model, visited, kernels)
+    found = _expected(model, gathered)
     # Both sides measure one draw of the errors, rows taken as independent by the one alone.
-    errors = {path: 1e-3 * one.errors[path] for path, one in found.items()}
+    errors = {path: 0.02 * one.errors[path] for path, one in found.items()}
     predicted = sensitivity.responses(model, visited, errors, GUIDANCE, jax.random.key(0))
     replaced = {path: flat[path] + jnp.asarray(error) for path, error in errors.items()}
     measured = sensitivity.replaced(model, visited, replaced, GUIDANCE)
-    ratios = np.array([predicted[path] / measured[path] for path in kernels])
+    # Random weights make some layers matter less than what rounding does to the prediction.
+    seen = [path for path in kernels if predicted[path] > 1e-6 * max(predicted.values())]
+    assert len(seen) > len(kernels) // 2
+    ratios = np.array([predicted[path] / measured[path] for path in seen])
     assert np.all(np.abs(np.log2(ratios)) < 1.5), ratios
     assert abs(np.mean(np.log2(ratios))) < 0.4, ratios
 
@@ -70,8 +83,8 @@ def test_layers_are_ranked_as_replacing_them_does(codebooks):
         for path, shape in kernel_shapes({p: leaf.shape for p, leaf in flat.items()}).items()
         if kind_of(path, shape, RULES) != "first_last"
     ][::5]
-    moments = calibrate.second_moments(model, visited, paths)
-    expected = _expected(model, moments)
+    gathered = calibrate.second_moments(model, visited, paths)
+    expected = _expected(model, gathered)
     errors = {path: one.errors[path] for path, one in expected.items()}
     costs = sensitivity.responses(model, visited, errors, GUIDANCE, jax.random.key(0))
     effort = Effort(start_steps=15, feedback_rounds=2, descent_rounds=2)
@@ -80,7 +93,7 @@ def test_layers_are_ranked_as_replacing_them_does(codebooks):
         shape = flat[path].shape
         spec = layer_spec(kind_of(path, shape, RULES), shape, codebooks=codebooks)
         tensor, stats = compress_layer(
-            flat[path], moments[path].second_NN, spec, key=jax.random.key(0), effort=effort
+            flat[path], gathered[path].second_NN, spec, key=jax.random.key(0), effort=effort
         )
         replaced[path] = tensor.decode(jnp.float32)
         predicted[path] = costs[path] * stats.rel_output_mse

@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.table import Table
 
 from vqjax import progress
-from vqjax.core import moments as moments_lib
 from vqjax.core import shrinkage, tree
 from vqjax.core.moments import Moment
 from vqjax.core.plan import Plan, expected_distortion, make_plan
@@ -43,8 +42,7 @@ class Outlook(NamedTuple):
 
     def moment(self, moment: Moment) -> np.ndarray:
         """The moment that the layer's error is measured with."""
-        second_NN = moment.second_NN
-        return moments_lib.centred(second_NN, moment.mean_N) if self.centred else second_NN
+        return sensitivity.measured_with(moment, centred=self.centred)
 
     def metric(self, moment: Moment, window: int) -> np.ndarray:
         """What the search minimizes."""
@@ -154,7 +152,7 @@ def to_json(rows: Mapping[str, dict[str, float]]) -> str:
 
 def show(plan: Plan, rows: Mapping[str, dict[str, float]]) -> None:
     """Prints the plan, a line per layer."""
-    title = "Plan by layer, as measured: vectors, codes, bits, cost of losing all, error, share"
+    title = "Plan by layer, as measured (cost of losing all, error, share of the cost)"
     table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
     table.add_column("layer", overflow="fold")
     for name in ("G", "codes", "bits", "cost", "error", "%"):

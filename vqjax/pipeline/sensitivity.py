@@ -20,8 +20,9 @@ import numpy as np
 
 from vqjax import models, sampling
 from vqjax.core import grouping, tree
+from vqjax.core import moments as moments_lib
 from vqjax.core.model import Model
-from vqjax.core.moments import Moment, centred
+from vqjax.core.moments import Moment
 from vqjax.core.shrinkage import Metric
 from vqjax.core.typical_error import typical_error
 
@@ -46,15 +47,25 @@ def expected(
     path: str, kernel: jax.Array, moment: Moment, metric: Metric, key: jax.Array
 ) -> Expected:
     """Draws the error that `responses` follows: one of relative output error 1."""
-    second_NN = moment.second_NN
-    if metric.centred:
-        second_NN = centred(second_NN, moment.mean_N)
+    second_NN = measured_with(moment, centred=metric.centred)
     found = typical_error(kernel, second_NN, metric.metric_NN, key)
     errors = {path: np.asarray(found.error)}
     if metric.centred:
         shift_O = -grouping.to_matrix(errors[path]) @ moment.mean_N
         errors[path.removesuffix("kernel") + "bias"] = shift_O
     return Expected(errors, found.gain)
+
+
+def measured_with(moment: Moment, *, centred: bool) -> np.ndarray:
+    """The moment that a layer's error is measured with: around the mean where a bias has that."""
+    if not centred:
+        return moment.second_NN
+    second_NN = moments_lib.centred(moment.second_NN, moment.mean_N)
+    diagonal_N = np.diagonal(second_NN)
+    # Of an input that never changes, the difference of two equal squares: nothing, or just below.
+    constant_N = diagonal_N <= 1e-6 * np.diagonal(moment.second_NN)
+    second_NN[constant_N], second_NN[:, constant_N] = 0.0, 0.0
+    return second_NN
 
 
 def responses(
