@@ -359,9 +359,11 @@ def _compress(job, journal, moments, outlooks, part) -> dict[str, tuple]:
         if outlook.centred:
             decoded = np.asarray(tensor.decode(jax.numpy.float32))
             stats = _of_whole_output(stats, flat[path], moment, outlook)
-            biases[bias] = corrected_bias(
+            bias_O = corrected_bias(
                 np.asarray(flat[bias]), np.asarray(flat[path]), decoded, moment.mean_N
-            ).astype(np.float16)
+            )
+            most = np.finfo(np.float16).max
+            biases[bias] = np.clip(bias_O, -most, most).astype(np.float16)
         notes = {"about": about["kernel"], "stats": stats._asdict()}
         journal.store(piece(path), tensors | {"bias": biases[bias]} if biases else tensors, notes)
         return tensor, stats, biases
