@@ -12,6 +12,10 @@ for _name, _value in {
 }.items():
     os.environ.setdefault(_name, _value)  # before jax is imported, which reads them then
 
+from vqjax.pipeline import command  # noqa: E402
+
+command.fix_threads()  # as the commands do: then runs in both give the same bytes
+
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402

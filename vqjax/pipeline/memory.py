@@ -81,18 +81,20 @@ def divide(
     if limit is None:
         moments = min(DEFAULT_MOMENTS, sum(needed))
         return Division(moments, workers, parts(moments, workers))
-    # Passes must not depend on the machine's cores, so moments come first: half of what is left.
-    half = (limit - sum(fixed.values())) / 2 / _MOMENT_COPIES
-    moments = int(max(min(half, sum(needed), DEFAULT_MOMENTS), needed[0]))
-    for count in range(workers, 0, -1):
-        found = Division(moments, count, parts(moments, count))
-        if found.peak <= limit:
-            return found
     least = sum(parts(1, 1).values())
-    raise DoesNotFitError(
-        f"--memory {limit / 1e9:g}: one layer at a time takes {least / 1e9:.2f} GB; "
-        f"ask for {math.ceil(least / 1e8) / 10:g} or more"
-    )
+    if least > limit:
+        raise DoesNotFitError(
+            f"--memory {limit / 1e9:g}: one layer at a time takes {least / 1e9:.2f} GB; "
+            f"ask for {math.ceil(least / 1e8) / 10:g} or more"
+        )
+    # Passes must not depend on the machine's cores: moments get their half before layers that are
+    # searched beside the first one.
+    rest = (limit - least) / _MOMENT_COPIES + needed[0]
+    moments = int(min(max(rest / 2, needed[0]), sum(needed), DEFAULT_MOMENTS))
+    moments = max(moments, needed[0])
+    counts = (n for n in range(workers, 0, -1) if sum(parts(moments, n).values()) <= limit)
+    count = next(counts, 1)
+    return Division(moments, count, parts(moments, count))
 
 
 def _squares(sizes: Mapping[str, LayerInput]) -> list[int]:
