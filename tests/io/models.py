@@ -27,6 +27,13 @@ PLAIN = LatentDiffusionConfig(
     unet=UNetConfig(**_SMALL, attention_resolutions=(1, 2), num_head_channels=16),
     first_stage=STAGE,
 )
+TINY = LatentDiffusionConfig(
+    name="tiny",
+    unet=UNetConfig(
+        model_channels=32, channel_mult=(1,), num_res_blocks=1, attention_resolutions=()
+    ),
+    first_stage=STAGE,
+)
 UPDOWN = LatentDiffusionConfig(
     name="small-updown",
     unet=UNetConfig(

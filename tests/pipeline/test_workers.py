@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Devices, processes, SIGKILL: whoever did the work and however often, the bytes are the same."""
+
+import pathlib
+import signal
+import time
+
+import numpy as np
+import pytest
+
+import vqjax
+from tests.io import models as small
+from tests.pipeline import commands
+from vqjax.core import tree
+from vqjax.core.plan import LayerSpec, Plan, kernel_shapes
+from vqjax.io import native
+from vqjax.settings import Calibration
+
+pytestmark = pytest.mark.slow
+SAMPLES = 4
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> pathlib.Path:
+    path = tmp_path_factory.mktemp("source") / "tiny.safetensors"
+    native.save_model(path, small.dense(small.TINY))
+    return path
+
+
+@pytest.fixture(scope="module")
+def plan(source) -> pathlib.Path:
+    """Searches ten layers of two shapes and rounds the others: little to compile."""
+    shapes = {p: tuple(leaf.shape) for p, leaf in tree.flatten(vqjax.load(source).params).items()}
+    layers = {}
+    for path, shape in kernel_shapes(shapes).items():
+        layers[path] = LayerSpec("first_last", "scalar", 1, 1, 256, 8)
+        if shape == (3, 3, 32, 32):
+            layers[path] = LayerSpec("conv3x3", "conv3x3", 9, 2, 16, 8)
+        elif path.startswith("unet/middle_block") and shape == (128, 32):
+            layers[path] = LayerSpec("time", "linear", 8, 2, 16, 8)
+    assert sum(spec.grouping != "scalar" for spec in layers.values()) == 10
+    path = source.with_name("plan.json")
+    path.write_text(Plan(layers).to_json())
+    return path
+
+
+@pytest.fixture(scope="module")
+def options(source, plan) -> list[object]:
+    calibration = ["--calibration.images=2", "--calibration.steps=2", "--calibration.batch=2"]
+    return [source, "--plan", plan, "--samples", SAMPLES, *calibration]
+
+
+@pytest.fixture(scope="module")
+def expected(source, plan, tmp_path_factory) -> dict[str, str]:
+    """Contents of a run in this process, on one device, never interrupted."""
+    out = tmp_path_factory.mktemp("run") / "out"
+    calibration = Calibration(images=2, steps=2, batch=2)
+    vqjax.quantize(source, plan=plan, out=out, samples=SAMPLES, calibration=calibration)
+    return commands.contents(out)
+
+
+def test_killed_at_random_moments_and_resumed_on_other_devices(expected, options, tmp_path):
+    out, rng = tmp_path / "out", np.random.default_rng(0)
+    kills = 0
+    for devices, count in ((8, rng.integers(2, 25)), (1, rng.integers(25, 50))):
+        process = commands.start(*options, "--out", out, devices=devices)
+        commands.wait_for_pieces(process, out, int(count))
+        time.sleep(rng.uniform(0, 0.3))  # not only right after a piece was written
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        kills += process.returncode == -signal.SIGKILL
+    assert kills == 2
+    commands.end(commands.start(*options, "--out", out, devices=8))
+    assert commands.contents(out) == expected
+    assert not list(out.rglob("*.part"))
+
+
+def test_two_processes_one_of_them_killed(expected, options, tmp_path):
+    out = tmp_path / "out"
+    first, second = commands.start_pair(*options, "--out", out)
+    commands.wait_for_pieces(second, out, 12)
+    second.kill()
+    second.communicate()
+    output, _ = first.communicate(timeout=300)
+    assert first.returncode == 2, output
+    assert "process 1 of 2 has given no sign of life for" in output
+    assert "start all processes again: finished layers in" in output
+    kept = commands.pieces(out)
+    assert kept >= 12
+
+    outputs = [commands.end(process) for process in commands.start_pair(*options, "--out", out)]
+    assert "report:" in outputs[0]  # the first one reports, alone
+    assert "report:" not in outputs[1]
+    assert commands.contents(out) == expected
+    assert not (out / "work").exists()
