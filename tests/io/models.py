@@ -30,9 +30,14 @@ PLAIN = LatentDiffusionConfig(
 TINY = LatentDiffusionConfig(
     name="tiny",
     unet=UNetConfig(
-        model_channels=32, channel_mult=(1,), num_res_blocks=1, attention_resolutions=()
+        model_channels=32,
+        channel_mult=(1,),
+        num_res_blocks=1,
+        attention_resolutions=(),
+        context_dim=8,
     ),
     first_stage=STAGE,
+    n_classes=4,
 )
 UPDOWN = LatentDiffusionConfig(
     name="small-updown",

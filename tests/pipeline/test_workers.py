@@ -36,7 +36,7 @@ def plan(source) -> pathlib.Path:
         layers[path] = LayerSpec("first_last", "scalar", 1, 1, 256, 8)
         if shape == (3, 3, 32, 32):
             layers[path] = LayerSpec("conv3x3", "conv3x3", 9, 2, 16, 8)
-        elif path.startswith("unet/middle_block") and shape == (128, 32):
+        elif path.startswith("unet/middle_block/res") and shape == (128, 32):
             layers[path] = LayerSpec("time", "linear", 8, 2, 16, 8)
     assert sum(spec.grouping != "scalar" for spec in layers.values()) == 10
     path = source.with_name("plan.json")

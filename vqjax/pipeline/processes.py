@@ -41,10 +41,10 @@ def initialize() -> None:
     if None not in found and not all(str(text).isdecimal() for text in found):
         raise VqjaxError(f"{names[0]}={found[0]} {names[1]}={found[1]}: expected whole numbers")
     count, index = (None if text is None else int(text) for text in found)
+    # JAX aborts all processes when one dies; `Team` says which one it was instead, and where.
+    jax.config.update("jax_enable_recoverability", True)
     try:
-        jax.distributed.initialize(
-            address, num_processes=count, process_id=index, shutdown_timeout_seconds=30
-        )
+        jax.distributed.initialize(address, num_processes=count, process_id=index)
     except (ValueError, RuntimeError) as error:
         raise VqjaxError(
             f"JAX_COORDINATOR_ADDRESS={address} {names[0]}={found[0]} {names[1]}={found[1]}: "
