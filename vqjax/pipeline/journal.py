@@ -10,6 +10,7 @@ import datetime
 import hashlib
 import json
 import pathlib
+import re
 import resource
 import shutil
 import sys
@@ -22,6 +23,7 @@ import safetensors.numpy
 
 from vqjax.errors import VqjaxError
 from vqjax.io import native
+from vqjax.pipeline import processes
 from vqjax.pipeline.processes import Team
 
 STATUS_RUNNING, STATUS_DONE = "running", "done"
@@ -80,6 +82,7 @@ class Journal:
             record["started"] = found["started"]
             if team.leads:
                 _clear_leftovers(folder)
+                processes.clear(folder)
             return cls(folder, record, team)
         if folder.exists() and any(folder.iterdir()):
             raise VqjaxError(f"{folder} is not empty and holds no run; choose another --out")
@@ -135,13 +138,13 @@ class Journal:
             self.wait_for(name, (0,))
         return self.load(name)
 
-    def wait_for(self, name: str, processes: Iterable[int]) -> None:
+    def wait_for(self, name: str, others: Iterable[int]) -> None:
         """Returns once a piece is there that other processes are working on.
 
         Raises:
           VqjaxError: if one of them died.
         """
-        self.team.wait(self.folder, self._work(name).exists, processes, name)
+        self.team.wait(self.folder, self._work(name).exists, others, name)
 
     def wait_until_done(self) -> None:
         """Returns once the leading process has completed the run.
@@ -189,5 +192,9 @@ def _clear_leftovers(folder: pathlib.Path) -> None:
 
 def peak_memory_bytes() -> int:
     """The largest resident size of this process so far."""
+    with contextlib.suppress(OSError, AttributeError):
+        # Not ru_maxrss, which a process inherits from the one that started it.
+        status = pathlib.Path("/proc/self/status").read_text()
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1))  # type: ignore[union-attr]
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -119,9 +119,11 @@ class Team:
         Raises:
           VqjaxError: if one of them stops or gives no sign of life.
         """
-        watched = {index: _Watch(_beat_file(folder, index)) for index in processes}
+        self._wait(folder, ready, {i: _Watch(_beat_file(folder, i)) for i in processes}, what)
+
+    def _wait(self, folder, ready, watches: "dict[int, _Watch]", what: str) -> None:
         while not ready():
-            for index, watch in watched.items():
+            for index, watch in watches.items():
                 if (problem := watch.problem()) and not ready():
                     raise VqjaxError(
                         f"process {index} of {self.count} {problem} while process {self.index} "
@@ -132,34 +134,44 @@ class Team:
 
     def wait_for_leader(self, folder: pathlib.Path, done: Callable[[], bool]) -> None:
         """Returns once process 0 has opened the run folder and lives, or the run is `done`."""
-        watch = _Watch(_beat_file(folder, 0))
-        self.wait(folder, lambda: done() or watch.alive(), (0,), "the run folder")
+        watch = _Watch(_beat_file(folder, 0), heard=False)
+        self._wait(folder, lambda: done() or watch.alive(), {0: watch}, "the run folder")
 
 
 class _Watch:
-    """Signs of life of one process; only changes count, since old files may lie there."""
+    """Signs of life of one process. Only changes are told by this clock, not when they were made.
 
-    def __init__(self, path: pathlib.Path) -> None:
-        self._path = path
-        self._last, self._changed, self._since = _read(path), False, time.monotonic()
+    `heard`: whether what lies there now is of this run. The leading process clears older ones, but
+    who waits for that process may find one.
+    """
+
+    def __init__(self, path: pathlib.Path, heard: bool = True) -> None:
+        self._path, self._last, self._since = path, _read(path), time.monotonic()
+        self._heard = heard and self._last is not None
 
     def _look(self) -> None:
         found = _read(self._path)
         if found != self._last and found is not None:
-            self._last, self._changed, self._since = found, True, time.monotonic()
+            self._last, self._heard, self._since = found, True, time.monotonic()
 
     def alive(self) -> bool:
         self._look()
-        return self._changed and self._last != _STOPPED
+        return self._heard and self._last != _STOPPED
 
     def problem(self) -> str | None:
         self._look()
         silent = time.monotonic() - self._since
-        if self._changed and self._last == _STOPPED:
+        if self._heard and self._last == _STOPPED:
             return "stopped with an error"
-        if silent > (SILENCE_SECONDS if self._changed else START_SECONDS):
+        if silent > (SILENCE_SECONDS if self._heard else START_SECONDS):
             return f"has given no sign of life for {silent:.0f} s"
         return None
+
+
+def clear(folder: pathlib.Path) -> None:
+    """Removes the signs of life of an earlier attempt at the run."""
+    for path in (folder / "work").glob("process-*"):
+        path.unlink(missing_ok=True)
 
 
 def _beat_file(folder: pathlib.Path, index: int) -> pathlib.Path:
