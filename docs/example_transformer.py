@@ -104,8 +104,8 @@ def moments(params, images):
 
 def main(steps: int = 400) -> dict[str, dict[str, float]]:
     """Prints and returns error of the block's output and accuracy, both on unseen digits."""
-    data = sklearn.datasets.load_digits()
-    images, labels = data.images.astype(np.float32) / 16, data.target
+    pixels, labels = sklearn.datasets.load_digits(return_X_y=True)
+    images = pixels.reshape(-1, 8, 8).astype(np.float32) / 16
     params = train(images[:1200], labels[:1200], steps)
 
     plan = vqjax.uniform_plan(params, bits=BITS, select="^block/.*kernel$")

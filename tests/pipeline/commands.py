@@ -49,8 +49,15 @@ def start_pair(*words: object) -> list[subprocess.Popen]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    both = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
-    return [start(*words, **both, JAX_PROCESS_ID=str(index)) for index in range(2)]
+    return [
+        start(
+            *words,
+            JAX_COORDINATOR_ADDRESS=address,
+            JAX_NUM_PROCESSES="2",
+            JAX_PROCESS_ID=str(index),
+        )
+        for index in range(2)
+    ]
 
 
 def end(process: subprocess.Popen) -> str:

@@ -38,7 +38,7 @@ def test_results_come_in_the_order_asked_for_with_the_callers_precision(tmp_path
     seen: list[str] = []
 
     def work(path, argument):
-        return jnp.float32(argument), jax.config.jax_default_matmul_precision
+        return jnp.float32(argument), getattr(jax.config, "jax_default_matmul_precision", None)
 
     with jax.default_matmul_precision("highest"):
         found = layers.each_layer(
@@ -63,7 +63,8 @@ def test_one_of_those_that_share_programs_goes_first(tmp_path):
         with lock:
             running.discard(path)
 
-    paths = dict.fromkeys(("x1", "x2", "x3", "y1", "y2"))
+    names: list[str] = ["x1", "x2", "x3", "y1", "y2"]
+    paths = dict.fromkeys(names)
     layers.each_layer(
         "test", work, paths, quiet,
         journal=journal(tmp_path), piece=str, costs=dict.fromkeys(paths, 1.0),
@@ -100,7 +101,7 @@ def test_layers_of_another_process_come_from_the_journal(tmp_path):
             if found is not None:
                 return float(found[0]["x"])
             made[index].append(path)
-            pieces.store(path, {"x": np.float64(COSTS[path])}, {})
+            pieces.store(path, {"x": np.asarray(COSTS[path])}, {})
             return COSTS[path]
 
         with team.beating(tmp_path):

@@ -11,10 +11,10 @@ import pytest
 import vqjax
 from tests.io import models as small
 from tests.pipeline import commands
-from vqjax.core import tree
 from vqjax.core.plan import LayerSpec, Plan, kernel_shapes
 from vqjax.io import native
-from vqjax.settings import Calibration
+from vqjax.pipeline import quantize
+from vqjax.settings import Calibration, QuantizeSettings
 
 pytestmark = pytest.mark.slow
 SAMPLES = 4
@@ -30,9 +30,9 @@ def source(tmp_path_factory) -> pathlib.Path:
 @pytest.fixture(scope="module")
 def plan(source) -> pathlib.Path:
     """Searches ten layers of two shapes and rounds the others: little to compile."""
-    shapes = {p: tuple(leaf.shape) for p, leaf in tree.flatten(vqjax.load(source).params).items()}
+    job = quantize.prepare(QuantizeSettings(source=str(source)))
     layers = {}
-    for path, shape in kernel_shapes(shapes).items():
+    for path, shape in kernel_shapes(job.shapes).items():
         layers[path] = LayerSpec("first_last", "scalar", 1, 1, 256, 8)
         if shape == (3, 3, 32, 32):
             layers[path] = LayerSpec("conv3x3", "conv3x3", 9, 2, 16, 8)
@@ -81,7 +81,7 @@ def test_two_processes_one_of_them_killed(expected, options, tmp_path):
     commands.wait_for_pieces(second, out, 12)
     second.kill()
     second.communicate()
-    output, _ = first.communicate(timeout=300)
+    output, _ = first.communicate()
     assert first.returncode == 2, output
     assert "process 1 of 2 has given no sign of life for" in output
     assert "start all processes again: finished layers in" in output

@@ -109,7 +109,8 @@ def _on_devices(
     for worker in range(workers):
         free.put(devices[worker % len(devices)])
 
-    precision = jax.config.jax_default_matmul_precision  # a setting of this thread: pass it on
+    # A setting of the calling thread: pass it on.
+    precision = getattr(jax.config, "jax_default_matmul_precision", None)
 
     def one(path: str) -> Any:
         device = free.get()

@@ -16,7 +16,8 @@ from vqjax.settings import Calibration
 
 DEFAULT_MOMENTS = 4_000_000_000  # bytes of moments side by side where nobody set a limit
 
-_RUNTIME = 1.35e9  # interpreter, libraries, and programs while they are compiled and after
+_RUNTIME = 0.7e9  # interpreter, libraries, and the programs that every run compiles
+_PROGRAMS = 75e6  # of one shape of kernel: code, traces, and what compiling them left behind
 _WEIGHT_COPIES = 3  # full precision, quantized, and the scalar baseline
 _MOMENT_COPIES = 2  # sums or what was read, and what is written
 _SEARCH_MATRICES = 8  # of one layer, fan-in by fan-in: moment, metric, factors, their workspace
@@ -66,6 +67,7 @@ def divide(
     needed = sorted((size.moment_bytes for size in sizes.values()), reverse=True)
     fixed = {
         "runtime": int(_RUNTIME),
+        "programs": int(_PROGRAMS) * len({shapes[path] for path in sizes}),
         "weights": _WEIGHT_COPIES * 4 * sum(math.prod(shape) for shape in shapes.values()),
         "activations": _activations(config, sizes, calibration),
     }
