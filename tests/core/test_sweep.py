@@ -28,7 +28,7 @@ def _problem(books=3, entries=5, seed=0, condition=1e3):
 def _loss(weight, moment, codes, books, scales):
     """By loops' arithmetic: decoded and multiplied out in float64."""
     parts = np.asarray(books, np.float64), np.asarray(codes)
-    sums = sum(parts[0][m][parts[1][..., m]] for m in range(parts[0].shape[0]))
+    sums = np.sum([parts[0][m][parts[1][..., m]] for m in range(parts[0].shape[0])], axis=0)
     decoded = sums.reshape(ROWS, SIZE) * np.asarray(scales, np.float64)[:, None]
     error = np.asarray(weight, np.float64) - decoded
     return np.sum(error @ np.asarray(moment, np.float64) * error, axis=1)

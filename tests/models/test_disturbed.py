@@ -43,6 +43,7 @@ def test_outputs_are_those_of_kernels_with_the_errors():
         for path, error in errors.items():
             flat[path] = np.asarray(flat[path]) + np.asarray(error) * np.asarray(amounts[path][b])
         one = slice(b, b + 1)
+        assert context is not None
         expected = predict(model.config, tree.unflatten(flat), x_BHWC[one], t_B[one], context[one])
         np.testing.assert_allclose(found[one], expected, atol=1e-4 * float(jnp.abs(found).max()))
 

@@ -88,11 +88,11 @@ def responses(
       on_step: called after each backward pass; there are `calls(visited)`.
     """
     kernels = tuple(path for path in errors if path.endswith("/kernel"))
-    errors = {path: jnp.asarray(error) for path, error in errors.items()}
+    on_device = {path: jnp.asarray(error) for path, error in errors.items()}
     run = _compiled(model.config, kernels, guidance)
     sums, calls = dict.fromkeys(kernels, 0.0), 0
     for x_BHWC, t, ids_B in _points(visited):
-        found = run(model.params, errors, x_BHWC, t, ids_B, jax.random.fold_in(key, calls))
+        found = run(model.params, on_device, x_BHWC, t, ids_B, jax.random.fold_in(key, calls))
         sums = {path: sums[path] + float(found[path]) for path in kernels}
         calls += 1
         on_step()
