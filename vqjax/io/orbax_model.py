@@ -119,13 +119,15 @@ def _nest(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
 
 
 def _checkpointer() -> ocp.Checkpointer:
-    # Orbax would wait for all processes that jax knows; models are saved and loaded by one.
+    # Orbax would wait for all processes that jax knows; models are saved and loaded by one. The
+    # options do not reach the handlers by themselves: each that is not told holds barriers of all.
     this = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(primary_host=this, active_processes={this})
     return ocp.Checkpointer(
         ocp.CompositeCheckpointHandler(
-            params=ocp.PyTreeCheckpointHandler(use_ocdbt=False),
-            model=ocp.JsonCheckpointHandler(),
+            params=ocp.PyTreeCheckpointHandler(use_ocdbt=False, multiprocessing_options=alone),
+            model=ocp.JsonCheckpointHandler(multiprocessing_options=alone),
+            composite_options=ocp.CompositeOptions(multiprocessing_options=alone),
         ),
         multiprocessing_options=alone,
     )

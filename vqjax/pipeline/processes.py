@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several processes at one run: who leads, who is still alive, and waiting with an end.
 
-Processes know their number from `jax.distributed`; all else goes through files of the run folder,
-which they share. Nothing is computed across processes, so any two machines of one kind will do.
+Processes learn their numbers from `jax.distributed` and leave it again; all else goes through files
+of the run folder, which they share. Nothing is computed across processes, so any two machines of
+one kind will do.
 """
 
 import contextlib
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 
 import jax
+import jax.extend.backend
 
 from vqjax.errors import VqjaxError
 
@@ -22,6 +24,8 @@ SILENCE_SECONDS = 60.0  # without one, a process counts as dead
 START_SECONDS = 300.0  # before its first one; models load at different speeds
 _POLL_SECONDS = 0.2
 _STOPPED = "stopped"
+
+_joined: "Team | None" = None  # by `initialize`, after which jax itself knows of one process
 
 
 def initialize() -> None:
@@ -33,18 +37,24 @@ def initialize() -> None:
     Raises:
       VqjaxError: if the numbers make no sense or the others cannot be reached.
     """
+    global _joined
     address = os.environ.get("JAX_COORDINATOR_ADDRESS")
-    if address is None or jax.distributed.is_initialized():
+    if address is None or _joined is not None or jax.distributed.is_initialized():
         return
     names = ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     found = [os.environ.get(name) for name in names]
     if None not in found and not all(str(text).isdecimal() for text in found):
         raise VqjaxError(f"{names[0]}={found[0]} {names[1]}={found[1]}: expected whole numbers")
     count, index = (None if text is None else int(text) for text in found)
-    # JAX aborts all processes when one dies; `Team` says which one it was instead, and where.
-    jax.config.update("jax_enable_recoverability", True)
+    # Nothing is computed across processes: what tried to would fail at once instead of waiting.
+    jax.config.update("jax_cpu_collectives_implementation", None)
     try:
         jax.distributed.initialize(address, num_processes=count, process_id=index)
+        _joined = Team(jax.process_index(), jax.process_count())
+        # JAX's service aborts all processes when one dies, and those that end after process 0.
+        # `Team` says which one it was instead, and where. They leave the service together.
+        jax.distributed.shutdown()
+        jax.extend.backend.clear_backends()  # the next one has the devices of this process alone
     except (ValueError, RuntimeError) as error:
         raise VqjaxError(
             f"JAX_COORDINATOR_ADDRESS={address} {names[0]}={found[0]} {names[1]}={found[1]}: "
@@ -67,8 +77,8 @@ class Team:
 
     @classmethod
     def current(cls) -> "Team":
-        """All processes that `jax.distributed` connects; this one alone without it."""
-        return cls(jax.process_index(), jax.process_count())
+        """All processes that `jax.distributed` connects, or did; this one alone without it."""
+        return _joined or cls(jax.process_index(), jax.process_count())
 
     @property
     def leads(self) -> bool:
