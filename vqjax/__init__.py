@@ -60,7 +60,7 @@ def uniform_plan(params, *, bits, **options):
 
 
 def densify(params, **options):
-    """Decodes every quantized leaf of a tree: see `vqjax.core.compress_tree.densify`."""
-    from vqjax.core import compress_tree as module
+    """Decodes every quantized leaf of a tree: see `vqjax.core.tensor.densify`."""
+    from vqjax.core import tensor as module
 
     return module.densify(params, **options)

@@ -12,7 +12,7 @@ from vqjax.bench import inputs, matrices, reference, results
 from vqjax.bench.__main__ import main
 from vqjax.bench.clock import CompileClock
 from vqjax.core.compress import Effort, LayerStats
-from vqjax.core.plan import layer_spec
+from vqjax.core.plan import LayerSpec
 from vqjax.core.rate import reverse_water_filling
 from vqjax.core.tensor import VQTensor
 
@@ -183,7 +183,7 @@ def test_a_convolution_chooses_its_shrinkage(monkeypatch, tmp_path):
     monkeypatch.setattr(matrices, "compress_layer", compress)
     (matrix,) = inputs.read(tmp_path)
     bench = matrices._Bench(results.REDUCED, 0, CompileClock())
-    spec = layer_spec("conv3x3", matrix.kernel.shape, codebooks=1)
+    spec = LayerSpec("conv3x3", "conv3x3", 9, 1, 16, 8)
     for objective in "SI":
         setting = matrices.Setting("vqjax", 2, objective, "exact", 2.0, spec)
         record = matrices.measure(matrix, setting, None, bench)

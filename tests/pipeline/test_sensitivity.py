@@ -13,7 +13,7 @@ from vqjax import io
 from vqjax.core import folding, moments, shrinkage, tree
 from vqjax.core.compress import Effort, compress_layer
 from vqjax.core.model import Model
-from vqjax.core.plan import RULES, kernel_shapes, kind_of, layer_spec
+from vqjax.core.plan import RULES, kernel_shapes, kind_of
 from vqjax.pipeline import calibrate, sensitivity
 from vqjax.settings import Calibration
 

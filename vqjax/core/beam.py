@@ -65,28 +65,6 @@ def beam_search(
     return codes_OJM, loss_rows(residual_ON, moment_NN)
 
 
-def beam_search_plain(
-    w_ON: jax.Array,
-    codes_OJM: jax.Array,
-    books_MKG: jax.Array,
-    scales_O: jax.Array,
-    *,
-    beam: int,
-) -> tuple[jax.Array, jax.Array]:
-    """`beam_search` under the plain squared error, where every vector is searched on its own."""
-    rows, groups, books = codes_OJM.shape
-    group = books_MKG.shape[-1]
-    codes_VM, loss_V = beam_search(
-        w_ON.reshape(-1, group),
-        jnp.eye(group, dtype=jnp.float32),
-        codes_OJM.reshape(-1, 1, books),
-        books_MKG,
-        jnp.repeat(scales_O, groups),
-        beam=beam,
-    )
-    return codes_VM.reshape(rows, groups, books), jnp.sum(loss_V.reshape(rows, groups), axis=1)
-
-
 @functools.partial(jax.jit, static_argnames="beam")
 def _sweep(w_ON, moment_NN, codes_OJM, books_MKG, scales_O, *, beam: int) -> jax.Array:
     rows, groups, _ = codes_OJM.shape

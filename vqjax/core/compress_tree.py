@@ -79,16 +79,6 @@ def compress_tree(
     return Compressed(tree.unflatten(flat), stats)
 
 
-def densify(params: Mapping[str, Any], dtype: jax.typing.DTypeLike = jnp.float32) -> dict[str, Any]:
-    """Returns the tree with every `VQTensor` decoded; all other leaves as they are."""
-    return tree.unflatten(
-        {
-            path: leaf.decode(dtype) if isinstance(leaf, VQTensor) else leaf
-            for path, leaf in tree.flatten(params).items()
-        }
-    )
-
-
 def uniform_plan(params: Mapping[str, Any], *, bits: float, select: str = r"(^|/)kernel$") -> Plan:
     """Gives every chosen layer the same budget, and the code that promises the least error in it.
 

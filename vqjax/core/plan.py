@@ -31,8 +31,6 @@ MOST_CODEBOOKS = 10
 
 _LONE_ENTRIES = (8, 10, 12, 14, 15, 16, 20, 24, 28, 32, 40, 48, 64, 128, 256)
 
-_INT8_OVERHEAD = 0.01
-_INT8_CODEBOOKS = 5
 _VERSION = 1
 
 
@@ -271,24 +269,6 @@ def kind_of(path: str, shape: tuple[int, ...], rules: tuple[Rule, ...]) -> str:
     )
 
 
-def layer_spec(
-    kind: str, shape: tuple[int, ...], *, codebooks: int, entries: int = ENTRIES
-) -> LayerSpec:
-    """Returns the spec that a kind implies, with M codebooks of K entries.
-
-    Codebooks are int8 where float16 ones would cost over 0.01 bits per weight; above five codebooks
-    the errors are so small that the rounding would show.
-    """
-    if kind == "first_last":
-        return LayerSpec("first_last", "scalar", 1, 1, 256, 8)
-    name = "conv3x3" if tuple(shape[:-2]) == (3, 3) else "linear"
-    spec = LayerSpec(kind, name, grouping.GROUPS[name], codebooks, entries)
-    costly = spec.stored(shape).codebooks > _INT8_OVERHEAD * math.prod(shape)
-    if costly and codebooks <= _INT8_CODEBOOKS:
-        return dataclasses.replace(spec, codebook_bits=8)
-    return spec
-
-
 _SIZES = {
     "linear": ((8, 1), (8, 2), (8, 3), (8, 4), (6, 4), (4, 3), (4, 4), (4, 5)),
     "conv3x3": ((9, 1), (9, 2), (9, 3), (9, 4), (9, 5), (3, 2), (3, 3), (3, 4)),
@@ -304,7 +284,7 @@ a third of the time. Larger codebooks reach no less error at the same stored bit
 def candidates(kind: str, shape: tuple[int, ...]) -> list[LayerSpec]:
     """Returns the ways in which a plan may store a kernel, from about 0.5 to 5 bits per weight."""
     if kind == "first_last":
-        return [layer_spec(kind, shape, codebooks=1)]
+        return [LayerSpec(kind, "scalar", 1, 1, 256, 8)]
     name = "conv3x3" if tuple(shape[:-2]) == (3, 3) else "linear"
     return [
         LayerSpec(kind, name, group, books, ENTRIES, codebook_bits)

@@ -81,7 +81,7 @@ def layer_metric(moment: Moment, window: int, *, has_bias: bool, bits: float = 2
     if not has_bias or split is None:
         return Metric(shrink(moment.second_NN, window, chosen), chosen, False)
     errors = tuple(
-        _predicted(split, window, chosen, bits=bits, centre=centre) for centre in (False, True)
+        predicted_error(split, window, chosen, bits=bits, centre=centre) for centre in (False, True)
     )
     second_NN, centre = moment.second_NN, errors[1] < errors[0]
     if centre:
@@ -125,20 +125,9 @@ def choose(moment: Moment, window: int, *, bits: float = 2.0) -> Shrinkage:
 
 
 def predicted_error(
-    moment: Moment, window: int, shrinkage: Shrinkage, *, bits: float = 2.0, centre: bool = False
+    split: Split, window: int, shrinkage: Shrinkage, *, bits: float = 2.0, centre: bool = False
 ) -> float:
-    """The expected held-out error of `choose`, relative to the (not centred) output's energy.
-
-    Raises:
-      VqjaxError: if the moment has no held-out part.
-    """
-    split = moments_lib.split(moment, window)
-    if split is None:
-        raise VqjaxError("the moment has no held-out part; calibrate on two images or more")
-    return _predicted(split, window, shrinkage, bits=bits, centre=centre)
-
-
-def _predicted(split: Split, window, shrinkage: Shrinkage, *, bits: float, centre: bool) -> float:
+    """The expected held-out error of `choose`, relative to the (not centred) output's energy."""
     energy = np.trace(split.test_PP)
     if centre:
         split = split.centred()

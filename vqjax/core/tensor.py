@@ -142,10 +142,10 @@ class VQTensor:
         return grouping_lib.from_matrix(self.decode_matrix(), self.shape).astype(dtype)
 
 
-def densify(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the tree with every `VQTensor` decoded to a float32 array; other leaves are kept."""
+def densify(params: Mapping[str, Any], dtype: jax.typing.DTypeLike = jnp.float32) -> dict[str, Any]:
+    """Returns the tree with every `VQTensor` decoded; all other leaves as they are."""
     return jax.tree.map(
-        lambda leaf: leaf.decode() if isinstance(leaf, VQTensor) else leaf,
+        lambda leaf: leaf.decode(dtype) if isinstance(leaf, VQTensor) else leaf,
         dict(params),
         is_leaf=lambda leaf: isinstance(leaf, VQTensor),
     )

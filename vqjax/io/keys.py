@@ -7,7 +7,6 @@ table, so a model variant is described here once.
 """
 
 import dataclasses
-import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -61,13 +60,6 @@ class KeyEntry:
             array = array[:, :, 0]
         return np.ascontiguousarray(array.transpose(order))
 
-    def to_checkpoint(self, array: np.ndarray) -> np.ndarray:
-        """The inverse of `to_param`."""
-        order = _PERMUTATION[self.layout]
-        if order is not None:
-            array = array.transpose(np.argsort(order))
-        return np.ascontiguousarray(array).reshape(self.shape)
-
 
 def table(config: LatentDiffusionConfig) -> list[KeyEntry]:
     """Every tensor of the model `config` describes, each key and each path once.
@@ -79,11 +71,6 @@ def table(config: LatentDiffusionConfig) -> list[KeyEntry]:
         shape = (config.n_classes, config.unet.context_dim or 0)
         entries.append(KeyEntry(CLASS_KEY, "cond_stage/embedding", shape, "plain"))
     return entries
-
-
-def parameter_count(config: LatentDiffusionConfig) -> int:
-    """Number of weights of the whole model."""
-    return sum(math.prod(entry.shape) for entry in table(config))
 
 
 def _conv(key: str, path: str, inputs: int, outputs: int, window: int = 3) -> Iterator[KeyEntry]:
