@@ -4,9 +4,9 @@
 import os
 import pathlib
 
-# Compilation is most of the tests' time: XLA optimizes less, which nearly halves it. Both workers and
-# the programs that tests start share what they compile, and so do later runs; the key of an entry
-# holds program, flags and jax version.
+# Compilation is most of the tests' time: XLA optimizes less, which nearly halves it. Both workers
+# and the programs that tests start share what they compile, and so do later runs; the key of an
+# entry holds program, flags and jax version.
 for _name, _value in {
     "JAX_COMPILATION_CACHE_DIR": str(pathlib.Path(__file__).parents[1] / "build" / "xla"),
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",

@@ -7,6 +7,10 @@ import nbclient
 import nbformat
 import pytest
 
+from vqjax.core.plan import LayerSpec, Plan, kernel_shapes
+from vqjax.pipeline import quantize
+from vqjax.settings import QuantizeSettings
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 
@@ -16,14 +20,26 @@ def outputs(cell, kind: str) -> list[str]:
     return [found[kind] for found in data if kind in found]
 
 
+def plan() -> Plan:
+    """Searches two layers and rounds the others: all that the notebook needs to go on."""
+    kernels = kernel_shapes(quantize.prepare(QuantizeSettings()).shapes)
+    layers = dict.fromkeys(kernels, LayerSpec("first_last", "scalar", 1, 1, 256, 8))
+    layers["unet/middle_block/res1/conv1/kernel"] = LayerSpec("conv3x3", "conv3x3", 9, 2, 16, 8)
+    layers["unet/time_embed/dense2/kernel"] = LayerSpec("time", "linear", 8, 2, 16, 8)
+    assert layers.keys() == kernels.keys()
+    return Plan(layers)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", sorted(ROOT.glob("notebooks/*.ipynb")), ids=lambda p: p.stem)
 def test_notebook_runs(path, tmp_path, monkeypatch):
+    (tmp_path / "plan.json").write_text(plan().to_json())
     for name, value in {
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
         "VQJAX_NOTEBOOK_SAMPLES": "8",
         "VQJAX_NOTEBOOK_CALIBRATION": "4",
+        "VQJAX_NOTEBOOK_PLAN": str(tmp_path / "plan.json"),
     }.items():
         monkeypatch.setenv(name, value)
     notebook = nbformat.read(path, as_version=4)

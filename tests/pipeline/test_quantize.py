@@ -7,11 +7,13 @@ import os
 import pathlib
 import subprocess
 import sys
+import time
 
 import pytest
 
 import vqjax
 from tests.io import models as small
+from tests.pipeline import commands
 from tests.pipeline.commands import contents
 from vqjax.core import tree
 from vqjax.core.tensor import VQTensor
@@ -84,6 +86,24 @@ def test_a_complete_run_is_not_repeated(run, source, capsys):
     assert "this run is complete" in capsys.readouterr().err
     assert again.report == run.report
     assert contents(run.out) == before
+
+
+@pytest.mark.slow
+def test_two_processes_measure_the_same_and_plan_the_same(run, source, tmp_path):
+    out = tmp_path / "out"
+    pair = commands.start_pair(
+        source, "--bits", BITS, "--samples", 4, "--out", out, "--calibration.images=2",
+        "--calibration.steps=3", "--calibration.batch=2",
+    )  # fmt: skip
+    written = out / "sensitivity.json"  # after the plan
+    while all(process.poll() is None for process in pair) and not written.exists():
+        time.sleep(0.05)
+    for process in pair:
+        process.kill()
+    outputs = [process.communicate()[0] for process in pair]
+    assert written.exists(), outputs
+    for name in ("plan.json", "sensitivity.json"):
+        assert (out / name).read_bytes() == (run.out / name).read_bytes()
 
 
 @pytest.mark.slow
