@@ -25,6 +25,18 @@ import pytest  # noqa: E402
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 
+
+def pytest_configure(config):
+    # pytest-xdist would begin with the files of most tests and end with a single long one.
+    config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+    """Files with slow tests go first, so that both workers are done at about the same time."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 GOLDEN_ROOT = pathlib.Path(
     os.environ.get("VQJAX_GOLDEN", pathlib.Path(__file__).parents[2] / "shared")
 )

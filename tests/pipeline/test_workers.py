@@ -46,7 +46,8 @@ def plan(source) -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def options(source, plan) -> list[object]:
-    calibration = ["--calibration.images=2", "--calibration.steps=2", "--calibration.batch=2"]
+    # As in test_quantize, which compiles for these tests then.
+    calibration = ["--calibration.images=2", "--calibration.steps=3", "--calibration.batch=2"]
     return [source, "--plan", plan, "--samples", SAMPLES, *calibration]
 
 
@@ -54,7 +55,7 @@ def options(source, plan) -> list[object]:
 def expected(source, plan, tmp_path_factory) -> dict[str, str]:
     """Contents of a run in this process, on one device, never interrupted."""
     out = tmp_path_factory.mktemp("run") / "out"
-    calibration = Calibration(images=2, steps=2, batch=2)
+    calibration = Calibration(images=2, steps=3, batch=2)
     vqjax.quantize(source, plan=plan, out=out, samples=SAMPLES, calibration=calibration)
     return commands.contents(out)
 
