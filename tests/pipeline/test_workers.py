@@ -78,16 +78,16 @@ def test_killed_at_random_moments_and_resumed_on_other_devices(expected, options
 
 def test_two_processes_killed_in_turn(expected, options, tmp_path):
     out, kept = tmp_path / "out", 0
-    for lost, count in ((1, 6), (0, 20)):
+    for lost in (1, 0):
         pair = commands.start_pair(*options, "--out", out)
-        commands.wait_for_pieces(pair[lost], out, count)
+        commands.wait_for_pieces(pair[lost], out, kept + 4)
         pair[lost].kill()
         pair[lost].communicate()
         output, _ = pair[1 - lost].communicate()
         assert pair[1 - lost].returncode == 2, output
         assert f"process {lost} of 2 has given no sign of life for" in output
         assert "start all processes again: finished layers in" in output
-        assert commands.pieces(out) >= max(kept, count)
+        assert commands.pieces(out) >= kept + 4
         kept = commands.pieces(out)
     outputs = [commands.end(process) for process in commands.start_pair(*options, "--out", out)]
     assert "report:" in outputs[0]  # the first one reports, alone
