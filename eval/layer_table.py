@@ -28,9 +28,10 @@ _NOTE = (
     "same with codes in their empirical entropy. Errors are relative squared errors of the weights "
     "and of the layer's output on calibration inputs; held-out: of the output on inputs of other "
     "images and timesteps. Bound: the least output error of Gaussian weights at these bits on the "
-    "calibration inputs, and the output error over it. Scalar: the baseline on the same inputs. "
-    "s: search, with compilation of what was new. Means count every weight alike; their seconds "
-    "are the sum."
+    "calibration inputs (trained weights may do better), and the output error over it: large where "
+    "inputs have few directions, as those made of classes. Scalar: the baseline on the same "
+    "inputs. s: search beside other layers, with compilation of what was new. Means count every "
+    "weight alike; × bound there is mean error over mean bound, s the sum."
 )
 _NOTHING = "–"
 
@@ -40,7 +41,7 @@ def note(layers: Sequence[Layer]) -> str:
     unbounded = [math.prod(x["shape"][:-1]) for x in layers if x["bound"] is None]
     if not unbounded:
         return _NOTE
-    return f"{_NOTE} From {min(unbounded):,} inputs on, eigenvalues take too long for a bound."
+    return f"{_NOTE} No bound from {min(unbounded):,} inputs on: eigenvalues take too long."
 
 
 def cells(layer: Layer) -> list[str]:
@@ -65,7 +66,8 @@ def summary(layers: Sequence[Layer]) -> list[list[str]]:
             continue
         values, counts = zip(*known)
         mean = sum(v * w for v, w in known) / sum(counts)
-        means.append(three_digits(sum(values) if field == "seconds" else mean))
+        whole = {"seconds": sum(values), "ratio_to_bound": _ratio_of_means(layers)}
+        means.append(three_digits(whole.get(field, mean)))
         medians.append(three_digits(statistics.median(values)))
     return [
         ["mean by weights", f"{sum(weights):,}", "", *means],
@@ -73,15 +75,26 @@ def summary(layers: Sequence[Layer]) -> list[list[str]]:
     ]
 
 
+def _ratio_of_means(layers: Sequence[Layer]) -> float:
+    """Mean error over mean bound; the mean of ratios would be that of the least bound alone."""
+    bounded = [(x, math.prod(x["shape"])) for x in layers if x["bound"]]
+    error, bound = (
+        sum(x[field] * weights for x, weights in bounded) for field in ("rel_output_mse", "bound")
+    )
+    return error / bound if bound else math.nan
+
+
 def three_digits(value: float | None) -> str:
-    """`value` to three significant digits, whole from a thousand on."""
+    """`value` to three significant digits or whole; in powers of ten where it is far from 1."""
     if value is None or math.isnan(value):
         return _NOTHING
     if math.isinf(value):
         return "∞" if value > 0 else "−∞"
     if value == 0:
         return "0"
-    return f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:#.3g}".rstrip(".")
+    if 999.5 <= abs(value) < 1e5:
+        return f"{value:,.0f}"
+    return f"{value:#.3g}".rstrip(".").replace("e-0", "e-").replace("e+0", "e").replace("e+", "e")
 
 
 def _is_finite(value: float | None) -> bool:

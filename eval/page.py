@@ -66,7 +66,9 @@ td { white-space: nowrap; }
 td.good { color: var(--good); } td.worse { color: var(--bad); }
 details { margin-top: 12px; }
 summary { cursor: pointer; padding: 10px 0; color: var(--accent); font-weight: 550; }
-.layers { font-size: 13px; } .layers th, .layers td { padding: 4px 8px; }
+.wide { width: min(1280px, 100vw - 48px); margin-left: 50%; transform: translateX(-50%); }
+.layers { font-size: 12.5px; } .layers th, .layers td { padding: 4px 6px; }
+.layers th:first-child { white-space: nowrap; }
 .layers th:first-child { padding-left: 0; }
 .layers tbody th { font: 12px ui-monospace, Menlo, Consolas, monospace; }
 .layers thead th { white-space: normal; font-size: 12px; vertical-align: bottom; }

@@ -384,7 +384,8 @@ def _layers_table(layers: Sequence[Mapping[str, Any]]) -> str:
     return (
         f"<details><summary>All {len(layers)} layers</summary>"
         f'<p class="note">{layer_table.note(layers)} Bars are logarithmic.</p>'
-        f'<div class="card scroll"><table class="layers"><thead><tr>{head}</tr></thead><tbody>\n'
+        '<div class="card wide scroll"><table class="layers">'
+        f"<thead><tr>{head}</tr></thead><tbody>\n"
         + "\n".join(body)
         + "\n</tbody><tfoot>"
         + "\n".join(foot)

@@ -14,6 +14,8 @@ SMALL = {
     "codebooks": 4,
     "entries": 16,
     **dict.fromkeys(layer_table.FIGURES, 1.0),
+    "rel_output_mse": 4.0,
+    "bound": 3.0,
     "ratio_to_bound": 1.5,
     "rel_output_mse_test": 0.01234567,
     "seconds": 2.0,
@@ -46,8 +48,9 @@ def test_the_last_rows_weigh_by_weights_and_skip_what_is_missing():
     mean, median = map(row, layer_table.summary([SMALL, LARGE, SMALL]))
     assert mean["shape"] == "4,500"
     assert mean["bits"] == "2.80"  # (900 * 1 + 2700 * 4 + 900 * 1) / 4500
-    assert mean["× bound"] == "1.50"
+    assert mean["× bound"] == "1.33"  # 4 / 3, errors over bounds
     assert mean["s"] == "2,003"
+    assert median["× bound"] == "1.50"
     assert median["bits"] == "1.00"
     assert median["s"] == "2.00"
     nothing, _ = map(row, layer_table.summary([LARGE]))
@@ -55,8 +58,8 @@ def test_the_last_rows_weigh_by_weights_and_skip_what_is_missing():
 
 
 def test_the_note_says_which_layers_have_no_bound():
-    assert "inputs on, eigenvalues" not in layer_table.note([SMALL])
-    assert "From 2,700 inputs on, eigenvalues" in layer_table.note([SMALL, LARGE])
+    assert "No bound" not in layer_table.note([SMALL])
+    assert "No bound from 2,700 inputs on" in layer_table.note([SMALL, LARGE])
 
 
 @pytest.mark.parametrize(
@@ -67,7 +70,9 @@ def test_the_note_says_which_layers_have_no_bound():
         (math.inf, "∞"),
         (0.0, "0"),
         (0.000123456, "0.000123"),
-        (0.0000123456, "1.23e-05"),
+        (0.0000123456, "1.23e-5"),
+        (1.23456e-12, "1.23e-12"),
+        (1295805.0, "1.30e6"),
         (2.0, "2.00"),
         (123.4, "123"),
         (999.7, "1,000"),
