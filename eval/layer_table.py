@@ -15,7 +15,7 @@ FIGURES = {  # field of a layer: head of its column, in order
     "rel_output_mse": "output error",
     "rel_output_mse_test": "held-out",
     "bound": "bound",
-    "ratio_to_bound": "× bound",
+    "ratio_to_bound": "×\u00a0bound",
     "scalar_bits_per_weight": "scalar bits",
     "scalar_output_mse": "scalar error",
     "scalar_output_mse_test": "scalar held-out",

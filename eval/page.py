@@ -75,7 +75,9 @@ summary { cursor: pointer; padding: 10px 0; color: var(--accent); font-weight: 5
 .layers td.meter {
   background: linear-gradient(var(--bar), var(--bar)) no-repeat left center / var(--w) 70%;
 }
-.layers tfoot th { font-weight: 600; } .layers tfoot td { font-weight: 600; }
+.layers tfoot :is(th, td) { font-weight: 600; }
+.layers tfoot tr:first-child > * { border-top: 1px solid var(--line); }
+.layers tfoot tr:last-child > * { border-bottom: 0; }
 .facts td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
 .facts th { white-space: nowrap; padding-right: 24px; vertical-align: top; }
 .scroll { max-height: 480px; overflow: auto; }

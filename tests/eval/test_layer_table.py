@@ -40,17 +40,17 @@ def test_a_row_has_every_column():
     assert found["shape"] == "3×3×10×10"
     assert found["code"] == "4×16 / 9"
     assert found["held-out"] == "0.0123"
-    assert found["× bound"] == "1.50"
-    assert row(layer_table.cells(LARGE))["× bound"] == "–"
+    assert found["×\u00a0bound"] == "1.50"
+    assert row(layer_table.cells(LARGE))["×\u00a0bound"] == "–"
 
 
 def test_the_last_rows_weigh_by_weights_and_skip_what_is_missing():
     mean, median = map(row, layer_table.summary([SMALL, LARGE, SMALL]))
     assert mean["shape"] == "4,500"
     assert mean["bits"] == "2.80"  # (900 * 1 + 2700 * 4 + 900 * 1) / 4500
-    assert mean["× bound"] == "1.33"  # 4 / 3, errors over bounds
+    assert mean["×\u00a0bound"] == "1.33"  # 4 / 3, errors over bounds
     assert mean["s"] == "2,003"
-    assert median["× bound"] == "1.50"
+    assert median["×\u00a0bound"] == "1.50"
     assert median["bits"] == "1.00"
     assert median["s"] == "2.00"
     nothing, _ = map(row, layer_table.summary([LARGE]))
