@@ -108,9 +108,8 @@ def _weights(job: "Job", model: Model) -> dict[str, Any]:
 def _layer(
     job: "Job", path: str, done: "Layers", held_out: layer_figures.HeldOut
 ) -> dict[str, Any]:
-    spec, stats, search, scalar = (
-        part[path] for part in (job.plan, done.stats, done.search, done.scalar)
-    )
+    spec, stats = job.plan[path], done.stats[path]
+    search, scalar = done.search[path], done.scalar[path]
     return {
         "path": path,
         "kind": spec.kind,
