@@ -66,14 +66,18 @@ td { white-space: nowrap; }
 td.good { color: var(--good); } td.worse { color: var(--bad); }
 details { margin-top: 12px; }
 summary { cursor: pointer; padding: 10px 0; color: var(--accent); font-weight: 550; }
-.layers { font-size: 13px; } .layers th, .layers td { padding: 4px 8px; }
+.wide { width: min(1280px, 100vw - 48px); margin-left: 50%; transform: translateX(-50%); }
+.layers { font-size: 12.5px; } .layers th, .layers td { padding: 4px 6px; }
+.layers th:first-child { white-space: nowrap; }
 .layers th:first-child { padding-left: 0; }
 .layers tbody th { font: 12px ui-monospace, Menlo, Consolas, monospace; }
+.layers thead th { white-space: normal; font-size: 12px; vertical-align: bottom; }
 .layers td.meter {
   background: linear-gradient(var(--bar), var(--bar)) no-repeat left center / var(--w) 70%;
-  text-align: left; padding-left: 6px; min-width: 130px;
 }
-.layers th.meter { text-align: left; }
+.layers tfoot :is(th, td) { font-weight: 600; }
+.layers tfoot tr:first-child > * { border-top: 1px solid var(--line); }
+.layers tfoot tr:last-child > * { border-bottom: 0; }
 .facts td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
 .facts th { white-space: nowrap; padding-right: 24px; vertical-align: top; }
 .scroll { max-height: 480px; overflow: auto; }
@@ -81,10 +85,7 @@ summary { cursor: pointer; padding: 10px 0; color: var(--accent); font-weight: 5
 footer { color: var(--soft); font-size: 13px; margin-top: 44px; }
 @media print {
   body { background: none; } .card, .tile { break-inside: avoid; }
-  .layers th.meter { text-align: left; }
-.facts td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
-.facts th { white-space: nowrap; padding-right: 24px; vertical-align: top; }
-.scroll { max-height: none; }
+  .scroll { max-height: none; }
 }
 </style>
 </head>

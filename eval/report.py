@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from vqjax.errors import gathered
+from vqjax.eval import layer_table
 from vqjax.eval.page import PAGE
 
 FIELDS: dict[str, tuple[str, ...]] = {
@@ -44,9 +45,7 @@ LAYER_FIELDS = (
     "group",
     "codebooks",
     "entries",
-    "bits_per_weight",
-    "rel_weight_mse",
-    "rel_output_mse",
+    *layer_table.FIGURES,
 )
 SCORE_FIELDS = ("fd", "sfd", "is", "precision", "recall", "accuracy", "n")
 _MODELS = FIELDS["metrics"]
@@ -76,8 +75,6 @@ _CAPTIONS = {
         "inputs. Logarithmic.",
     ),
 }
-_LAYER_COLUMNS = ("layer", "kind", "shape", "code", "bits", "weight error", "output error")
-_LAYERS_NOTE = "Code: codebooks × entries / weights per group. Errors are relative squared errors."
 _NOTHING = "–"
 
 
@@ -281,8 +278,11 @@ def _markdown(report: Mapping[str, Any]) -> str:
     parts.append("![Samples before and after](samples.png)")
     for table in tables(report):
         parts += [f"## {table.heading}", table.note, _markdown_rows(table.columns, table.rows)]
-    rows = [_layer_cells(layer) for layer in report["layers"]]
-    parts += ["## Every layer", _LAYERS_NOTE, _markdown_rows(_LAYER_COLUMNS, rows)]
+    layers = report["layers"]
+    if layers:
+        rows = [*map(layer_table.cells, layers), *layer_table.summary(layers)]
+        table = _markdown_rows(layer_table.COLUMNS, rows)
+        parts += ["## Every layer", layer_table.note(layers), table]
     parts += ["## How it was made", _markdown_rows(["", ""], _made(report))]
     return "\n\n".join(parts) + "\n"
 
@@ -363,26 +363,33 @@ def _layers_table(layers: Sequence[Mapping[str, Any]]) -> str:
         return ""
     errors = [layer["rel_output_mse"] for layer in layers if _on_log_scale(layer)]
     low, high = math.log(min(errors, default=1) / 2), math.log(max(errors, default=1) * 1.01)
-    rows = []
-    for layer in layers:
-        path, *cells, error = map(html.escape, _layer_cells(layer))
-        share = (
-            (math.log(layer["rel_output_mse"]) - low) / (high - low) if _on_log_scale(layer) else 0
+    shares = [
+        (math.log(layer["rel_output_mse"]) - low) / (high - low) if _on_log_scale(layer) else 0
+        for layer in layers
+    ]
+    meter = layer_table.COLUMNS.index(layer_table.FIGURES["rel_output_mse"])
+
+    def line(cells: Sequence[str], share: float | None = None) -> str:
+        style = "" if share is None else f' class="meter" style="--w:{100 * share:.0f}%"'
+        first, *rest = map(html.escape, cells)
+        data = (
+            f"<td{style if index == meter else ''}>{cell}</td>"
+            for index, cell in enumerate(rest, 1)
         )
-        rows.append(
-            f'<tr><th scope="row">{path}</th>'
-            + "".join(f"<td>{cell}</td>" for cell in cells)
-            + f'<td class="meter" style="--w:{100 * share:.0f}%">{error}</td></tr>'
-        )
-    *names, last = _LAYER_COLUMNS
-    head = "".join(f'<th scope="col">{name}</th>' for name in names)
-    head += f'<th scope="col" class="meter">{last}</th>'
+        return f'<tr><th scope="row">{first}</th>{"".join(data)}</tr>'
+
+    head = "".join(f'<th scope="col">{name}</th>' for name in layer_table.COLUMNS)
+    body = (line(layer_table.cells(layer), share) for layer, share in zip(layers, shares))
+    foot = map(line, layer_table.summary(layers))
     return (
         f"<details><summary>All {len(layers)} layers</summary>"
-        f'<p class="note">{_LAYERS_NOTE} Bars are logarithmic.</p>'
-        f'<div class="card scroll"><table class="layers"><thead><tr>{head}</tr></thead><tbody>\n'
-        + "\n".join(rows)
-        + "\n</tbody></table></div></details>"
+        f'<p class="note">{layer_table.note(layers)} Bars are logarithmic.</p>'
+        '<div class="card wide scroll"><table class="layers">'
+        f"<thead><tr>{head}</tr></thead><tbody>\n"
+        + "\n".join(body)
+        + "\n</tbody><tfoot>"
+        + "\n".join(foot)
+        + "</tfoot></table></div></details>"
     )
 
 
@@ -390,18 +397,6 @@ def _on_log_scale(layer: Mapping[str, Any]) -> bool:
     """Whether a layer has a positive, finite output error to draw on a logarithmic scale."""
     error = layer["rel_output_mse"]
     return error is not None and 0 < error < math.inf
-
-
-def _layer_cells(layer: Mapping[str, Any]) -> list[str]:
-    return [
-        layer["path"].removesuffix("/kernel"),
-        layer["kind"].replace("_", " "),
-        "×".join(map(str, layer["shape"])),
-        f"{layer['codebooks']}×{layer['entries']} / {layer['group']}",
-        number(layer["bits_per_weight"], 2),
-        number(layer["rel_weight_mse"], 5),
-        number(layer["rel_output_mse"], 5),
-    ]
 
 
 def _figure(name: str, pictures: Mapping[str, tuple[bytes, bytes]]) -> str:

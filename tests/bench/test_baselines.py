@@ -42,8 +42,3 @@ def test_product_quantization_pads_what_the_group_does_not_divide():
     found = baselines.product_quantization(w_ON, group=4, entries=64, rng=np.random.default_rng(0))
     assert found.q_ON.shape == w_ON.shape
     assert error(w_ON, found.q_ON) < 1e-4  # as many entries as vectors
-
-
-def test_entropy_of_known_codes():
-    codes = np.array([[0, 0], [0, 1], [0, 2], [0, 3]])
-    assert baselines.entropy(codes) == pytest.approx(2.0)

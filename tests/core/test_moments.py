@@ -109,3 +109,37 @@ def test_the_corrected_bias_leaves_the_centred_error(shape):
     centred_NN = moments.centred(moment.second_NN, moment.mean_N)
     expected = np.sum((error_ON @ centred_NN) * error_ON)
     assert np.mean(np.sum(error_RO**2, 1)) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("columns", [7, 2048])
+def test_the_energy_of_a_shifted_output_is_that_of_its_rows(columns, monkeypatch):
+    """Signs matter: bias before minus bias after. Held-out rows have a mean of their own."""
+    monkeypatch.setattr(moments, "_COLUMNS", columns)
+    rng = np.random.default_rng(2)
+    seen, fresh = moments.of_images(_rows(seed=1)), _rows(seed=2) + 0.7
+    w_ON, bias_O = rng.normal(size=(5, 18)), rng.normal(size=5)
+    q_ON = w_ON + 0.1 * rng.normal(size=w_ON.shape)
+    after_O = moments.corrected_bias(bias_O, w_ON.T, q_ON.T, seen.mean_N)
+
+    rows_RN, moment = fresh.reshape(-1, 18), moments.of_images(fresh)
+    error_RO = (rows_RN @ w_ON.T + bias_O) - (rows_RN @ q_ON.T + after_O)
+    of_fresh = moment.second_NN, moment.mean_N
+    found = moments.output_energy(w_ON - q_ON, bias_O - after_O, *of_fresh)
+    assert found == pytest.approx(np.mean(np.sum(error_RO**2, 1)), rel=1e-4)
+    assert found != pytest.approx(
+        moments.output_energy(w_ON - q_ON, after_O - bias_O, *of_fresh), rel=1e-2
+    )
+    whole = np.mean(np.sum((rows_RN @ w_ON.T) ** 2, 1))
+    assert moments.output_energy(w_ON, 0.0, *of_fresh) == pytest.approx(whole, rel=1e-4)
+
+
+def test_a_shift_that_takes_a_large_mean_away_leaves_what_varies():
+    """Inputs that hardly vary: their second moment alone, in float32, would leave noise."""
+    rng = np.random.default_rng(3)
+    rows_IRN = 1.0 + 1e-2 * rng.normal(size=(40, 50, 6))
+    error_ON = rng.normal(size=(4, 6))
+    moment = moments.of_images(rows_IRN)
+    shift_O = -error_ON @ moment.mean_N.astype(np.float64)
+    left_RO = rows_IRN.reshape(-1, 6) @ error_ON.T + shift_O
+    found = moments.output_energy(error_ON, shift_O, moment.second_NN, moment.mean_N)
+    assert found == pytest.approx(np.mean(np.sum(left_RO**2, 1)), rel=1e-2)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import golden_params
-from vqjax.core.rate import reverse_water_filling
+from vqjax.core.rate import relative_bound, reverse_water_filling
 
 
 @pytest.mark.parametrize("bits", [0.0, 0.5, 2.0, 4.0])
@@ -34,6 +34,14 @@ def test_zero_and_slightly_negative_eigenvalues_cost_nothing():
     assert reverse_water_filling(np.zeros(3), 2.0) == 0.0
 
 
+def test_the_relative_bound_does_not_know_the_units_of_the_inputs():
+    spectrum_N = np.array([4.0, 0.5])
+    assert relative_bound(spectrum_N, 0.5) == pytest.approx((1.0 + 0.5) / 4.5)
+    assert relative_bound(1e6 * spectrum_N, 0.5) == pytest.approx(1.5 / 4.5)
+    assert relative_bound(np.full(5, 7.0), 2) == pytest.approx(2**-4)
+    assert relative_bound(np.array([0.0, -1e-9]), 2) == 0.0
+
+
 @pytest.mark.parametrize("path", golden_params("aq", "reference_results.json"))
 def test_the_bounds_of_the_reference_are_found_again(path):
     content = json.loads(path.read_text())
@@ -46,7 +54,7 @@ def test_the_bounds_of_the_reference_are_found_again(path):
                 continue
             spectrum_N = np.linalg.eigvalsh(arrays["XTX"].astype(np.float64))
         for bits in (2, 4):
-            found = reverse_water_filling(spectrum_N, bits) / np.mean(spectrum_N)
+            found = relative_bound(spectrum_N, bits)
             assert found == pytest.approx(bounds[f"rd{bits}"]["rel_act"], rel=0.01)
             checked += 1
     assert checked

@@ -26,6 +26,14 @@ def report():
         "bits_per_weight": 1.9,
         "rel_weight_mse": 0.11,
         "rel_output_mse": 0.03,
+        "rel_output_mse_test": 0.036,
+        "bound": 0.02,
+        "ratio_to_bound": 1.5,
+        "codes_entropy": 1.85,
+        "seconds": 12.34,
+        "scalar_bits_per_weight": 2.06,
+        "scalar_output_mse": 0.07,
+        "scalar_output_mse_test": 0.08,
     }
     scores = {"fd": 2.5, "sfd": 0.3, "is": 8.9, "precision": 0.9, "recall": 0.8}
     scores |= {"accuracy": 0.99, "n": 1000}

@@ -56,7 +56,15 @@ def test_the_run_folder_is_complete(run):
     weights = run.report["weights"]
     assert weights["bits_per_weight"] <= BITS
     assert run.report["folded"]["weights"] > 0
-    assert all(layer["rel_output_mse"] < 0.5 for layer in run.report["layers"])
+    layers = run.report["layers"]
+    assert all(layer["rel_output_mse"] < 0.5 for layer in layers)
+    for layer in layers:
+        assert 0 < layer["rel_output_mse_test"] < 2
+        ratio = layer["rel_output_mse"] / layer["bound"]
+        assert layer["ratio_to_bound"] == pytest.approx(ratio)
+        assert layer["codes_entropy"] <= layer["bits_per_weight"]
+        assert layer["seconds"] > 0
+    assert run.report["seconds"]["held-out errors"] > 0
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from vqjax.core import grouping
+from vqjax.core.bits import entropy
 
 _SHRINKS = np.linspace(1.0, 0.3, 8)
 _FITS = 10
@@ -30,15 +31,6 @@ class Quantized(NamedTuple):
     q_ON: np.ndarray
     bits_per_weight: float
     codes_entropy: float
-
-
-def entropy(codes_XM: np.ndarray) -> float:
-    """Bits of one row of codes: the empirical entropy of each column, summed."""
-    total = 0.0
-    for codes_X in codes_XM.T:
-        counts = np.unique(codes_X, return_counts=True)[1] / len(codes_X)
-        total -= float(np.sum(counts * np.log2(counts)))
-    return total
 
 
 def round_to_nearest(w_ON: np.ndarray, bits: int) -> Quantized:

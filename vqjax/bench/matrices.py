@@ -23,9 +23,10 @@ from vqjax.bench.baselines import Quantized
 from vqjax.bench.clock import CompileClock, compiled_seconds
 from vqjax.bench.inputs import Matrix
 from vqjax.core import grouping, moments, shrinkage
+from vqjax.core.bits import entropy_coded_bits
 from vqjax.core.compress import Effort, compress_layer
 from vqjax.core.plan import LayerSpec, best_spec
-from vqjax.core.rate import reverse_water_filling
+from vqjax.core.rate import relative_bound
 from vqjax.core.scalar import scalar_baseline
 from vqjax.errors import VqjaxError
 from vqjax.pipeline.journal import fingerprint
@@ -182,10 +183,8 @@ def _additive(matrix: Matrix, setting: Setting, bench: _Bench):
         return compress_layer(kernel, moment, spec, key=key, effort=bench.effort, metric=metric)
 
     (tensor, _), seconds = compiled_seconds(search, bench.clock)
-    codes_OJM, stored = np.asarray(tensor.unpack()), spec.stored(matrix.kernel.shape)
-    vectors = codes_OJM.shape[0] * codes_OJM.shape[1]
-    coded = vectors * baselines.entropy(codes_OJM.reshape(vectors, -1))
-    entropy = (coded + stored.codebooks + stored.scales) / stored.weights
+    stored = spec.stored(matrix.kernel.shape)
+    entropy = entropy_coded_bits(np.asarray(tensor.unpack()), stored)
     q_ON = np.asarray(tensor.decode_matrix(), np.float64)
     return Quantized(q_ON, tensor.bits_per_weight, entropy), seconds, chosen
 
@@ -253,9 +252,7 @@ def _bound(matrix: Matrix, record: results.Record) -> dict[str, float]:
     """The bound of the error that was minimized, at the same stored bits, and the ratio to it."""
     bits = record["bits_per_weight"]
     if record["objective"] == "S":
-        total = float(np.mean(np.maximum(matrix.spectrum_N, 0)))
-        bound = reverse_water_filling(matrix.spectrum_N, bits) / total if total > 0 else 0.0
-        measured = record["rel_act_mse"]
+        bound, measured = relative_bound(matrix.spectrum_N, bits), record["rel_act_mse"]
     else:
         bound, measured = 2.0 ** (-2 * bits), record["rel_weight_mse"]
     return {"bound": bound, "ratio_to_bound": measured / bound if bound > 0 else math.inf}

@@ -2,10 +2,13 @@
 """Exact byte accounting, before anything is compressed. Counts codes, codebooks and scales.
 
 Dimension key:  O outputs   J vectors of a row   M codebooks   K entries   G weights of a vector
+                X rows of codes
 """
 
 import dataclasses
 import math
+
+import numpy as np
 
 from vqjax.core import grouping
 from vqjax.kernels.decode import packed_bytes
@@ -70,3 +73,19 @@ def stored_bits(
         scales=outputs * SCALE_BITS,
         weights=math.prod(shape),
     )
+
+
+def entropy(codes_XM: np.ndarray) -> float:
+    """Bits of one row of codes: the empirical entropy of each column, summed."""
+    total = 0.0
+    for codes_X in codes_XM.T:
+        counts = np.unique(codes_X, return_counts=True)[1] / len(codes_X)
+        total -= float(np.sum(counts * np.log2(counts)))
+    return total
+
+
+def entropy_coded_bits(codes_OJM: np.ndarray, stored: StoredBits) -> float:
+    """Bits per weight if codes took their empirical entropy, and all else what is `stored`."""
+    vectors = codes_OJM.shape[0] * codes_OJM.shape[1]
+    coded = vectors * entropy(np.asarray(codes_OJM).reshape(vectors, -1))
+    return (coded + stored.codebooks + stored.scales) / stored.weights

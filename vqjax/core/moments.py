@@ -2,7 +2,7 @@
 """What calibration keeps of one layer's input, and the bias that centring leaves to correct.
 
 Dimension key:  N fan-in   P fan-in of the kept channels   O outputs   I images   R rows of an image
-                C input channels   K window side
+                C input channels   K window side   X some columns of a moment
 
 Shrinkage is chosen on inputs that the moment has not seen. Held out are whole images: rows of one
 image, and its steps, resemble each other. How much a moment overfits is decided by its rows per
@@ -24,6 +24,8 @@ HELD_EVERY = 4
 
 HELD_FEATURES = 576
 """Most features of a held-out moment: 64 channels of a 3x3 window, tenths of a second each."""
+
+_COLUMNS = 2048  # of a moment that are in float64 at a time
 
 
 class Moment(NamedTuple):
@@ -156,6 +158,28 @@ def split(moment: Moment, window: int) -> Split | None:
     )
     whole = size == len(moment.mean_N)
     return Split(*rest, *held) if whole else Split(*held, *rest)
+
+
+def output_energy(
+    matrix_ON: np.ndarray, shift_O: np.ndarray | float, second_NN: np.ndarray, mean_N: np.ndarray
+) -> float:
+    """Mean of |A x + d|^2 over inputs x, from their moments alone, summed in float64.
+
+    It is tr(A S A^T) + 2 d^T A mu + |d|^2, taken as tr(A (S - mu mu^T) A^T) + |A mu + d|^2: where
+    d takes the mean away, what remains is no difference of large numbers.
+
+    Args:
+      matrix_ON: A; W - Q for an error, W for the output itself.
+      shift_O: d; the bias before minus the bias after for an error, 0 for none.
+      second_NN, mean_N: S and mu of the inputs.
+    """
+    matrix_ON, mean_N = np.asarray(matrix_ON, np.float64), np.asarray(mean_N, np.float64)
+    spread = 0.0
+    for low in range(0, len(mean_N), _COLUMNS):  # S of the widest layer fills a GB as it is
+        part = slice(low, low + _COLUMNS)
+        covariance_NX = second_NN[:, part] - np.outer(mean_N, mean_N[part])
+        spread += float(np.vdot(matrix_ON @ covariance_NX, matrix_ON[:, part]))
+    return max(spread, 0.0) + float(np.sum((matrix_ON @ mean_N + shift_O) ** 2))
 
 
 def corrected_bias(

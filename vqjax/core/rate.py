@@ -48,6 +48,18 @@ def reverse_water_filling(eigenvalues_N: jax.typing.ArrayLike, bits: float) -> f
     return float(np.mean(np.minimum(spectrum_N, math.exp2(high))))
 
 
+def relative_bound(eigenvalues_N: jax.typing.ArrayLike, bits: float) -> float:
+    """Least relative output error of Gaussian weights at a rate: `reverse_water_filling` over the
+    mean eigenvalue; 0 where all eigenvalues are.
+
+    Args:
+      eigenvalues_N: of S, as in `reverse_water_filling`.
+      bits: all stored bits, per weight.
+    """
+    mean = float(np.mean(np.maximum(np.asarray(eigenvalues_N, np.float64), 0.0)))
+    return reverse_water_filling(eigenvalues_N, bits) / mean if mean > 0 else 0.0
+
+
 def code_distortion(group: int, books: int, entries: int) -> float:
     """Mean squared error that an additive code leaves of Gaussian weights of variance 1.
 

@@ -90,8 +90,14 @@ def batches(sizes: dict[str, LayerInput], limit_bytes: int) -> list[list[str]]:
     return groups
 
 
-def trajectories(model: Model, calibration: Calibration, seed: int) -> Iterator[tuple]:
-    """Yields (x_TBHWC, t_T, ids_B) of full-precision sampling, one batch of images at a time."""
+def trajectories(
+    model: Model, calibration: Calibration, seed: int, start: int = 0
+) -> Iterator[tuple]:
+    """Yields (x_TBHWC, t_T, ids_B) of full-precision sampling, one batch of images at a time.
+
+    Args:
+      start: number of the first image, which tells its class and noise.
+    """
     config = model.config
     schedule = ddim_schedule(config, calibration.steps)
     classes = max(config.null_class, 1)
@@ -107,8 +113,9 @@ def trajectories(model: Model, calibration: Calibration, seed: int) -> Iterator[
             )[1].x_SBHWC
         )
     )
-    for first in range(0, calibration.images, calibration.batch):
-        index_B = np.arange(first, min(first + calibration.batch, calibration.images))
+    end = start + calibration.images
+    for first in range(start, end, calibration.batch):
+        index_B = np.arange(first, min(first + calibration.batch, end))
         ids_B = jnp.asarray(index_B % classes, jnp.int32) if config.n_classes else None
         x_TBHWC = step(model.params, ids_B, jnp.asarray(index_B, jnp.uint32))
         yield np.asarray(x_TBHWC), schedule.timesteps[::-1], ids_B

@@ -22,6 +22,7 @@ from vqjax.core.flops import layer_flops, total
 from vqjax.core.grouping import groups_per_row, matrix_shape
 from vqjax.core.plan import LayerSpec, Plan
 from vqjax.pipeline.calibrate import LayerInput
+from vqjax.pipeline.layer_figures import held_out_settings
 from vqjax.pipeline.memory import Division
 from vqjax.settings import Calibration
 
@@ -71,21 +72,27 @@ def estimate(
     weights = sum(math.prod(shape) for shape in unet.values())
     stored = plan.bits_report(unet).total
     forward = total([layer_flops(unet[p], plan[p], sizes[p].positions) for p in plan]).dense
-    calls = calibration.images * calibration.steps * 2
-    moments = sum(2 * calls * size.positions * size.fan_in**2 for size in sizes.values())
+    moments = sum(2 * size.positions * size.fan_in**2 for size in sizes.values())
     search = sum(search_flops(unet[path], plan[path]) for path in plan)
     speed = _flops_per_second()
     pixels = config.first_stage.resolution**2
     pictures = 40 * forward + 3e3 * pixels * config.first_stage.ch
+
+    def inputs(wanted: Calibration) -> float:
+        """Seconds of trajectories and of the moments along them."""
+        calls = wanted.images * wanted.steps * 2
+        return calls * (2 * forward / _NETWORK_SHARE + moments) / speed
+
     return Estimate(
         bytes_before=4 * (weights + folded_weights),
         bytes_after=math.ceil(stored.total / 8) + 2 * (weights - stored.weights),
         memory=division.parts,
         seconds={
             "compile": _COMPILE_SECONDS,
-            "calibrate": (2 * calls * forward / _NETWORK_SHARE + moments) / speed,
+            "calibrate": inputs(calibration),
             "compress": search / speed / _SCORE_SHARE,
             "sample": 3 * samples * pictures / speed / _NETWORK_SHARE,
+            "held-out errors": inputs(held_out_settings(config, calibration)),
         },
     )
 

@@ -6,6 +6,7 @@ import json
 import math
 import pathlib
 import sys
+import time
 import zlib
 from typing import Any, NamedTuple
 
@@ -23,7 +24,16 @@ from vqjax.core.scalar import ScalarLayer, scalar_baseline
 from vqjax.core.tensor import VQTensor
 from vqjax.errors import DoesNotFitError, VqjaxError
 from vqjax.io import leaves, native, orbax_model
-from vqjax.pipeline import calibrate, environment, estimate, layers, memory, planning, results
+from vqjax.pipeline import (
+    calibrate,
+    environment,
+    estimate,
+    layer_figures,
+    layers,
+    memory,
+    planning,
+    results,
+)
 from vqjax.pipeline.journal import Journal, fingerprint
 from vqjax.pipeline.processes import Team
 
@@ -94,12 +104,14 @@ class Layers(NamedTuple):
       stats: of these kernels.
       biases: float16, corrected for what the kernels lose of the mean.
       scalar: the same kernels quantized to scalars, the baseline.
+      search: what else compressing them showed.
     """
 
     quantized: dict[str, VQTensor]
     stats: dict[str, LayerStats]
     biases: dict[str, np.ndarray]
     scalar: dict[str, ScalarLayer]
+    search: dict[str, layer_figures.Search]
 
 
 @jax.default_matmul_precision("highest")  # TF32 would cost the third digit of every figure
@@ -239,16 +251,17 @@ def _work(job: Job, journal: Journal) -> tuple[Job, Journal, Layers]:
         journal.write("plan.json", job.plan.to_json().encode())
         journal.write("sensitivity.json", planning.to_json(rows).encode())
         planning.show(job.plan, rows)
-    done = Layers({}, {}, {}, {})
+    done = Layers({}, {}, {}, {}, {})
     for index, paths in enumerate(groups):
         part = f" {index + 1}/{len(groups)}" if len(groups) > 1 else ""
         if len(groups) > 1:
             moments = _moments(job, journal, visited, index, paths, part)
         with journal.stage("compress"):
-            for path, (tensor, stats, biases) in _compress(
+            for path, (tensor, stats, biases, search) in _compress(
                 job, journal, moments, outlooks, part
             ).items():
                 done.quantized[path], done.stats[path] = tensor, stats
+                done.search[path] = search
                 done.biases.update(biases)
         with journal.stage("scalar baseline"):
             done.scalar.update(_baseline(job, journal, moments, part))
@@ -270,8 +283,10 @@ def _finish(job: Job, journal: Journal, done: Layers) -> None:
     rival = Model(config=job.model.config, params=tree.unflatten(half | dense))
     twins = {"full_precision": job.model, "quantized": model, "scalar_baseline": rival}
     pictures = {name: _samples(job, journal, name, twin) for name, twin in twins.items()}
+    with journal.stage("held-out errors"):
+        held_out = layer_figures.held_out(job, journal, done)
     with journal.stage("report"):
-        results.write(job, journal, done.stats, done.scalar, model, pictures)
+        results.write(job, journal, done, held_out, model, pictures)
 
 
 def _trajectories(job: Job, journal: Journal) -> list[tuple]:
@@ -333,7 +348,7 @@ def _outlooks(job, journal, moments, part) -> dict[str, planning.Outlook]:
 
 
 def _compress(job, journal, moments, outlooks, part) -> dict[str, tuple]:
-    """Quantized kernel, its statistics, and its layer's bias where that is corrected."""
+    """Quantized kernel, its statistics, its layer's bias where corrected, and its search."""
     flat = tree.flatten(job.model.params)
     seed_key = jax.random.key(job.settings.seed)
 
@@ -346,27 +361,32 @@ def _compress(job, journal, moments, outlooks, part) -> dict[str, tuple]:
             return _restore(path, *found)
         key = jax.random.fold_in(seed_key, zlib.crc32(path.encode()))
         outlook = outlooks[path]
+        own_NN, start = outlook.moment(moment), time.monotonic()
         tensor, stats = compress_layer(
             flat[path],
-            outlook.moment(moment),
+            own_NN,
             job.plan[path],
             key=key,
             metric=outlook.metric(moment, job.sizes[path].window),
         )
+        seconds = round(time.monotonic() - start, 3)
         tensors, about = leaves.to_arrays({"kernel": tensor})
         bias = f"{path.removesuffix('kernel')}bias"
-        biases = {}
+        biases, share = {}, 1.0
         if outlook.centred:
             decoded = np.asarray(tensor.decode(jax.numpy.float32))
-            stats = _of_whole_output(stats, flat[path], moment, outlook)
+            share = _share_of_output(flat[path], own_NN, moment)
+            stats = stats._replace(rel_output_mse=stats.rel_output_mse * share)
             bias_O = corrected_bias(
                 np.asarray(flat[bias]), np.asarray(flat[path]), decoded, moment.mean_N
             )
             most = np.finfo(np.float16).max
             biases[bias] = np.clip(bias_O, -most, most).astype(np.float16)
-        notes = {"about": about["kernel"], "stats": stats._asdict()}
+        stored = job.plan[path].stored(job.shapes[path])
+        search = layer_figures.of_search(tensor, stored, own_NN, share, seconds)
+        notes = {"about": about["kernel"], "stats": stats._asdict(), "search": search._asdict()}
         journal.store(piece(path), tensors | {"bias": biases[bias]} if biases else tensors, notes)
-        return tensor, stats, biases
+        return tensor, stats, biases, search
 
     def note(path: str, result: tuple) -> str:
         name = path.removeprefix("unet/").removesuffix("/kernel")
@@ -375,15 +395,13 @@ def _compress(job, journal, moments, outlooks, part) -> dict[str, tuple]:
     return _each_layer(job, journal, f"compress{part}", work, moments, note, piece)
 
 
-def _of_whole_output(stats: LayerStats, kernel, moment: Moment, outlook) -> LayerStats:
-    """The error relative to the whole output, not only to what the bias does not make."""
+def _share_of_output(kernel, centred_NN: np.ndarray, moment: Moment) -> float:
+    """What errors relative to the centred output are relative to the whole output."""
     w_ON = grouping.to_matrix(np.asarray(kernel, np.float32))
     part, whole = (
-        float(np.vdot(w_ON @ second_NN, w_ON))
-        for second_NN in (outlook.moment(moment), moment.second_NN)
+        float(np.vdot(w_ON @ second_NN, w_ON)) for second_NN in (centred_NN, moment.second_NN)
     )
-    share = part / whole if whole > 0 else 1.0
-    return stats._replace(rel_output_mse=stats.rel_output_mse * share)
+    return part / whole if whole > 0 else 1.0
 
 
 def _restore(path: str, arrays, notes) -> tuple:
@@ -395,7 +413,8 @@ def _restore(path: str, arrays, notes) -> tuple:
     about = notes["about"]
     tensor = VQTensor(**tensors, shape=tuple(about["shape"]), grouping=about["grouping"])
     biases = {f"{path.removesuffix('kernel')}bias": a for n, a in arrays.items() if n == "bias"}
-    return tensor, LayerStats(**notes["stats"]), biases
+    search = layer_figures.Search(**notes["search"])
+    return tensor, LayerStats(**notes["stats"]), biases, search
 
 
 def _baseline(job, journal, moments, part) -> dict[str, ScalarLayer]:

@@ -10,17 +10,16 @@ from rich.table import Table
 
 from vqjax.config import LatentDiffusionConfig
 from vqjax.core import tree
-from vqjax.core.compress import LayerStats
 from vqjax.core.flops import layer_flops, total
 from vqjax.core.model import Model
 from vqjax.core.scalar import ScalarLayer
 from vqjax.core.tensor import VQTensor
 from vqjax.eval import digits, fidelity, figures, report
-from vqjax.pipeline import environment
+from vqjax.pipeline import environment, layer_figures
 from vqjax.pipeline.journal import Journal, peak_memory_bytes
 
 if TYPE_CHECKING:
-    from vqjax.pipeline.quantize import Job
+    from vqjax.pipeline.quantize import Job, Layers
 
 MODELS = ("full_precision", "quantized", "scalar_baseline")
 
@@ -43,8 +42,8 @@ def class_ids(config: LatentDiffusionConfig, count: int) -> np.ndarray:
 def write(
     job: "Job",
     journal: Journal,
-    stats: dict[str, LayerStats],
-    scalar: dict[str, ScalarLayer],
+    done: "Layers",
+    held_out: dict[str, layer_figures.HeldOut],
     model: Model,
     pictures: dict[str, Samples],
 ) -> None:
@@ -55,7 +54,7 @@ def write(
         "model": {"name": job.model.config.name, "parameters": _unet_weights(job)},
         "weights": _weights(job, model),
         "activations": {"bits": 32},
-        "layers": [_layer(job, path, stats[path]) for path in job.plan],
+        "layers": [_layer(job, path, done, held_out[path]) for path in job.plan],
         "metrics": {
             name: digits.evaluate_images(pictures[name].images, labels) if embedded else None
             for name in MODELS
@@ -72,7 +71,7 @@ def write(
             "weights": job.folded.weights,
             "share": job.folded.weights / _unet_weights(job),
         },
-        "warnings": _warnings(job, scalar),
+        "warnings": _warnings(job, done.scalar),
     }
     if embedded:
         before = pictures["full_precision"].images
@@ -106,8 +105,11 @@ def _weights(job: "Job", model: Model) -> dict[str, Any]:
     }
 
 
-def _layer(job: "Job", path: str, stats: LayerStats) -> dict[str, Any]:
-    spec = job.plan[path]
+def _layer(
+    job: "Job", path: str, done: "Layers", held_out: layer_figures.HeldOut
+) -> dict[str, Any]:
+    spec, stats = job.plan[path], done.stats[path]
+    search, scalar = done.search[path], done.scalar[path]
     return {
         "path": path,
         "kind": spec.kind,
@@ -118,6 +120,14 @@ def _layer(job: "Job", path: str, stats: LayerStats) -> dict[str, Any]:
         "bits_per_weight": stats.bits_per_weight,
         "rel_weight_mse": stats.rel_weight_mse,
         "rel_output_mse": stats.rel_output_mse,
+        "rel_output_mse_test": held_out.quantized,
+        "bound": search.bound,
+        "ratio_to_bound": stats.rel_output_mse / search.bound if search.bound else None,
+        "codes_entropy": search.codes_entropy,
+        "seconds": search.seconds,
+        "scalar_bits_per_weight": scalar.bits_per_weight,
+        "scalar_output_mse": scalar.rel_output_mse,
+        "scalar_output_mse_test": held_out.scalar,
     }
 
 
