@@ -17,7 +17,7 @@ from vqjax.core import shrinkage, tree
 from vqjax.core.moments import Moment
 from vqjax.core.plan import Plan, expected_distortion, make_plan
 from vqjax.core.shrinkage import Shrinkage
-from vqjax.pipeline import sensitivity
+from vqjax.pipeline import calibrate, sensitivity
 from vqjax.pipeline.journal import Journal
 from vqjax.settings import QuantizeSettings
 
@@ -83,7 +83,11 @@ def outlook(job: "Job", journal: Journal, path: str, moment: Moment) -> Outlook:
 
 
 def sensitivities(
-    job: "Job", journal: Journal, visited: list[tuple], outlooks: Mapping[str, Outlook]
+    job: "Job",
+    journal: Journal,
+    visited: list[tuple],
+    weights_T: np.ndarray,
+    outlooks: Mapping[str, Outlook],
 ) -> dict[str, float]:
     """Mean squared change of the noise prediction for a relative output error of 1, by layer."""
     found = journal.shared("sensitivity")
@@ -96,9 +100,10 @@ def sensitivities(
             job.model,
             visited,
             errors,
-            job.settings.calibration.guidance,
+            calibrate.guidance_of(job.model.config, job.settings.calibration),
             jax.random.key(job.settings.seed),
             advance,
+            weights_T=weights_T,
         )
     journal.store("sensitivity", {}, costs)
     return costs

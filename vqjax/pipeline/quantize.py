@@ -23,7 +23,16 @@ from vqjax.core.scalar import ScalarLayer, scalar_baseline
 from vqjax.core.tensor import VQTensor
 from vqjax.errors import DoesNotFitError, VqjaxError
 from vqjax.io import leaves, native, orbax_model
-from vqjax.pipeline import calibrate, environment, estimate, layers, memory, planning, results
+from vqjax.pipeline import (
+    calibrate,
+    environment,
+    estimate,
+    layers,
+    memory,
+    planning,
+    results,
+    timesteps,
+)
 from vqjax.pipeline.journal import Journal, fingerprint
 from vqjax.pipeline.processes import Team
 
@@ -226,13 +235,14 @@ def _work(job: Job, journal: Journal) -> tuple[Job, Journal, Layers]:
     sizes = {path: job.sizes[path] for path in job.plan}
     groups = calibrate.batches(sizes, job.division.moments)
     visited = _trajectories(job, journal)
+    weights_T = timesteps.weights_of_run(job, journal, visited)
     outlooks: dict[str, planning.Outlook] = {}
     for index, paths in enumerate(groups):
         part = f" {index + 1}/{len(groups)}" if len(groups) > 1 else ""
-        moments = _moments(job, journal, visited, index, paths, part)
+        moments = _moments(job, journal, visited, weights_T, index, paths, part)
         with journal.stage("calibrate"):
             outlooks |= _outlooks(job, journal, moments, part)
-    costs = planning.sensitivities(job, journal, visited, outlooks)
+    costs = planning.sensitivities(job, journal, visited, weights_T, outlooks)
     job = planning.planned(job, outlooks, costs)
     if journal.team.leads:
         rows = planning.record(job.plan, job.shapes, outlooks, costs)
@@ -243,7 +253,7 @@ def _work(job: Job, journal: Journal) -> tuple[Job, Journal, Layers]:
     for index, paths in enumerate(groups):
         part = f" {index + 1}/{len(groups)}" if len(groups) > 1 else ""
         if len(groups) > 1:
-            moments = _moments(job, journal, visited, index, paths, part)
+            moments = _moments(job, journal, visited, weights_T, index, paths, part)
         with journal.stage("compress"):
             for path, (tensor, stats, biases) in _compress(
                 job, journal, moments, outlooks, part
@@ -294,13 +304,13 @@ def _trajectories(job: Job, journal: Journal) -> list[tuple]:
     return [(arrays[f"{i}.x"], arrays[f"{i}.t"], arrays.get(f"{i}.ids")) for i in range(count)]
 
 
-def _moments(job, journal, visited, index, paths, part) -> calibrate.Moments:
+def _moments(job, journal, visited, weights_T, index, paths, part) -> calibrate.Moments:
     found = journal.shared(f"moments-{index}")
     if found is not None:
         return calibrate.from_arrays(found[0])
     calls = sum(len(t) for _, t, _ in visited)
     with journal.stage("calibrate"), progress.stage(f"calibrate{part}", calls) as advance:
-        moments = calibrate.second_moments(job.model, visited, paths, advance)
+        moments = calibrate.second_moments(job.model, visited, paths, advance, weights_T=weights_T)
     journal.store(f"moments-{index}", calibrate.to_arrays(moments), {})
     return moments
 

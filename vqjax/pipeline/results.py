@@ -16,7 +16,7 @@ from vqjax.core.model import Model
 from vqjax.core.scalar import ScalarLayer
 from vqjax.core.tensor import VQTensor
 from vqjax.eval import digits, fidelity, figures, report
-from vqjax.pipeline import environment
+from vqjax.pipeline import environment, timesteps
 from vqjax.pipeline.journal import Journal, peak_memory_bytes
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ def write(
             pictures["full_precision"], pictures["scalar_baseline"]
         ),
         "flops": _flops(job),
+        "calibration": {"timestep_weights": timesteps.recorded(journal)},
         "seconds": journal.record["seconds"],
         "peak_memory_bytes": peak_memory_bytes(),
         "environment": environment.describe() | {"command": journal.record["command"]},
