@@ -4,9 +4,13 @@
 Dimension key:  B batch   H W latent   C channels   T trajectory steps
 
 An error d_t of the guided prediction at step t moves the final latent by J_t d_t, with everything
-that later steps make of it. With a random vector v of signs, the expected square of v^T J_t is
-|J_t|^2 (Hutchinson, Communications in Statistics 19, 1990): one backward pass through the whole
-sampler gives it for every step.
+that later steps make of it. Errors of one wrong kernel are much alike from step to step and add up:
+with j_t the size of J_t, |sum_t j_t d_t|^2 <= (sum_t j_t) (sum_t j_t |d_t|^2), equal where all d_t
+are. Squared errors therefore count by j_t, not by its square, as independent errors would.
+
+With a random vector v of signs, the expected square of v^T J_t is |J_t|^2 (Hutchinson,
+Communications in Statistics 19, 1990): one backward pass through the whole sampler gives it for
+every step.
 """
 
 import functools
@@ -40,7 +44,7 @@ def weights(
     key: jax.Array,
     on_step: Callable[[], None] = lambda: None,
 ) -> np.ndarray:
-    """Squared change of the final latent for equal errors of the prediction, step by step.
+    """Root mean square change of the final latent for equal errors of the prediction, by step.
 
     Args:
       visited: from `calibrate.trajectories`, with this calibration.
@@ -112,11 +116,12 @@ def _squares(
 
 
 def _normalized(squares_T: np.ndarray) -> np.ndarray:
-    mean = squares_T.mean()
+    sizes_T = np.sqrt(squares_T)
+    mean = sizes_T.mean()
     if np.isfinite(mean) and mean > 0:
-        return squares_T / mean
+        return sizes_T / mean
     print(
-        f"timesteps: all weigh alike, since the sampler's derivatives have the mean square {mean}",
+        f"timesteps: all weigh alike, since the sampler's derivatives have the mean size {mean}",
         file=sys.stderr,
     )
-    return np.ones_like(squares_T)
+    return np.ones_like(sizes_T)
