@@ -7,7 +7,6 @@ import pytest
 
 from tests.io import models as small
 from vqjax import models
-from vqjax.config import PRESETS
 from vqjax.core import moments as moments_lib
 from vqjax.core import tree
 from vqjax.core.plan import kernel_shapes
@@ -143,12 +142,6 @@ def test_where_one_timestep_weighs_all_none_is_held_out():
     assert moment.held_NN is None
     row_N = moment.mean_N  # the timestep's own
     np.testing.assert_allclose(moment.second_NN, np.outer(row_N, row_N), rtol=1e-4, atol=1e-6)
-
-
-def test_guidance_is_the_models_own_unless_asked_otherwise():
-    assert calibrate.guidance_of(PRESETS["digits"](), Calibration()) == 1.5
-    assert calibrate.guidance_of(PRESETS["cin256-v2"](), Calibration()) == 3.0
-    assert calibrate.guidance_of(PRESETS["digits"](), Calibration(guidance=2.0)) == 2.0
 
 
 @pytest.mark.parametrize("config", [small.CLASSES, small.PLAIN], ids=lambda c: c.name)

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights of timesteps against derivatives of the sampler that are worked out in other ways."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,18 +50,18 @@ def test_a_linear_prediction_gives_the_product_of_the_steps(monkeypatch):
 
 
 def test_weights_of_a_network_are_what_disturbing_its_predictions_does():
-    config = dataclasses.replace(small.TINY, guidance=2.0)
+    config = small.TINY
     flat = tree.flatten(small.dense(config).params)
     flat["unet/out/conv/kernel"] *= 0.05  # predictions of size 1
     model = Model(config, tree.unflatten(flat))
-    calibration = Calibration(images=8, steps=STEPS, batch=8)
+    calibration = Calibration(images=8, steps=STEPS, batch=8, guidance=2.0)
     visited = list(calibrate.trajectories(model, calibration, seed=0))
     found_T = timesteps.weights(model, visited, calibration, jax.random.key(0))
     x_TBHWC, t_T, ids_B = visited[0]
 
     @jax.jit
     def final(disturbance_BHWC, t):
-        predict = sampling.predictor(config, model.params, ids_B, config.guidance)
+        predict = sampling.predictor(config, model.params, ids_B, 2.0)
 
         def disturbed(x, t_B):
             return predict(x, t_B) + jnp.where(t_B[0] == t, disturbance_BHWC, 0)

@@ -104,11 +104,6 @@ def batches(sizes: dict[str, LayerInput], limit_bytes: int) -> list[list[str]]:
     return groups
 
 
-def guidance_of(config: LatentDiffusionConfig, calibration: Calibration) -> float:
-    """Classifier-free guidance of the trajectories: the model's own unless asked otherwise."""
-    return config.guidance if calibration.guidance is None else calibration.guidance
-
-
 def trajectories(model: Model, calibration: Calibration, seed: int) -> Iterator[tuple]:
     """Yields (x_TBHWC, t_T, ids_B) of full-precision sampling, one batch of images at a time."""
     config = model.config
@@ -122,7 +117,7 @@ def trajectories(model: Model, calibration: Calibration, seed: int) -> Iterator[
                 schedule,
                 ids,
                 sampling.image_noise(seed, index, config.latent_shape),
-                guidance=guidance_of(config, calibration),
+                guidance=calibration.guidance,
             )[1].x_SBHWC
         )
     )

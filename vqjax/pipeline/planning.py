@@ -17,7 +17,7 @@ from vqjax.core import shrinkage, tree
 from vqjax.core.moments import Moment
 from vqjax.core.plan import Plan, expected_distortion, make_plan
 from vqjax.core.shrinkage import Shrinkage
-from vqjax.pipeline import calibrate, sensitivity
+from vqjax.pipeline import sensitivity
 from vqjax.pipeline.journal import Journal
 from vqjax.settings import QuantizeSettings
 
@@ -100,7 +100,7 @@ def sensitivities(
             job.model,
             visited,
             errors,
-            calibrate.guidance_of(job.model.config, job.settings.calibration),
+            job.settings.calibration.guidance,
             jax.random.key(job.settings.seed),
             advance,
             weights_T=weights_T,

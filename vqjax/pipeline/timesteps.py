@@ -25,7 +25,7 @@ import numpy as np
 from vqjax import progress, sampling
 from vqjax.config import LatentDiffusionConfig
 from vqjax.core.model import Model
-from vqjax.pipeline import calibrate, sensitivity
+from vqjax.pipeline import sensitivity
 from vqjax.pipeline.journal import Journal
 from vqjax.sampling import ddim
 from vqjax.sampling.schedule import DDIMSchedule, ddim_schedule
@@ -56,8 +56,7 @@ def weights(
       are no numbers, or zero, all are 1, and a line on stderr says so.
     """
     schedule = ddim_schedule(model.config, calibration.steps)
-    guidance = calibrate.guidance_of(model.config, calibration)
-    run = jax.jit(functools.partial(_squares, model.config, schedule, guidance))
+    run = jax.jit(functools.partial(_squares, model.config, schedule, calibration.guidance))
     squares_T = np.zeros(len(schedule.timesteps))
     for number, (x_TBHWC, _, ids_B) in enumerate(sensitivity.portions(visited)):
         x_BHWC = jnp.asarray(x_TBHWC[0])
