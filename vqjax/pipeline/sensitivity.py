@@ -94,9 +94,9 @@ def responses(
     on_device = {path: jnp.asarray(error) for path, error in errors.items()}
     run = _compiled(model.config, kernels, guidance)
     sums, whole = dict.fromkeys(kernels, 0.0), 0.0
-    for call, (step, *point) in enumerate(_points(visited)):
+    for call, (step, x_BHWC, t, ids_B) in enumerate(_points(visited)):
         weight = 1.0 if weights_T is None else float(weights_T[step])
-        found = run(model.params, on_device, *point, jax.random.fold_in(key, call))
+        found = run(model.params, on_device, x_BHWC, t, ids_B, jax.random.fold_in(key, call))
         sums = {path: sums[path] + weight * float(found[path]) for path in kernels}
         whole += weight
         on_step()
