@@ -24,7 +24,7 @@ class Calibration:
     steps: int = 25
     """Timesteps of each trajectory; more than a sampler uses, to cover other step counts too."""
     guidance: float = 3.0
-    """Classifier-free guidance of the trajectories."""
+    """Classifier-free guidance of the trajectories. More than a model samples with does no harm."""
     batch: int = 16
     """Trajectories in one compiled call."""
 

@@ -97,6 +97,53 @@ def test_moments_are_the_means_over_what_each_output_reads(monkeypatch):
             np.testing.assert_array_equal(one, other)
 
 
+def test_timesteps_count_as_their_weights_say():
+    model = small.dense(small.CLASSES)
+    visited = list(calibrate.trajectories(model, SETTINGS, seed=0))
+    weights_T = np.array([2.2, 1.2, 0.4, 0.2])
+    moments = calibrate.second_moments(model, visited, PATHS, weights_T=weights_T)
+    for path, rows_IRN in _rows_by_image(model, visited).items():
+        images, _, fan_in = rows_IRN.shape
+        rows_ITRN = rows_IRN.reshape(images, SETTINGS.steps, -1, fan_in)
+        second, mean = (
+            moments_lib.of_images((scale_T[:, None, None] * rows_ITRN).reshape(images, -1, fan_in))
+            for scale_T in (np.sqrt(weights_T), weights_T)
+        )
+        expected = {"second_NN": second.second_NN, "mean_N": mean.mean_N}
+        if path.endswith("/emb/kernel"):  # held out is the second step, whose weight is nearest
+            row_N = rows_ITRN[0, 1, 0]
+            expected |= {"held_NN": np.outer(row_N, row_N), "held_mean_N": row_N}
+            assert moments[path].held_share == pytest.approx(1.2 / 4)
+        elif fan_in <= moments_lib.HELD_FEATURES:
+            expected |= {"held_NN": second.held_NN, "held_mean_N": mean.held_mean_N}
+            assert moments[path].held_share == pytest.approx(1 / images)
+        for name, other in expected.items():
+            scale = np.abs(other).max()
+            found = moments[path].to_arrays()[name]
+            np.testing.assert_allclose(found / scale, other / scale, atol=2e-5, err_msg=path)
+
+
+def test_equal_weights_change_nothing():
+    model = small.dense(small.CLASSES)
+    visited = list(calibrate.trajectories(model, SETTINGS, seed=0))[1:]
+    paths = PATHS[-2:]
+    plain = calibrate.to_arrays(calibrate.second_moments(model, visited, paths))
+    equal = calibrate.second_moments(model, visited, paths, weights_T=np.ones(SETTINGS.steps))
+    for name, array in calibrate.to_arrays(equal).items():
+        np.testing.assert_array_equal(array, plain[name])
+
+
+def test_where_one_timestep_weighs_all_none_is_held_out():
+    model = small.dense(small.CLASSES)
+    visited = list(calibrate.trajectories(model, SETTINGS, seed=0))[1:]
+    path = PATHS[-1]
+    weights_T = np.array([0, 4, 0, 0])
+    moment = calibrate.second_moments(model, visited, [path], weights_T=weights_T)[path]
+    assert moment.held_NN is None
+    row_N = moment.mean_N  # the timestep's own
+    np.testing.assert_allclose(moment.second_NN, np.outer(row_N, row_N), rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("config", [small.CLASSES, small.PLAIN], ids=lambda c: c.name)
 def test_every_planned_kernel_is_seen_with_its_fan_in(config):
     model = small.dense(config)

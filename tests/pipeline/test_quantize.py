@@ -56,6 +56,9 @@ def test_the_run_folder_is_complete(run):
     weights = run.report["weights"]
     assert weights["bits_per_weight"] <= BITS
     assert run.report["folded"]["weights"] > 0
+    timesteps = run.report["calibration"]["timestep_weights"]
+    assert list(timesteps) == ["667", "334", "1"]
+    assert sum(timesteps.values()) == pytest.approx(3)
     layers = run.report["layers"]
     assert all(layer["rel_output_mse"] < 0.5 for layer in layers)
     for layer in layers:

@@ -69,6 +69,28 @@ def test_small_errors_do_what_is_predicted(config):
     assert abs(np.median(pairs[:, 0] - pairs[:, 1])) < 1
 
 
+def test_steps_count_as_their_weights_say():
+    model = small.dense(small.TINY)
+    model = Model(small.TINY, folding.fold(small.TINY, model.params).params)
+    visited = list(calibrate.trajectories(model, Calibration(images=8, steps=4, batch=8), seed=1))
+    path = "unet/input_blocks_1/res/conv1/kernel"
+    kernel = tree.flatten(model.params)[path]
+    error = 1e-3 * np.asarray(jax.random.normal(jax.random.key(0), kernel.shape))
+
+    def both(*weights) -> np.ndarray:  # two steps are looked at, the first and the last
+        weights_T = np.array(weights)
+        args = GUIDANCE, jax.random.key(0)
+        followed = sensitivity.responses(model, visited, {path: error}, *args, weights_T=weights_T)
+        moved = sensitivity.replaced(
+            model, visited, {path: kernel + error}, GUIDANCE, weights_T=weights_T
+        )
+        return np.array([followed[path], moved[path]])
+
+    first, last = both(1.0, 7.0, 7.0, 0.0), both(0.0, 7.0, 7.0, 1.0)
+    assert np.all(np.abs(np.log(first / last)) > 1e-3)
+    np.testing.assert_allclose(both(3.0, 0.0, 0.0, 1.0), (3 * first + last) / 4, rtol=1e-5)
+
+
 @pytest.mark.slow
 def test_layers_are_ranked_as_replacing_them_does():
     """The embedded model: some of its layers, replaced by what compression makes of them."""

@@ -3,6 +3,8 @@
 
 Dimension key:  B batch   H W latent   C channels   T trajectory steps   R rows of a layer's input
                 N fan-in of a layer   P features of its held-out moment
+
+Timesteps count as their weights say, which have the mean 1 (`pipeline.timesteps`).
 """
 
 import dataclasses
@@ -31,6 +33,7 @@ _TIME = re.compile(r"/(time_embed/dense\d+|emb)/kernel$")
 what other timesteps would: held out are timesteps."""
 
 _CHUNK_BYTES = 1 << 26  # patches of a convolution that exist at a time, one image at least
+_LEAST_HELD = 0.2  # of the weight that held-out timesteps should have: with less, none are
 _BLOCK = 2048  # columns of a moment that are added at a time; those below the diagonal are not
 
 
@@ -47,6 +50,17 @@ class LayerInput:
         """Memory of its moments."""
         held = moments_lib.held_size(self.fan_in, self.window)
         return 4 * (self.fan_in**2 + self.fan_in + held**2 + held)
+
+
+class _Held(NamedTuple):
+    """Which images, or timesteps, are held out: those of number `at` modulo `every`; 0: none.
+
+    `share` is that of the rows, weights counted.
+    """
+
+    every: int
+    at: int
+    share: float
 
 
 class _Sums(NamedTuple):
@@ -126,6 +140,8 @@ def second_moments(
     visited: Sequence[tuple],
     paths: Sequence[str],
     on_step: Callable[[], None] = lambda: None,
+    *,
+    weights_T: np.ndarray | None = None,
 ) -> Moments:
     """Means of x x^T and of x over everything that the layers `paths` see along the trajectories.
 
@@ -136,22 +152,21 @@ def second_moments(
       visited: from `trajectories`.
       paths: kernels to look at; memory grows with the sum of their squared fan-ins.
       on_step: called after each U-Net call.
+      weights_T: of the steps, mean 1; None: all alike.
     """
     sizes = trace_layers(model.config, model.params)
     images = sum(x_TBHWC.shape[1] for x_TBHWC, _, _ in visited)
     steps = len(visited[0][1])
-    units = {path: steps if _TIME.search(path) else images for path in paths}
-    every = {
-        path: moments_lib.held_every(sizes[path].fan_in, sizes[path].window, units[path])
-        for path in paths
-    }
-    sums = {path: _empty(sizes[path], every[path]) for path in paths}
-    add = _adder(model.config, every)
+    weights_T = np.ones(steps) if weights_T is None else weights_T
+    held = {path: _held(path, sizes[path], images, weights_T) for path in paths}
+    sums = {path: _empty(sizes[path], held[path].every) for path in paths}
+    add = _adder(model.config, held)
     first = calls = 0
     for x_TBHWC, t_T, ids_B in visited:
         index_B = jnp.arange(first, first + x_TBHWC.shape[1])
         for step, (x_BHWC, t) in enumerate(zip(x_TBHWC, t_T)):
-            sums = add(sums, model.params, x_BHWC, jnp.int32(t), ids_B, index_B, jnp.int32(step))
+            place = index_B, jnp.int32(step), jnp.float32(weights_T[step])
+            sums = add(sums, model.params, x_BHWC, jnp.int32(t), ids_B, *place)
             calls += 1
             on_step()
         first += x_TBHWC.shape[1]
@@ -160,7 +175,7 @@ def second_moments(
         path: _moment(
             sums.pop(path),
             calls if _TIME.search(path) else images * steps * branches,
-            units[path] // every[path] / units[path] if every[path] else 0.0,
+            held[path].share,
         )
         for path in paths
     }
@@ -184,11 +199,24 @@ def from_arrays(arrays: Mapping[str, np.ndarray]) -> Moments:
     return {path: Moment.from_arrays(fields) for path, fields in found.items()}
 
 
-def _adder(config: LatentDiffusionConfig, every: dict[str, int]):
+def _held(path: str, size: LayerInput, images: int, weights_T: np.ndarray) -> _Held:
+    """What a layer holds out; timesteps are chosen so that their weight is nearest to its share."""
+    units = len(weights_T) if _TIME.search(path) else images
+    every = moments_lib.held_every(size.fan_in, size.window, units)
+    if not every or not _TIME.search(path):
+        return _Held(every, every - 1, images // every / images if every else 0.0)
+    shares = [weights_T[at::every].sum() / len(weights_T) for at in range(every)]
+    # From the last: where all weigh alike, those are held out that are of images.
+    at = min(range(every - 1, -1, -1), key=lambda at: abs(shares[at] - units // every / units))
+    least, share = _LEAST_HELD / every, float(shares[at])
+    return _Held(every, at, share) if least <= share <= 1 - least else _Held(0, -1, 0.0)
+
+
+def _adder(config: LatentDiffusionConfig, held: dict[str, _Held]):
     """Returns the compiled step: sums plus what the layers see in one call of the U-Net."""
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def add(sums, params, x_BHWC, t, ids_B, index_B, step):
+    def add(sums, params, x_BHWC, t, ids_B, index_B, step, weight):
         context = None
         if ids_B is not None:  # both guidance branches see the same latents
             both = jnp.concatenate([jnp.full_like(ids_B, config.null_class), ids_B])
@@ -200,8 +228,8 @@ def _adder(config: LatentDiffusionConfig, every: dict[str, int]):
             if path not in sums:
                 return None
             if _TIME.search(path):
-                return _add(sums[path], x[:1], step[None], every[path], window)
-            return _add(sums[path], x, index_B, every[path], window)
+                return _add(sums[path], x[:1], step[None], held[path], weight, window)
+            return _add(sums[path], x, index_B, held[path], weight, window)
 
         return models.capture_inputs(config, params, x_BHWC, t_B, context, reduce)[1]
 
@@ -214,13 +242,16 @@ def _empty(size: LayerInput, every: int) -> _Sums:
     return _Sums(*(jnp.zeros(shape, jnp.float32) for shape in shapes))
 
 
-def _add(sums: _Sums, x: jax.Array, index_B, every: int, window: dict[str, Any]) -> _Sums:
+def _add(
+    sums: _Sums, x: jax.Array, index_B, held: _Held, weight: jax.Array, window: dict[str, Any]
+) -> _Sums:
     """Adds one call's rows to a layer's sums."""
-    second_NN, mean_N = _add_rows(sums.second_NN, sums.mean_N, x, window)
+    second_NN, mean_N = _add_rows(sums.second_NN, sums.mean_N, x, weight, window)
+    every = held.every
     if not every:
         return sums._replace(second_NN=second_NN, mean_N=mean_N)
     batch = len(index_B)  # of images; x may hold both branches
-    held_B = index_B % every == every - 1
+    held_B = index_B % every == held.at
     place_V = jnp.nonzero(held_B, size=-(-batch // every), fill_value=0)[0]
     real_V = jnp.arange(len(place_V)) < jnp.sum(held_B)
     area = window.get("window", 1) ** 2
@@ -228,10 +259,12 @@ def _add(sums: _Sums, x: jax.Array, index_B, every: int, window: dict[str, Any])
     kept = x.reshape(-1, batch, *x.shape[1:])[:, place_V][..., columns[::area] // area]
     kept *= real_V.reshape(1, -1, *[1] * (x.ndim - 1))
     kept = kept.reshape(-1, *kept.shape[2:])
-    return _Sums(second_NN, mean_N, *_add_rows(sums.held_PP, sums.held_mean_P, kept, window))
+    return _Sums(
+        second_NN, mean_N, *_add_rows(sums.held_PP, sums.held_mean_P, kept, weight, window)
+    )
 
 
-def _add_rows(second_NN, mean_N, x: jax.Array, window: dict[str, Any]):
+def _add_rows(second_NN, mean_N, x: jax.Array, weight: jax.Array, window: dict[str, Any]):
     """Adds all rows of some images; few images at a time, so that their patches stay small."""
     shape = jax.eval_shape(functools.partial(_rows, **window), x).shape
     positions, fan_in = int(np.prod(shape[1:-1])), shape[-1]
@@ -246,8 +279,8 @@ def _add_rows(second_NN, mean_N, x: jax.Array, window: dict[str, Any]):
             product = jnp.matmul(
                 rows_RN[:, :high].T, rows_RN[:, low:high], precision=jax.lax.Precision.HIGHEST
             )
-            second_NN = second_NN.at[:high, low:high].add(product / positions)
-        return (second_NN, mean_N + jnp.sum(rows_RN, axis=0) / positions), None
+            second_NN = second_NN.at[:high, low:high].add(weight * product / positions)
+        return (second_NN, mean_N + weight * jnp.sum(rows_RN, axis=0) / positions), None
 
     parts = x.reshape(-1, together, *x.shape[1:])
     return jax.lax.scan(add, (second_NN, mean_N), parts)[0]

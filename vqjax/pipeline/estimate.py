@@ -24,11 +24,13 @@ from vqjax.core.plan import LayerSpec, Plan
 from vqjax.pipeline.calibrate import LayerInput
 from vqjax.pipeline.layer_figures import held_out_settings
 from vqjax.pipeline.memory import Division
+from vqjax.pipeline.sensitivity import LEAST_IMAGES, POSITIONS
 from vqjax.settings import Calibration
 
 _SEARCH_SWEEPS = 13  # feedback and descent rounds of one layer, and their least-squares updates
 _SCORE_SHARE = 0.18  # speed of enumerating sums, relative to a large matrix product
 _NETWORK_SHARE = 0.45  # the same for the networks
+_BACKWARD = 4  # forward calls that one step takes which is computed, again, and gone back through
 _COMPILE_SECONDS = 75.0  # of all programs together; zero from the second run on one machine
 
 
@@ -73,6 +75,9 @@ def estimate(
     stored = plan.bits_report(unet).total
     forward = total([layer_flops(unet[p], plan[p], sizes[p].positions) for p in plan]).dense
     moments = sum(2 * size.positions * size.fan_in**2 for size in sizes.values())
+    positions = math.prod(config.latent_shape[:2])
+    followed = min(calibration.images, max(LEAST_IMAGES, POSITIONS // positions))
+    weighed = _BACKWARD * followed * calibration.steps * 2
     search = sum(search_flops(unet[path], plan[path]) for path in plan)
     speed = _flops_per_second()
     pixels = config.first_stage.resolution**2
@@ -89,7 +94,7 @@ def estimate(
         memory=division.parts,
         seconds={
             "compile": _COMPILE_SECONDS,
-            "calibrate": inputs(calibration),
+            "calibrate": inputs(calibration) + weighed * forward / _NETWORK_SHARE / speed,
             "compress": search / speed / _SCORE_SHARE,
             "sample": 3 * samples * pictures / speed / _NETWORK_SHARE,
             "held-out errors": inputs(held_out_settings(config, calibration)),

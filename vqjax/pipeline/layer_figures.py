@@ -19,7 +19,7 @@ from vqjax.core.bits import StoredBits, entropy_coded_bits
 from vqjax.core.moments import Moment, output_energy
 from vqjax.core.rate import relative_bound
 from vqjax.core.tensor import VQTensor
-from vqjax.pipeline import calibrate
+from vqjax.pipeline import calibrate, timesteps
 from vqjax.pipeline.journal import Journal
 from vqjax.settings import Calibration
 
@@ -91,6 +91,7 @@ def held_out_settings(config: LatentDiffusionConfig, calibration: Calibration) -
 def held_out(job: "Job", journal: Journal, done: "Layers") -> dict[str, HeldOut]:
     """Errors of all layers on held-out inputs, in passes as long as memory allows; resumable."""
     visited = _trajectories(job, journal)
+    weights_T = timesteps.at(journal, visited[1])
     sizes = {path: job.sizes[path] for path in job.plan}
     groups = calibrate.batches(sizes, job.division.moments)
     calls = len(visited[1])
@@ -101,7 +102,7 @@ def held_out(job: "Job", journal: Journal, done: "Layers") -> dict[str, HeldOut]
             kept = journal.load(piece)
             if kept is None:
                 moments = calibrate.second_moments(
-                    job.model, [visited], paths=paths, on_step=advance
+                    job.model, [visited], paths=paths, weights_T=weights_T, on_step=advance
                 )
                 errors = {path: _errors(job, done, path, moments[path]) for path in paths}
                 journal.store(piece, {}, errors)

@@ -83,7 +83,11 @@ def outlook(job: "Job", journal: Journal, path: str, moment: Moment) -> Outlook:
 
 
 def sensitivities(
-    job: "Job", journal: Journal, visited: list[tuple], outlooks: Mapping[str, Outlook]
+    job: "Job",
+    journal: Journal,
+    visited: list[tuple],
+    weights_T: np.ndarray,
+    outlooks: Mapping[str, Outlook],
 ) -> dict[str, float]:
     """Mean squared change of the noise prediction for a relative output error of 1, by layer."""
     found = journal.shared("sensitivity")
@@ -99,6 +103,7 @@ def sensitivities(
             job.settings.calibration.guidance,
             jax.random.key(job.settings.seed),
             advance,
+            weights_T=weights_T,
         )
     journal.store("sensitivity", {}, costs)
     return costs

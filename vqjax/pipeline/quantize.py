@@ -33,6 +33,7 @@ from vqjax.pipeline import (
     memory,
     planning,
     results,
+    timesteps,
 )
 from vqjax.pipeline.journal import Journal, fingerprint
 from vqjax.pipeline.processes import Team
@@ -238,13 +239,14 @@ def _work(job: Job, journal: Journal) -> tuple[Job, Journal, Layers]:
     sizes = {path: job.sizes[path] for path in job.plan}
     groups = calibrate.batches(sizes, job.division.moments)
     visited = _trajectories(job, journal)
+    weights_T = timesteps.weights_of_run(job, journal, visited)
     outlooks: dict[str, planning.Outlook] = {}
     for index, paths in enumerate(groups):
         part = f" {index + 1}/{len(groups)}" if len(groups) > 1 else ""
-        moments = _moments(job, journal, visited, index, paths, part)
+        moments = _moments(job, journal, visited, weights_T, index, paths, part)
         with journal.stage("calibrate"):
             outlooks |= _outlooks(job, journal, moments, part)
-    costs = planning.sensitivities(job, journal, visited, outlooks)
+    costs = planning.sensitivities(job, journal, visited, weights_T, outlooks)
     job = planning.planned(job, outlooks, costs)
     if journal.team.leads:
         rows = planning.record(job.plan, job.shapes, outlooks, costs)
@@ -255,7 +257,7 @@ def _work(job: Job, journal: Journal) -> tuple[Job, Journal, Layers]:
     for index, paths in enumerate(groups):
         part = f" {index + 1}/{len(groups)}" if len(groups) > 1 else ""
         if len(groups) > 1:
-            moments = _moments(job, journal, visited, index, paths, part)
+            moments = _moments(job, journal, visited, weights_T, index, paths, part)
         with journal.stage("compress"):
             for path, (tensor, stats, biases, search) in _compress(
                 job, journal, moments, outlooks, part
@@ -309,13 +311,13 @@ def _trajectories(job: Job, journal: Journal) -> list[tuple]:
     return [(arrays[f"{i}.x"], arrays[f"{i}.t"], arrays.get(f"{i}.ids")) for i in range(count)]
 
 
-def _moments(job, journal, visited, index, paths, part) -> calibrate.Moments:
+def _moments(job, journal, visited, weights_T, index, paths, part) -> calibrate.Moments:
     found = journal.shared(f"moments-{index}")
     if found is not None:
         return calibrate.from_arrays(found[0])
     calls = sum(len(t) for _, t, _ in visited)
     with journal.stage("calibrate"), progress.stage(f"calibrate{part}", calls) as advance:
-        moments = calibrate.second_moments(job.model, visited, paths, advance)
+        moments = calibrate.second_moments(job.model, visited, paths, advance, weights_T=weights_T)
     journal.store(f"moments-{index}", calibrate.to_arrays(moments), {})
     return moments
 

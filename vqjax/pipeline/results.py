@@ -15,7 +15,7 @@ from vqjax.core.model import Model
 from vqjax.core.scalar import ScalarLayer
 from vqjax.core.tensor import VQTensor
 from vqjax.eval import digits, fidelity, figures, report
-from vqjax.pipeline import environment, layer_figures
+from vqjax.pipeline import environment, layer_figures, timesteps
 from vqjax.pipeline.journal import Journal, peak_memory_bytes
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ def write(
             pictures["full_precision"], pictures["scalar_baseline"]
         ),
         "flops": _flops(job),
+        "calibration": {"timestep_weights": timesteps.recorded(journal)},
         "seconds": journal.record["seconds"],
         "peak_memory_bytes": peak_memory_bytes(),
         "environment": environment.describe() | {"command": journal.record["command"]},

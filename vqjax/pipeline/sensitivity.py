@@ -75,6 +75,8 @@ def responses(
     guidance: float,
     key: jax.Array,
     on_step: Callable[[], None] = lambda: None,
+    *,
+    weights_T: np.ndarray | None = None,
 ) -> dict[str, float]:
     """Mean squared change of the guided noise prediction that the errors would make, one by one.
 
@@ -86,17 +88,19 @@ def responses(
       guidance: weighs the branches as sampling does.
       key: of the random signs.
       on_step: called after each backward pass; there are `calls(visited)`.
+      weights_T: of the steps in the mean, from `timesteps.weights`; None: all alike.
     """
     kernels = tuple(path for path in errors if path.endswith("/kernel"))
     on_device = {path: jnp.asarray(error) for path, error in errors.items()}
     run = _compiled(model.config, kernels, guidance)
-    sums, calls = dict.fromkeys(kernels, 0.0), 0
-    for x_BHWC, t, ids_B in _points(visited):
-        found = run(model.params, on_device, x_BHWC, t, ids_B, jax.random.fold_in(key, calls))
-        sums = {path: sums[path] + float(found[path]) for path in kernels}
-        calls += 1
+    sums, whole = dict.fromkeys(kernels, 0.0), 0.0
+    for call, (step, x_BHWC, t, ids_B) in enumerate(_points(visited)):
+        weight = 1.0 if weights_T is None else float(weights_T[step])
+        found = run(model.params, on_device, x_BHWC, t, ids_B, jax.random.fold_in(key, call))
+        sums = {path: sums[path] + weight * float(found[path]) for path in kernels}
+        whole += weight
         on_step()
-    return {path: total / calls for path, total in sums.items()}
+    return {path: total / whole for path, total in sums.items()}
 
 
 def calls(visited: Sequence[tuple]) -> int:
@@ -105,14 +109,19 @@ def calls(visited: Sequence[tuple]) -> int:
 
 
 def replaced(
-    model: Model, visited: Sequence[tuple], kernels: Mapping[str, np.ndarray], guidance: float
+    model: Model,
+    visited: Sequence[tuple],
+    kernels: Mapping[str, np.ndarray],
+    guidance: float,
+    *,
+    weights_T: np.ndarray | None = None,
 ) -> dict[str, float]:
     """What `responses` predicts, measured: each kernel in turn is replaced by the one given.
 
     Args:
       visited: from `calibrate.trajectories`; only those steps are used that `responses` would use.
       kernels: by path.
-      guidance: as for `responses`.
+      guidance, weights_T: as for `responses`.
 
     Returns:
       Mean squared change of the guided noise prediction, by path.
@@ -122,7 +131,8 @@ def replaced(
             x_BHWC, jnp.broadcast_to(t, x_BHWC.shape[:1])
         )
     )
-    points = list(_points(visited))
+    steps, points = zip(*((step, point) for step, *point in _points(visited)))
+    weights = None if weights_T is None else np.asarray(weights_T)[list(steps)]
     exact = [predict(model.params, *point) for point in points]
     flat = tree.flatten(model.params)
     changes = {}
@@ -130,12 +140,12 @@ def replaced(
         params = tree.unflatten({**flat, path: jnp.asarray(kernel)})
         moved = [predict(params, *point) for point in points]
         squares = [float(jnp.mean((a - b) ** 2)) for a, b in zip(moved, exact)]
-        changes[path] = float(np.mean(squares))
+        changes[path] = float(np.average(squares, weights=weights))
     return changes
 
 
-def _points(visited: Sequence[tuple]) -> Iterator[tuple]:
-    """Yields (x_BHWC, t, ids_B): every `EVERY`-th step, another first one from call to call."""
+def portions(visited: Sequence[tuple]) -> Iterator[tuple]:
+    """Yields (x_TBHWC, t_T, ids_B): images that one backward pass can hold, until they suffice."""
     images = 0
     for x_TBHWC, t_T, ids_B in visited:
         _, batch, height, width, _ = x_TBHWC.shape
@@ -145,10 +155,15 @@ def _points(visited: Sequence[tuple]) -> Iterator[tuple]:
             if images >= max(LEAST_IMAGES, most):
                 return
             chosen = slice(first, first + size)
-            ids = None if ids_B is None else jnp.asarray(ids_B[chosen])
-            for index in range(images // size % EVERY, len(t_T), EVERY):
-                yield jnp.asarray(x_TBHWC[index, chosen]), jnp.int32(t_T[index]), ids
+            yield x_TBHWC[:, chosen], t_T, None if ids_B is None else jnp.asarray(ids_B[chosen])
             images += size
+
+
+def _points(visited: Sequence[tuple]) -> Iterator[tuple]:
+    """Yields (step, x_BHWC, t, ids_B): every `EVERY`-th step, the first one moves with images."""
+    for number, (x_TBHWC, t_T, ids_B) in enumerate(portions(visited)):
+        for step in range(number % EVERY, len(t_T), EVERY):
+            yield step, jnp.asarray(x_TBHWC[step]), jnp.int32(t_T[step]), ids_B
 
 
 def _compiled(config, kernels: tuple[str, ...], guidance: float):
