@@ -91,7 +91,7 @@ def test_unused_entries_move_next_to_the_busiest():
     codes = jnp.where(codes == 2, 1, codes)
     fit = codebooks.improve(weight, moment, codes, books_MKG, scales, jax.random.key(0))
     np.testing.assert_array_equal(fit.books_MKG[:, 2], books_MKG[:, 2])
-    moved = np.abs(np.asarray(fit.revived_MKG - fit.books_MKG)).max(axis=2)
+    moved = np.abs(np.asarray(fit.onward_MKG - fit.books_MKG)).max(axis=2)
     assert np.all(moved[:, 2] > 0)
     assert np.all(moved[:, [0, 1, 3, 4]] == 0)
 

@@ -34,6 +34,7 @@ class Effort:
     Attributes:
       start_steps: rounds of search and least squares for the first codebooks.
       feedback_rounds, descent_rounds: most sweeps over all vectors of each kind.
+      store_rounds: sweeps for what rounding to the stored types has moved.
       least_gain: sweeps of one kind end once one lowers the loss by less than this share.
       beam: hypotheses per vector; 0 enumerates where K**M allows it.
       shrinkage: share of the moment's mean diagonal that is added to it where no metric is given.
@@ -42,9 +43,10 @@ class Effort:
       damping: the same inside error feedback only.
     """
 
-    start_steps: int = 60
+    start_steps: int = 240
     feedback_rounds: int = 8
     descent_rounds: int = 12
+    store_rounds: int = 2
     least_gain: float = 3e-3
     beam: int = 0
     shrinkage: float = 0.02
@@ -363,8 +365,8 @@ def _rounds(
             best = state
         if history[-1] > previous * (1 - effort.least_gain):
             break
-        if stage == "feedback":  # it starts from no codes, so that unused entries may move
-            state = state._replace(books_MKG=fit.revived_MKG)
+        if stage == "feedback":  # it starts from no codes, so that codebooks may move freely
+            state = state._replace(books_MKG=fit.onward_MKG)
     return _Found(best, history)
 
 
@@ -396,7 +398,7 @@ def _store(problem: _Problem, state: _State, shape, spec: LayerSpec, effort: Eff
     books_MKG, scales_O, stored, shared = _round(
         state.books_MKG, state.scales_O, codebook_bits=spec.codebook_bits
     )
-    for _ in range(2):
+    for _ in range(effort.store_rounds):
         state = _State(state.codes_OJM, books_MKG, scales_O)
         codes_OJM = _descend(problem, effort, state)
         scales_O = codebooks_lib.refit_scales(
