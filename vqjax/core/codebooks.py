@@ -195,11 +195,3 @@ def improve(
     weights_MK = entry_weights(codes_OJM, scales_O, diagonal_N, entries)
     onward_MKG = revive(books_MKG + _ONWARD * (books_MKG - given_MKG), weights_MK, key)
     return Fit(books_MKG, scales_O, onward_MKG, jnp.minimum(after, before))
-
-
-@jax.jit
-def refit_scales(w_ON, moment_NN, codes_OJM, books_MKG, scales_O) -> jax.Array:
-    """Returns `fit_scales` for the codes, rounded to float16."""
-    q_ON = reconstruct(codes_OJM, books_MKG, jnp.ones_like(scales_O))
-    fitted_O = fit_scales(w_ON, q_ON, dot(q_ON, moment_NN), scales_O)
-    return fitted_O.astype(jnp.float16).astype(jnp.float32)

@@ -31,8 +31,8 @@ def initial_codebooks(
 
     Codes by search and codebooks by least squares in turn, with noise on the codebooks that cools
     down to zero (stochastic relaxation of LSQ++, Martinez et al., ECCV 2018, section 3.2); the last
-    tenth of the steps has none. The start is drawn from the vectors, each codebook's share of their size falling as the residual of
-    an ideal code of its rate would.
+    tenth of the steps has none. The start is drawn from the vectors, each codebook's share of their
+    size falling as the residual of an ideal code of its rate would.
 
     Args:
       vectors_VG: V is a multiple of `tile`.
