@@ -22,8 +22,8 @@ def read(path):
         start, stop = (8 + size + offset for offset in about["data_offsets"])
         array = np.frombuffer(raw[start:stop], DTYPES[about["dtype"]])
         arrays[name] = array.reshape(about["shape"])
-    parts = {p: {k: arrays.pop(f"{p}.{k}") for k in ("codes", "codebooks", "scales")}
-             for p in document["quantized"]}  # fmt: skip
+    names = ("codes", "codebooks", "scales", "scale_range", "input_scales", "input_scale_range")
+    parts = {p: {k: arrays.pop(f"{p}.{k}", None) for k in names} for p in document["quantized"]}
     books_scale = {p: arrays.pop(f"{p}.codebook_scale", np.float32(1)) for p in parts}
     dense = {path: array.astype(np.float32) for path, array in arrays.items()}
     for path, about in document["quantized"].items():
@@ -40,8 +40,17 @@ def decode(part, books_scale, shape):
     rows = [unpack(row, groups * count, entries) for row in part["codes"]]
     codes = np.array(rows).reshape(outputs, groups, count)
     weights = sum(books[m][codes[:, :, m]] for m in range(count))
-    matrix = weights.reshape(outputs, -1)[:, :fan_in] * part["scales"].astype(np.float32)[:, None]
+    matrix = weights.reshape(outputs, -1)[:, :fan_in]
+    matrix = matrix * scales(part["scales"], part["scale_range"], outputs)[:, None]
+    if part["input_scales"] is not None:
+        factors = scales(part["input_scales"], part["input_scale_range"], inputs)
+        matrix = matrix * np.repeat(factors, fan_in // inputs)
     return matrix.reshape([outputs, inputs, *window]).transpose([*range(2, len(shape)), 1, 0])
+
+
+def scales(packed, low_step, count):
+    codes = np.array(unpack(packed, count, 64))
+    return np.where(codes > 0, np.exp2(low_step[0] + (codes - 1) * low_step[1]), 0)
 
 
 def unpack(row, count, entries):

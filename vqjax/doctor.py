@@ -136,17 +136,16 @@ def check_decode() -> str:
     rng = np.random.default_rng(0)
     codes_OJM = rng.integers(0, 16, (24, 5, 4))
     books_MKG = rng.standard_normal((4, 16, 9)).astype(np.float16)
-    scales_O = rng.random(24).astype(np.float16)
     tensor = VQTensor.pack(
         jnp.asarray(codes_OJM),
         jnp.asarray(books_MKG),
-        jnp.asarray(scales_O),
+        rng.random(24),
         shape=(3, 3, 5, 24),
         grouping="conv3x3",
     )
     found = np.asarray(tensor.decode())
     expected_OJG = books_MKG.astype(np.float64)[np.arange(4), codes_OJM].sum(axis=2)
-    expected_OJG *= scales_O.astype(np.float64)[:, None, None]
+    expected_OJG *= np.asarray(tensor.scales.values(), np.float64)[:, None, None]
     # One vector is one 3x3 kernel: [O, I, ky * kx] to [ky, kx, I, O].
     expected = expected_OJG.reshape(24, 5, 3, 3).transpose(2, 3, 1, 0)
     error = float(np.abs(found - expected).max())

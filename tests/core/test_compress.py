@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One layer end to end: against reference results, and on input that is no good."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -176,3 +178,30 @@ def test_error_and_bits_are_below_the_reference(path):
     np.testing.assert_allclose(stats.rel_output_mse, found, rtol=1e-3)
     assert found < 0.9 * reference
     assert tensor.bits_per_weight < bits
+
+
+def test_input_scales_pay_where_channels_differ_in_size():
+    rng = np.random.default_rng(3)
+    sizes = np.exp(1.5 * rng.normal(size=(1, 1, 24, 1)))
+    kernel = jnp.asarray(rng.normal(size=(3, 3, 24, 64)) * sizes, jnp.float32)
+    rows = rng.normal(size=(1000, 216)) / np.repeat(sizes.reshape(-1), 9)
+    moment = np.asarray(rows.T @ rows / 1000, np.float32)
+    spec = LayerSpec("conv3x3", "conv3x3", 9, 2, 16)
+    found = {}
+    for input_scales in (False, True):
+        wanted = dataclasses.replace(spec, input_scales=input_scales)
+        tensor, stats = compress.compress_layer(
+            kernel, moment, wanted, key=jax.random.key(0), effort=QUICK
+        )
+        assert tensor.bits_per_weight == wanted.stored(kernel.shape).per_weight
+        assert (tensor.input_scales is not None) == input_scales
+        found[input_scales] = stats.rel_output_mse
+    assert found[True] < 0.7 * found[False]
+
+
+def test_a_channel_without_weights_stays_without_under_input_scales():
+    kernel = jax.random.normal(jax.random.key(0), (32, 16)).at[5].set(0.0)
+    spec = LayerSpec("attention", "linear", 8, 2, 16, input_scales=True)
+    tensor, _ = compress.compress_layer(kernel, None, spec, key=jax.random.key(1), effort=QUICK)
+    decoded = np.asarray(tensor.decode())
+    assert np.all(decoded[5] == 0) and np.all(decoded[4] != 0)

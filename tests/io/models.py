@@ -12,7 +12,7 @@ from vqjax.config import AutoencoderConfig, LatentDiffusionConfig, UNetConfig
 from vqjax.core import grouping, tree
 from vqjax.core.model import Model
 from vqjax.core.tensor import VQTensor
-from vqjax.io import keys
+from vqjax.io import keys, leaves
 
 STAGE = AutoencoderConfig(resolution=32, ch=32, ch_mult=(1, 2), num_res_blocks=1, n_embed=16)
 _SMALL = {"model_channels": 32, "channel_mult": (1, 2), "num_res_blocks": 1}
@@ -119,15 +119,14 @@ def assert_equal(found: Model, expected: Model) -> None:
         if isinstance(leaf, VQTensor):
             assert isinstance(flat[path], VQTensor)
             assert (flat[path].shape, flat[path].grouping) == (leaf.shape, leaf.grouping)
-            names = ("codes", "codebooks", "scales", "codebook_scale")
-            pairs = [(getattr(flat[path], name), getattr(leaf, name)) for name in names]
+            stored, expected_parts = leaves.tensor_arrays(flat[path]), leaves.tensor_arrays(leaf)
+            assert stored.keys() == expected_parts.keys()
+            pairs = [(stored[name], part) for name, part in expected_parts.items()]
         else:
             pairs = [(flat[path], leaf)]
         for a, b in pairs:
-            assert (a is None) == (b is None)
-            if a is not None:
-                assert a.dtype == b.dtype
-                np.testing.assert_array_equal(np.asarray(a), np.asarray(b), err_msg=path)
+            assert a.dtype == b.dtype
+            np.testing.assert_array_equal(np.asarray(a), np.asarray(b), err_msg=path)
 
 
 def _random(key: str, shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:

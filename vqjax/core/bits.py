@@ -10,11 +10,8 @@ import math
 
 import numpy as np
 
-from vqjax.core import grouping
+from vqjax.core import grouping, scales
 from vqjax.kernels.decode import packed_bytes
-
-SCALE_BITS = 16
-"""Bits of one row scale (float16)."""
 
 SHARED_SCALE_BITS = 32
 """Bits of the one scale of int8 codebooks (float32)."""
@@ -27,7 +24,7 @@ class StoredBits:
     Attributes:
       codes: padding of vectors and bytes included.
       codebooks: entries and, for int8, their shared scale.
-      scales: one per output.
+      scales: of the outputs and, where there are any, of the input channels.
       weights: weights of the kernel.
     """
 
@@ -56,21 +53,29 @@ NOTHING = StoredBits(0, 0, 0, 0)
 
 
 def stored_bits(
-    shape: tuple[int, ...], *, group: int, books: int, entries: int, codebook_bits: int
+    shape: tuple[int, ...],
+    *,
+    group: int,
+    books: int,
+    entries: int,
+    codebook_bits: int,
+    input_scales: bool = False,
 ) -> StoredBits:
     """Returns what a `VQTensor` of these sizes stores.
 
     Args:
       shape: kernel shape, Linen layout.
       codebook_bits: 16 (float16) or 8 (int8 with one shared scale).
+      input_scales: whether input channels have scales too.
     """
     outputs, fan_in = grouping.matrix_shape(shape)
     codes = grouping.groups_per_row(fan_in, group) * books
+    of_inputs = scales.stored_bits(grouping.channels(shape)) if input_scales else 0
     shared = SHARED_SCALE_BITS if codebook_bits == 8 else 0
     return StoredBits(
         codes=8 * outputs * packed_bytes(codes, entries),
         codebooks=books * entries * group * codebook_bits + shared,
-        scales=outputs * SCALE_BITS,
+        scales=scales.stored_bits(outputs) + of_inputs,
         weights=math.prod(shape),
     )
 

@@ -23,6 +23,7 @@ from vqjax.core import codebooks as codebooks_lib
 from vqjax.core import grouping, scalar, sweep
 from vqjax.core.initialization import SAMPLE, initial_codebooks
 from vqjax.core.plan import LayerSpec
+from vqjax.core.scales import LogScales
 from vqjax.core.tensor import VQTensor
 from vqjax.errors import VqjaxError
 
@@ -34,6 +35,7 @@ class Effort:
     Attributes:
       start_steps: rounds of search and least squares for the first codebooks.
       feedback_rounds, descent_rounds: most sweeps over all vectors of each kind.
+      store_rounds: sweeps for what rounding to the stored types has moved.
       least_gain: sweeps of one kind end once one lowers the loss by less than this share.
       beam: hypotheses per vector; 0 enumerates where K**M allows it.
       shrinkage: share of the moment's mean diagonal that is added to it where no metric is given.
@@ -42,9 +44,10 @@ class Effort:
       damping: the same inside error feedback only.
     """
 
-    start_steps: int = 60
+    start_steps: int = 240
     feedback_rounds: int = 8
     descent_rounds: int = 12
+    store_rounds: int = 2
     least_gain: float = 3e-3
     beam: int = 0
     shrinkage: float = 0.02
@@ -123,12 +126,40 @@ def compress_layer(
     if spec.grouping == "scalar":
         tensor, history = _round_scalar(kernel, spec), ()
     else:
-        problem = _problem(kernel, moment, metric, spec, effort)
+        inputs, scaled = None, (kernel, moment, metric)
+        if spec.input_scales:
+            inputs, scaled = _without_input_scales(*scaled)
+        problem = _problem(*scaled, spec, effort)
         state, history = _search(problem, spec, effort, key, on_stage)
-        tensor = _store(problem, state, kernel.shape, spec, effort)
+        tensor = _store(problem, state, kernel.shape, spec, effort, inputs)
     stats = _statistics(kernel, moment, tensor, history)
     on_stage("store")
     return tensor, stats
+
+
+def _without_input_scales(kernel, moment, metric):
+    """Returns scales of the input channels, and the same problem in weights divided by them.
+
+    The scale of a channel is the root mean square of its weights: a codebook shared by all of them
+    then meets one size instead of many. (W - Q) x = ((W - Q) / t) (t x): inputs take the scales
+    over. Inputs of channels without weights no longer count.
+    """
+    kernel = np.asarray(kernel, np.float32)
+    axes = tuple(axis for axis in range(kernel.ndim) if axis != kernel.ndim - 2)
+    inputs = LogScales.of(np.sqrt(np.mean(kernel.astype(np.float64) ** 2, axis=axes)))
+    scales_C = np.asarray(inputs.values())
+    scales_N = np.repeat(scales_C, kernel.size // kernel.shape[-1] // scales_C.size)
+    divisor_C = np.where(scales_C > 0, scales_C, 1.0)[:, None]
+
+    if moment is None and metric is None:
+        moment = np.eye(len(scales_N), dtype=np.float32)
+
+    def scaled(moment_NN):
+        if moment_NN is None:
+            return None
+        return np.asarray(moment_NN, np.float32) * scales_N[:, None] * scales_N
+
+    return inputs, (kernel / divisor_C, scaled(moment), scaled(metric))
 
 
 def _round_scalar(kernel: jax.Array, spec: LayerSpec) -> VQTensor:
@@ -363,8 +394,8 @@ def _rounds(
             best = state
         if history[-1] > previous * (1 - effort.least_gain):
             break
-        if stage == "feedback":  # it starts from no codes, so that unused entries may move
-            state = state._replace(books_MKG=fit.revived_MKG)
+        if stage == "feedback":  # it starts from no codes, so that codebooks may move freely
+            state = state._replace(books_MKG=fit.onward_MKG)
     return _Found(best, history)
 
 
@@ -390,45 +421,36 @@ def _descend(problem: _Problem, effort: Effort, state: _State) -> jax.Array:
     return _by_tiles(of_rows, problem, state)
 
 
-def _store(problem: _Problem, state: _State, shape, spec: LayerSpec, effort: Effort) -> VQTensor:
-    """Rounds to the stored types, lets codes and scales answer to the rounding, and packs."""
+def _store(
+    problem: _Problem, state: _State, shape, spec: LayerSpec, effort: Effort, inputs
+) -> VQTensor:
+    """Rounds to the stored types, lets codes answer to the rounding, and packs."""
     groups = problem.order_J.size
-    books_MKG, scales_O, stored, shared = _round(
-        state.books_MKG, state.scales_O, codebook_bits=spec.codebook_bits
-    )
-    for _ in range(2):
-        state = _State(state.codes_OJM, books_MKG, scales_O)
-        codes_OJM = _descend(problem, effort, state)
-        scales_O = codebooks_lib.refit_scales(
-            problem.w_OP, problem.moment_PP, codes_OJM, books_MKG, scales_O
-        )
-        state = _State(codes_OJM, books_MKG, scales_O)
+    books_MKG, stored, shared = _round(state.books_MKG, codebook_bits=spec.codebook_bits)
+    scales = LogScales.of(state.scales_O[: problem.outputs])
+    scales_O = grouping.padded(scales.values(), state.scales_O.shape)
+    state = _State(state.codes_OJM, books_MKG, jnp.asarray(scales_O))
+    for _ in range(effort.store_rounds):
+        state = state._replace(codes_OJM=_descend(problem, effort, state))
     codes_OJM = np.empty((problem.outputs, groups, spec.codebooks), np.int32)
     codes_OJM[:, problem.order_J] = np.asarray(state.codes_OJM)[: problem.outputs, :groups]
     return VQTensor.pack(
         codes_OJM,
         stored,
-        state.scales_O[: problem.outputs].astype(jnp.float16),
+        scales,
         shape=tuple(shape),
         grouping=spec.grouping,
+        input_scales=inputs,
         codebook_scale=shared,
     )
 
 
 @functools.partial(jax.jit, static_argnames="codebook_bits")
-def _round(books_MKG, scales_O, *, codebook_bits: int):
-    """Returns rounded codebooks and scales in float32, the stored codebooks, their shared scale."""
-    tiny = np.finfo(np.float32).tiny
-    # Half of the layer's magnitude goes to each factor (a power of two: exact), which keeps both
-    # inside float16 for weights from 1e-9 to 1e9.
-    size = jnp.maximum(jnp.max(jnp.abs(scales_O)), tiny)
-    moved = jnp.exp2(jnp.floor(jnp.log2(size) / 2))
-    books_MKG, scales_O = books_MKG * moved, (scales_O / moved).astype(jnp.float16)
+def _round(books_MKG, *, codebook_bits: int):
+    """Returns rounded codebooks in float32, as they are stored, and their shared scale."""
     if codebook_bits == 8:
-        shared = jnp.maximum(jnp.max(jnp.abs(books_MKG)) / 127, tiny)
+        shared = jnp.maximum(jnp.max(jnp.abs(books_MKG)) / 127, np.finfo(np.float32).tiny)
         stored = jnp.round(books_MKG / shared).astype(jnp.int8)
-        real = stored.astype(jnp.float32) * shared
-    else:
-        shared, stored = None, books_MKG.astype(jnp.float16)
-        real = stored.astype(jnp.float32)
-    return real, scales_O.astype(jnp.float32), stored, shared
+        return stored.astype(jnp.float32) * shared, stored, shared
+    stored = books_MKG.astype(jnp.float16)
+    return stored.astype(jnp.float32), stored, None

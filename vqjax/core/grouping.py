@@ -48,6 +48,11 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     return shape[-1], math.prod(shape[:-1])
 
 
+def channels(shape: tuple[int, ...]) -> int:
+    """Returns how many input channels a kernel in Linen layout reads."""
+    return shape[-2]
+
+
 def to_matrix(kernel: Matrix) -> Matrix:
     """Returns the [O, N] view of a kernel, JAX or NumPy, columns ordered (channel, ky, kx)."""
     outputs, fan_in = matrix_shape(kernel.shape)

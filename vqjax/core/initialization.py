@@ -30,9 +30,9 @@ def initial_codebooks(
     """Returns codebooks [M, K, G] whose sums fit the vectors under the metric.
 
     Codes by search and codebooks by least squares in turn, with noise on the codebooks that cools
-    down to zero (stochastic relaxation of LSQ++, Martinez et al., ECCV 2018, section 3.2). The
-    start is drawn from the vectors, each codebook's share of their size falling as the residual of
-    an ideal code of its rate would.
+    down to zero (stochastic relaxation of LSQ++, Martinez et al., ECCV 2018, section 3.2); the last
+    tenth of the steps has none. The start is drawn from the vectors, each codebook's share of their
+    size falling as the residual of an ideal code of its rate would.
 
     Args:
       vectors_VG: V is a multiple of `tile`.
@@ -58,7 +58,8 @@ def initial_codebooks(
         noise_MKG = jax.random.normal(key, books_MKG.shape) * size_G[None, None]
         return fitted_MKG + temperature * noise_MKG, None
 
-    temperatures = jnp.sqrt(jnp.maximum(0.0, 1 - jnp.arange(1, steps + 1) / max(1, steps - 2)))
+    cold = steps - max(2, steps // 10)
+    temperatures = jnp.sqrt(jnp.maximum(0.0, 1 - jnp.arange(1, steps + 1) / max(1, cold)))
     books_MKG, _ = jax.lax.scan(step, start_MKG, (temperatures, jax.random.split(noise_key, steps)))
     return books_MKG
 

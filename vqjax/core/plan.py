@@ -45,6 +45,7 @@ class LayerSpec:
       codebooks: M.
       entries: K.
       codebook_bits: 16 (float16) or 8 (int8).
+      input_scales: whether input channels have scales, beside outputs.
     """
 
     kind: str
@@ -53,6 +54,7 @@ class LayerSpec:
     codebooks: int
     entries: int
     codebook_bits: int = 16
+    input_scales: bool = False
 
     def stored(self, shape: tuple[int, ...]) -> StoredBits:
         """Returns the exact stored bits for a kernel of this shape."""
@@ -62,6 +64,7 @@ class LayerSpec:
             books=self.codebooks,
             entries=self.entries,
             codebook_bits=self.codebook_bits,
+            input_scales=self.input_scales,
         )
 
     def problems(self) -> list[str]:
@@ -85,6 +88,10 @@ class LayerSpec:
                 found.append(f"{name} {value!r}, expected a whole number from {low} to {high}")
         if self.codebook_bits not in (8, 16):
             found.append(f"codebook_bits {self.codebook_bits!r}, expected 8 or 16")
+        if self.input_scales not in ((False,) if self.grouping == "scalar" else (False, True)):
+            found.append(
+                f"input_scales {self.input_scales!r}, expected true or false; false for scalar"
+            )
         return found
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from vqjax.core import grouping, sweep
 from vqjax.core.encode import dot
+from vqjax.core.scales import LogScales
 from vqjax.core.tensor import VQTensor
 from vqjax.errors import VqjaxError
 
@@ -35,22 +36,30 @@ def round_to_grid(w_ON: jax.typing.ArrayLike, shape: tuple[int, ...], entries: i
     w_ON = np.asarray(w_ON, np.float32)
     half = entries // 2
     grid_K = np.arange(-half, entries - half)
-    # The shared scale brings row scales near the largest weight, well inside float16.
-    shared = np.float32(1 / half)
+    shared = np.float32(1 / half)  # row scales are then near the largest weight
     largest_O = np.max(np.abs(w_ON), axis=1) * half / max(half - 1, 1)
-    scales_RO = np.stack([largest_O * shrink for shrink in _SHRINKS]).astype(np.float16)
-    step_RO1 = np.maximum(scales_RO.astype(np.float32) * shared, _TINY)[..., None]
-    codes_RON = np.clip(np.round(w_ON / step_RO1), grid_K[0], grid_K[-1])
-    best_O = np.argmin(np.sum((w_ON - codes_RON * step_RO1) ** 2, axis=2), axis=0)
-    rows_O = np.arange(w_ON.shape[0])
+    scales_RO = np.stack([largest_O * shrink for shrink in _SHRINKS])
+    errors_RO = [
+        np.sum((w_ON - _rounded(w_ON, s_O * shared, grid_K)[1]) ** 2, 1) for s_O in scales_RO
+    ]
+    best_O = np.argmin(errors_RO, axis=0)
+    scales = LogScales.of(scales_RO[best_O, np.arange(len(w_ON))], up=True)
+    codes_ON, _ = _rounded(w_ON, np.asarray(scales.values()) * shared, grid_K)
     return VQTensor.pack(
-        (codes_RON[best_O, rows_O].astype(np.int32) + half)[..., None],
+        (codes_ON.astype(np.int32) + half)[..., None],
         jnp.asarray(grid_K.astype(np.int8).reshape(1, -1, 1)),
-        jnp.asarray(scales_RO[best_O, rows_O]),
+        scales,
         shape=tuple(shape),
         grouping="scalar",
         codebook_scale=jnp.asarray(shared),
     )
+
+
+def _rounded(w_ON: np.ndarray, step_O: np.ndarray, grid_K: np.ndarray):
+    """Returns multiples of each row's step, and what they stand for."""
+    step_O1 = np.maximum(step_O, _TINY)[:, None]
+    codes_ON = np.clip(np.round(w_ON / step_O1), grid_K[0], grid_K[-1])
+    return codes_ON, codes_ON * step_O1
 
 
 class ScalarLayer(NamedTuple):

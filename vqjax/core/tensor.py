@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one data type: a weight stored as packed codes into shared codebooks.
 
-Dimension key:  O outputs   N fan-in   J vectors of a row   M codebooks   K entries   G weights of a
-                vector   Y bytes of a row of codes
+Dimension key:  O outputs   N fan-in   C input channels   J vectors of a row   M codebooks
+                K entries   G weights of a vector   Y bytes of a row of codes
 """
 
 import dataclasses
@@ -16,13 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from vqjax.core import grouping as grouping_lib
+from vqjax.core.scales import LogScales
 from vqjax.errors import VqjaxError
 from vqjax.kernels import decode as decode_lib
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["codes", "codebooks", "scales", "codebook_scale"],
+    data_fields=["codes", "codebooks", "scales", "input_scales", "codebook_scale"],
     meta_fields=["shape", "grouping"],
 )
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -30,7 +31,8 @@ class VQTensor:
     """Stands where a kernel stood in the tree of parameters; memory in use equals the bits claimed.
 
     Invariants, which `pack` checks:
-      * row o, vector j decodes to scales[o] * sum over m of codebooks[m, code[o, j, m]];
+      * row o, vector j decodes to scales[o] * sum over m of codebooks[m, code[o, j, m]], and each
+        weight is multiplied by the input scale of the channel that it reads, where there are any;
       * the vectors of a row are consecutive columns of the kernel's matrix view (`core.grouping`),
         the last one zero-padded where G does not divide N;
       * codes are below K, stored in about log2 K bits each, in the order (j, m), each row in whole
@@ -43,7 +45,8 @@ class VQTensor:
     Attributes:
       codes: uint8 [O, Y].
       codebooks: float16 [M, K, G], or int8.
-      scales: float16 [O].
+      scales: of the rows, O of them.
+      input_scales: of the input channels, C of them, or None.
       codebook_scale: float32 scalar, or None.
       shape: kernel shape in Linen layout.
       grouping: "conv3x3", "linear" or "scalar".
@@ -51,7 +54,8 @@ class VQTensor:
 
     codes: jax.Array
     codebooks: jax.Array
-    scales: jax.Array
+    scales: LogScales
+    input_scales: LogScales | None = None
     codebook_scale: jax.Array | None = None
     shape: tuple[int, ...]
     grouping: str
@@ -61,13 +65,17 @@ class VQTensor:
         cls,
         codes_OJM: jax.Array | np.ndarray,
         codebooks_MKG: jax.Array,
-        scales_O: jax.Array,
+        scales: LogScales | jax.typing.ArrayLike,
         *,
         shape: tuple[int, ...],
         grouping: str,
+        input_scales: LogScales | None = None,
         codebook_scale: jax.Array | None = None,
     ) -> "VQTensor":
-        """Packs integer codes. Codebooks and scales are stored in the types they come in.
+        """Packs integer codes. Codebooks are stored in the type they come in.
+
+        Args:
+          scales: numbers [O] are rounded; see `LogScales`.
 
         Raises:
           VqjaxError: if the parts do not fit together; every misfit is named.
@@ -80,8 +88,12 @@ class VQTensor:
             problems.append(f"grouping {grouping!r}, expected one of {sorted(grouping_lib.GROUPS)}")
         if codes_OJM.shape != (outputs, groups, books):
             problems.append(f"codes {codes_OJM.shape}, expected {(outputs, groups, books)}")
-        if scales_O.shape != (outputs,):
-            problems.append(f"scales {scales_O.shape}, expected {(outputs,)}")
+        scales = scales if isinstance(scales, LogScales) else LogScales.of(scales)
+        if scales.count != outputs:
+            problems.append(f"scales {(scales.count,)}, expected {(outputs,)}")
+        channels = grouping_lib.channels(shape)
+        if input_scales is not None and input_scales.count != channels:
+            problems.append(f"input_scales {(input_scales.count,)}, expected {(channels,)}")
         if (codebooks_MKG.dtype == jnp.int8) != (codebook_scale is not None):
             problems.append(f"{codebooks_MKG.dtype} codebooks; int8 and codebook_scale go together")
         if problems:
@@ -91,7 +103,8 @@ class VQTensor:
         return cls(
             codes=jnp.asarray(packed),
             codebooks=codebooks_MKG,
-            scales=scales_O,
+            scales=scales,
+            input_scales=input_scales,
             codebook_scale=codebook_scale,
             shape=tuple(shape),
             grouping=grouping,
@@ -132,10 +145,17 @@ class VQTensor:
     def decode_matrix(self) -> jax.Array:
         """Returns the matrix view in float32, [O, N]."""
         _, fan_in = grouping_lib.matrix_shape(self.shape)
-        matrix = decode_lib.decode(
-            self.codes, self.codebooks, self.scales, self.codebook_scale, groups=self.groups
-        )
-        return matrix[:, :fan_in]
+        matrix_ON = decode_lib.decode(
+            self.codes,
+            self.codebooks,
+            self.scales.values(),
+            self.codebook_scale,
+            groups=self.groups,
+        )[:, :fan_in]
+        if self.input_scales is None:
+            return matrix_ON
+        scales_N = jnp.repeat(self.input_scales.values(), fan_in // self.input_scales.count)
+        return matrix_ON * scales_N[None]
 
     def decode(self, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
         """Returns the kernel in its own shape. Summed in float32, rounded to `dtype` at the end."""

@@ -18,13 +18,24 @@ from vqjax.config import LatentDiffusionConfig
 from vqjax.core import grouping as grouping_lib
 from vqjax.core import tree
 from vqjax.core.model import Model
+from vqjax.core.scales import LEVELS, LogScales
 from vqjax.core.tensor import VQTensor
 from vqjax.errors import VqjaxError, gathered
 from vqjax.io import keys
 from vqjax.kernels import decode as decode_lib
 
 DENSE_DTYPES = ("float16", "float32")
-_PARTS = {"codes": ("uint8",), "codebooks": ("float16", "int8"), "scales": ("float16",)}
+_PARTS = {
+    "codes": ("uint8",),
+    "codebooks": ("float16", "int8"),
+    "scales": ("uint8",),
+    "scale_range": ("float32",),
+}
+_OPTIONAL = {
+    "input_scales": ("uint8",),
+    "input_scale_range": ("float32",),
+    "codebook_scale": ("float32",),
+}
 # With one context token these have no influence, and folding removes them (`core.folding`).
 _FOLDABLE = re.compile(r"unet/.*/block_\d+/(norm2/(scale|bias)|attn2/to_[qk]/kernel)")
 
@@ -32,8 +43,8 @@ _FOLDABLE = re.compile(r"unet/.*/block_\d+/(norm2/(scale|bias)|attn2/to_[qk]/ker
 def to_arrays(params: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Splits a params tree into arrays by name and the description of its quantized leaves.
 
-    A dense leaf is stored under its path; a quantized one as `<path>.codes`, `<path>.codebooks`,
-    `<path>.scales` and, with int8 codebooks, `<path>.codebook_scale`.
+    A dense leaf is stored under its path; a quantized one as the arrays of `tensor_arrays`, their
+    names behind the path and a dot.
 
     Returns:
       `{name: array}` in sorted order and `{path: {"shape": [...], "grouping": ...}}`.
@@ -45,10 +56,7 @@ def to_arrays(params: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], dict[st
     for path, leaf in tree.flatten(params).items():
         if isinstance(leaf, VQTensor):
             quantized[path] = {"shape": list(leaf.shape), "grouping": leaf.grouping}
-            parts = {part: getattr(leaf, part) for part in _PARTS}
-            if leaf.codebook_scale is not None:
-                parts["codebook_scale"] = leaf.codebook_scale
-            arrays |= {f"{path}.{part}": np.asarray(value) for part, value in parts.items()}
+            arrays |= {f"{path}.{part}": array for part, array in tensor_arrays(leaf).items()}
         else:
             arrays[path] = np.asarray(leaf)
             if arrays[path].dtype.name not in DENSE_DTYPES:
@@ -74,13 +82,11 @@ def from_arrays(arrays: Mapping[str, Any], document: Mapping[str, Any], *, where
     quantized = document["quantized"]
     config, expected = _read_config(document, where)
     for path, about in quantized.items():
-        parts = {part: rest.pop(f"{path}.{part}", None) for part in (*_PARTS, "codebook_scale")}
+        parts = {part: rest.pop(f"{path}.{part}", None) for part in (*_PARTS, *_OPTIONAL)}
         misfits = _misfits(parts, about, expected.get(path))
         problems += [f"{path}: {misfit}" for misfit in misfits]
         if not misfits:
-            parts = {k: None if v is None else jnp.asarray(v) for k, v in parts.items()}
-            shape, grouping = tuple(about["shape"]), about["grouping"]
-            leaves[path] = VQTensor(**parts, shape=shape, grouping=grouping)  # type: ignore[arg-type]
+            leaves[path] = tensor_of(parts, about)
     for path, array in rest.items():
         problems += _dense_misfits(path, array, expected.get(path))
         leaves[path] = jnp.asarray(array)
@@ -89,6 +95,44 @@ def from_arrays(arrays: Mapping[str, Any], document: Mapping[str, Any], *, where
     if problems:
         raise gathered(problems, f"{where} does not hold the model its config describes; remake it")
     return Model(config=config, params=tree.unflatten(leaves))
+
+
+def tensor_arrays(tensor: VQTensor) -> dict[str, np.ndarray]:
+    """The arrays of a quantized kernel by name: "codes", "codebooks", "scales", "scale_range" and,
+    where there are any, "input_scales", "input_scale_range" and "codebook_scale"."""
+    parts = {
+        "codes": tensor.codes,
+        "codebooks": tensor.codebooks,
+        "scales": tensor.scales.codes,
+        "scale_range": tensor.scales.range,
+    }
+    if tensor.input_scales is not None:
+        parts |= {"input_scales": tensor.input_scales.codes}
+        parts |= {"input_scale_range": tensor.input_scales.range}
+    if tensor.codebook_scale is not None:
+        parts |= {"codebook_scale": tensor.codebook_scale}
+    return {name: np.asarray(array) for name, array in parts.items()}
+
+
+def tensor_of(parts: Mapping[str, Any], about: Mapping[str, Any]) -> VQTensor:
+    """The inverse of `tensor_arrays`; `about` is the description that `to_arrays` returns."""
+    given = {name: jnp.asarray(array) for name, array in parts.items() if array is not None}
+    shape = tuple(about["shape"])
+    outputs, channels = shape[-1], grouping_lib.channels(shape)
+    inputs = None
+    if "input_scales" in given:
+        inputs = LogScales(
+            codes=given["input_scales"], range=given["input_scale_range"], count=channels
+        )
+    return VQTensor(
+        codes=given["codes"],
+        codebooks=given["codebooks"],
+        scales=LogScales(codes=given["scales"], range=given["scale_range"], count=outputs),
+        input_scales=inputs,
+        codebook_scale=given.get("codebook_scale"),
+        shape=shape,
+        grouping=about["grouping"],
+    )
 
 
 def _read_config(
@@ -146,7 +190,7 @@ def _misfits(parts: Mapping[str, Any], about: Any, expected: tuple[int, ...] | N
     found = [f"{part} missing" for part in _PARTS if parts[part] is None]
     found += [
         f"{part} {parts[part].dtype}, expected {' or '.join(dtypes)}"
-        for part, dtypes in _PARTS.items()
+        for part, dtypes in (_PARTS | _OPTIONAL).items()
         if parts[part] is not None and parts[part].dtype.name not in dtypes
     ]
     return found or _size_misfits(parts, about["grouping"], expected)
@@ -164,17 +208,25 @@ def _size_misfits(parts: Mapping[str, Any], grouping: str, shape: tuple[int, ...
     count = grouping_lib.groups_per_row(fan_in, group) * books
     if entries > decode_lib.MAX_ENTRIES:
         return [f"{entries} codebook entries, expected at most {decode_lib.MAX_ENTRIES}"]
-    sizes = {"codes": (outputs, decode_lib.packed_bytes(count, entries)), "scales": (outputs,)}
+    sizes = {
+        "codes": (outputs, decode_lib.packed_bytes(count, entries)),
+        "scales": (decode_lib.packed_bytes(outputs, LEVELS + 1),),
+        "scale_range": (2,),
+        "input_scales": (decode_lib.packed_bytes(grouping_lib.channels(shape), LEVELS + 1),),
+        "input_scale_range": (2,),
+    }
     found = [
         f"{part} {tuple(parts[part].shape)}, expected {size}"
         for part, size in sizes.items()
-        if tuple(parts[part].shape) != size
+        if parts[part] is not None and tuple(parts[part].shape) != size
     ]
+    if (parts["input_scales"] is None) != (parts["input_scale_range"] is None):
+        found.append("input_scales and input_scale_range go together")
     if (books_MKG.dtype.name == "int8") != (scale is not None):
         found.append(f"{books_MKG.dtype} codebooks; int8 and codebook_scale go together")
-    elif scale is not None and (scale.shape != () or scale.dtype.name != "float32"):
+    elif scale is not None and scale.shape != ():
         found.append(f"codebook_scale {scale.dtype} {scale.shape}, expected a float32 scalar")
-    for part in ("codebooks", "scales", "codebook_scale"):
+    for part in ("codebooks", "scale_range", "input_scale_range", "codebook_scale"):
         if parts[part] is not None:
             found += [f"{part}: {bad}" for bad in not_finite(np.asarray(parts[part]))]
     if not found and entries & (entries - 1):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A model as an Orbax checkpoint, the `model/` of a run folder: quantized weights stay packed.
 
-Two items: `params`, the tree with `codes`, `codebooks` and `scales` where a weight is quantized,
+Two items: `params`, the tree with the arrays of `leaves.tensor_arrays` where a weight is quantized,
 and `model`, a JSON document with the config and what is quantized how. Equal models give equal
 bytes:
 arrays are saved as files of their own, as numpy arrays (Orbax records the device of others), and

@@ -407,13 +407,8 @@ def _share_of_output(kernel, centred_NN: np.ndarray, moment: Moment) -> float:
 
 
 def _restore(path: str, arrays, notes) -> tuple:
-    tensors = {
-        name.removeprefix("kernel."): jax.numpy.asarray(a)
-        for name, a in arrays.items()
-        if name != "bias"
-    }
-    about = notes["about"]
-    tensor = VQTensor(**tensors, shape=tuple(about["shape"]), grouping=about["grouping"])
+    tensors = {name.removeprefix("kernel."): a for name, a in arrays.items() if name != "bias"}
+    tensor = leaves.tensor_of(tensors, notes["about"])
     biases = {f"{path.removesuffix('kernel')}bias": a for n, a in arrays.items() if n == "bias"}
     search = layer_figures.Search(**notes["search"])
     return tensor, LayerStats(**notes["stats"]), biases, search

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scales in six bits: powers of two at equal distances of the exponent.
+
+Codes are chosen for the scales as they are stored, so that these need not be exact; where rows are
+short, 16 bits each would cost as much as a tenth of the codes.
+
+Dimension key:  S scales   Y bytes of their codes
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vqjax.errors import VqjaxError
+from vqjax.kernels import decode as decode_lib
+
+LEVELS = 63
+"""Sizes that a scale can have; one more code stands for 0."""
+
+_RANGE_BITS = 64
+
+
+def stored_bits(count: int) -> int:
+    """Returns what `count` scales take: codes in whole bytes, and the numbers of their range."""
+    return 8 * decode_lib.packed_bytes(count, LEVELS + 1) + _RANGE_BITS
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["codes", "range"], meta_fields=["count"]
+)
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class LogScales:
+    """Scales of one axis of a weight matrix; memory in use equals the bits claimed.
+
+    Attributes:
+      codes: uint8 [Y], packed as in `kernels.decode`. Code 0 is the scale 0, code c the scale
+        2^(range[0] + (c - 1) range[1]).
+      range: float32 [2]: base-2 logarithm of the least size, and the step from size to size.
+      count: S.
+    """
+
+    codes: jax.Array
+    range: jax.Array
+    count: int
+
+    @classmethod
+    def of(cls, scales_S: jax.typing.ArrayLike, *, up: bool = False) -> "LogScales":
+        """Rounds scales to the nearest sizes between their least and their largest.
+
+        Args:
+          scales_S: finite, not negative.
+          up: round to the next larger size instead.
+
+        Raises:
+          VqjaxError: if a scale is negative or not finite.
+        """
+        scales_S = np.asarray(scales_S, np.float64)
+        if scales_S.ndim != 1 or not np.isfinite(scales_S).all() or np.any(scales_S < 0):
+            raise VqjaxError(
+                f"scales {scales_S.shape}, least {np.min(scales_S, initial=np.inf):.3g}: expected "
+                f"finite numbers of one axis, 0 or more"
+            )
+        sized_S = scales_S > 0
+        logs_S = np.log2(scales_S, out=np.zeros_like(scales_S), where=sized_S)
+        low, high = (float(pick(logs_S[sized_S])) if sized_S.any() else 0.0 for pick in (min, max))
+        step = np.float32((high - low) / (LEVELS - 1))
+        place_S = (logs_S - low) / (step if step > 0 else 1.0)
+        # What lies on a size already stays there, rounding of the exponent apart.
+        place_S = np.ceil(place_S - 1e-3) if up else np.round(place_S)
+        codes_S = np.where(sized_S, 1 + np.clip(place_S, 0, LEVELS - 1), 0).astype(np.int32)
+        return cls(
+            codes=jnp.asarray(decode_lib.pack(codes_S[None], LEVELS + 1)[0]),
+            range=jnp.asarray([low, step], jnp.float32),
+            count=len(scales_S),
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything stored."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in (self.codes, self.range))
+
+    def values(self) -> jax.Array:
+        """Returns the scales, float32 [S]."""
+        codes_S = decode_lib.unpack(self.codes[None], self.count, LEVELS + 1)[0]
+        sizes_S = jnp.exp2(self.range[0] + (codes_S - 1) * self.range[1])
+        return jnp.where(codes_S == 0, 0.0, sizes_S)
