@@ -49,7 +49,7 @@ def decode(part, books_scale, shape):
 
 
 def scales(packed, low_step, count):
-    codes = np.array(unpack(packed, count, 64))
+    codes = np.array(unpack(packed, count, 32))
     return np.where(codes > 0, np.exp2(low_step[0] + (codes - 1) * low_step[1]), 0)
 
 

@@ -204,4 +204,5 @@ def test_a_channel_without_weights_stays_without_under_input_scales():
     spec = LayerSpec("attention", "linear", 8, 2, 16, input_scales=True)
     tensor, _ = compress.compress_layer(kernel, None, spec, key=jax.random.key(1), effort=QUICK)
     decoded = np.asarray(tensor.decode())
-    assert np.all(decoded[5] == 0) and np.all(decoded[4] != 0)
+    assert np.all(decoded[5] == 0)
+    assert np.all(decoded[4] != 0)

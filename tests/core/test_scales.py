@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scales in six bits."""
+"""Scales in five bits."""
 
 import jax.numpy as jnp
 import numpy as np

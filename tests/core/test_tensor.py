@@ -75,7 +75,7 @@ def test_pack_and_unpack_are_inverses_and_bytes_are_exact(shape, books, entries)
     expected = (
         outputs * decode.packed_bytes(groups * books, entries)
         + 2 * books * entries * group
-        + -(-6 * outputs // 8)
+        + -(-5 * outputs // 8)
         + 8
     )
     assert tensor.nbytes == expected
@@ -89,7 +89,7 @@ def test_input_scales_multiply_what_a_channel_feeds(shape):
     scaled = dataclasses.replace(tensor, input_scales=inputs)
     factors = np.asarray(inputs.values())[:, None]
     np.testing.assert_allclose(scaled.decode(), tensor.decode() * factors, rtol=1e-6)
-    assert scaled.nbytes == tensor.nbytes + -(-6 * shape[-2] // 8) + 8
+    assert scaled.nbytes == tensor.nbytes + -(-5 * shape[-2] // 8) + 8
 
 
 def test_works_under_jit_vmap_and_eval_shape():

@@ -25,6 +25,7 @@ from vqjax.bench.inputs import Matrix
 from vqjax.core import grouping, moments, shrinkage
 from vqjax.core.bits import entropy_coded_bits
 from vqjax.core.compress import Effort, compress_layer
+from vqjax.core.granularity import input_scale_gain
 from vqjax.core.plan import LayerSpec, best_spec
 from vqjax.core.rate import relative_bound
 from vqjax.core.scalar import scalar_baseline
@@ -114,6 +115,7 @@ def run(wanted: BenchAqSettings) -> None:
 def settings_of(matrix: Matrix) -> list[Setting]:
     """All settings of a file; one that no code fits is left out, and said."""
     found = []
+    gain = input_scale_gain(matrix.kernel)
     for nominal in NOMINAL:
         found += [
             Setting("round_to_nearest", nominal, "I"),
@@ -123,7 +125,7 @@ def settings_of(matrix: Matrix) -> list[Setting]:
         limits = {"reference": reference.limit(matrix.kernel.shape, nominal), "exact": nominal}
         for storage, limit in limits.items():
             try:
-                spec = best_spec(matrix.kernel.shape, limit, _kind(matrix))
+                spec = best_spec(matrix.kernel.shape, limit, _kind(matrix), input_gain=gain)
             except VqjaxError as error:
                 print(f"{matrix.name}: {nominal} bits, {storage}: {error}", file=sys.stderr)
                 continue

@@ -145,8 +145,8 @@ def _without_input_scales(kernel, moment, metric):
     over. Inputs of channels without weights no longer count.
     """
     kernel = np.asarray(kernel, np.float32)
-    axes = tuple(axis for axis in range(kernel.ndim) if axis != kernel.ndim - 2)
-    inputs = LogScales.of(np.sqrt(np.mean(kernel.astype(np.float64) ** 2, axis=axes)))
+    rows_CX = grouping.channel_rows(kernel).astype(np.float64)
+    inputs = LogScales.of(np.sqrt(np.mean(rows_CX**2, axis=1)))
     scales_C = np.asarray(inputs.values())
     scales_N = np.repeat(scales_C, kernel.size // kernel.shape[-1] // scales_C.size)
     divisor_C = np.where(scales_C > 0, scales_C, 1.0)[:, None]

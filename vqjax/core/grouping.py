@@ -53,6 +53,13 @@ def channels(shape: tuple[int, ...]) -> int:
     return shape[-2]
 
 
+def channel_rows(kernel: Matrix) -> Matrix:
+    """Returns all weights that read a channel, [C, weights]."""
+    last = kernel.ndim - 1
+    order = (last - 1, *(axis for axis in range(last - 1)), last)
+    return kernel.transpose(*order).reshape(kernel.shape[-2], -1)
+
+
 def to_matrix(kernel: Matrix) -> Matrix:
     """Returns the [O, N] view of a kernel, JAX or NumPy, columns ordered (channel, ky, kx)."""
     outputs, fan_in = matrix_shape(kernel.shape)

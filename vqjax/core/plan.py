@@ -288,25 +288,33 @@ a third of the time. Larger codebooks reach no less error at the same stored bit
 """
 
 
-def candidates(kind: str, shape: tuple[int, ...]) -> list[LayerSpec]:
-    """Returns the ways in which a plan may store a kernel, from about 0.5 to 5 bits per weight."""
+def candidates(kind: str, shape: tuple[int, ...], *, input_scales: bool = False) -> list[LayerSpec]:
+    """Returns the ways in which a plan may store a kernel, from about 0.5 to 5 bits per weight.
+
+    Args:
+      input_scales: whether scales of input channels are among them.
+    """
     if kind == "first_last":
         return [LayerSpec(kind, "scalar", 1, 1, 256, 8)]
     name = "conv3x3" if tuple(shape[:-2]) == (3, 3) else "linear"
     return [
-        LayerSpec(kind, name, group, books, ENTRIES, codebook_bits)
+        LayerSpec(kind, name, group, books, ENTRIES, codebook_bits, scaled)
         for group, books in _SIZES[name]
         for codebook_bits in (8, 16)
+        for scaled in ((False, True) if input_scales else (False,))
     ]
 
 
-def best_spec(shape: tuple[int, ...], limit_bits: float, kind: str) -> LayerSpec:
+def best_spec(
+    shape: tuple[int, ...], limit_bits: float, kind: str, *, input_gain: float = 1.0
+) -> LayerSpec:
     """Returns the code of one kernel by itself that promises the least error within a limit.
 
     Args:
       shape: of the kernel.
       limit_bits: most stored bits per weight, everything counted.
       kind: as in `LayerSpec`.
+      input_gain: error with scales of the input channels over that without; 1 for no such scales.
 
     Raises:
       VqjaxError: if no code stores so little.
@@ -314,32 +322,37 @@ def best_spec(shape: tuple[int, ...], limit_bits: float, kind: str) -> LayerSpec
     name = "conv3x3" if tuple(shape[:-2]) == (3, 3) else "linear"
     groups = (3, 9) if name == "conv3x3" else range(2, 13)
     outputs, fan_in = grouping.matrix_shape(shape)
+    scalings = (False, True) if input_gain < 1 else (False,)
     fitting = [
         spec
-        for group, books, size, codebook_bits in itertools.product(
-            groups, range(1, MOST_CODEBOOKS + 1), _LONE_ENTRIES, (8, 16)
+        for group, books, size, codebook_bits, scaled in itertools.product(
+            groups, range(1, MOST_CODEBOOKS + 1), _LONE_ENTRIES, (8, 16), scalings
         )
         if size <= outputs * grouping.groups_per_row(fan_in, group)
-        for spec in [LayerSpec(kind, name, group, books, size, codebook_bits)]
+        for spec in [LayerSpec(kind, name, group, books, size, codebook_bits, scaled)]
         if spec.stored(shape).per_weight <= limit_bits
     ]
     if not fitting:
         raise VqjaxError(
             f"no code of a kernel {tuple(shape)} stores {limit_bits:g} bits per weight or less"
         )
-    return min(fitting, key=expected_distortion)
+    return min(fitting, key=lambda spec: expected_distortion(spec, input_gain))
 
 
-def expected_distortion(spec: LayerSpec) -> float:
+def expected_distortion(spec: LayerSpec, input_gain: float = 1.0) -> float:
     """Returns the mean squared error that a layer's code leaves of Gaussian weights of variance 1.
 
     Beside what the codes leave, int8 codebooks round: their step is 1/127 of the largest entry,
     about four standard deviations of the largest codebook, and the codes make up for half of it.
+
+    Args:
+      input_gain: what scales of the input channels, where the spec has them, leave of the error.
     """
     if spec.grouping == "scalar":
         return 2.0 ** (-2 * math.log2(spec.entries))
     rounding = 0.5 * spec.codebooks * (4 / 127) ** 2 / 12 if spec.codebook_bits == 8 else 0.0
-    return code_distortion(spec.group, spec.codebooks, spec.entries) + rounding
+    left = code_distortion(spec.group, spec.codebooks, spec.entries) + rounding
+    return left * input_gain if spec.input_scales else left
 
 
 def make_plan(
@@ -349,6 +362,7 @@ def make_plan(
     size: int | None = None,
     sensitivity: Mapping[str, float] | None = None,
     gain: Mapping[str, float] | None = None,
+    input_gain: Mapping[str, float] | None = None,
     rules: tuple[Rule, ...] = RULES,
 ) -> Plan:
     """Spends a budget of stored bits on the layers so that the sum of their costs is least.
@@ -364,6 +378,8 @@ def make_plan(
       sensitivity: what a relative output error of 1 in a layer costs; default: the square root
         of its weights, a layer's error entering the residual stream whatever its size.
       gain: relative output error of a layer over D; default: 1.
+      input_gain: error of a layer with scales of its input channels over that without; default: 1,
+        no such scales.
       rules: sort layers into kinds.
 
     Raises:
@@ -380,11 +396,16 @@ def make_plan(
     choices: dict[str, list[LayerSpec]] = {}
     options: dict[str, list[Option]] = {}
     for path, shape in kernels.items():
-        choices[path] = candidates(kind_of(path, shape, rules), shape)
+        scaled = (input_gain or {}).get(path, 1.0)
+        kind = kind_of(path, shape, rules)
+        choices[path] = candidates(kind, shape, input_scales=scaled < 1)
         weight = (sensitivity or {}).get(path, math.sqrt(math.prod(shape)))
         factor = (gain or {}).get(path, 1.0)
         options[path] = [
-            Option(spec.stored(shape).total, weight * min(1.0, factor * expected_distortion(spec)))
+            Option(
+                spec.stored(shape).total,
+                weight * min(1.0, factor * expected_distortion(spec, scaled)),
+            )
             for spec in choices[path]
         ]
     least = sum(min(option.bits for option in found) for found in options.values())

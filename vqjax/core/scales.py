@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scales in six bits: powers of two at equal distances of the exponent.
+"""Scales in five bits: powers of two at equal distances of the exponent.
 
 Codes are chosen for the scales as they are stored, so that these need not be exact; where rows are
 short, 16 bits each would cost as much as a tenth of the codes.
@@ -17,7 +17,7 @@ import numpy as np
 from vqjax.errors import VqjaxError
 from vqjax.kernels import decode as decode_lib
 
-LEVELS = 63
+LEVELS = 31
 """Sizes that a scale can have; one more code stands for 0."""
 
 _RANGE_BITS = 64

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from vqjax import progress
 from vqjax.core import shrinkage, tree
+from vqjax.core.granularity import input_scale_gain
 from vqjax.core.moments import Moment
 from vqjax.core.plan import Plan, expected_distortion, make_plan
 from vqjax.core.shrinkage import Shrinkage
@@ -32,12 +33,14 @@ class Outlook(NamedTuple):
       shrinkage: how its metric is made of its moment.
       centred: whether the mean of its inputs is left to a corrected bias.
       gain: its relative output error over the distortion of unit Gaussians.
+      input_gain: its error with scales of its input channels over that without.
       errors: a typical error, of relative output error 1, by paths of parameters.
     """
 
     shrinkage: Shrinkage
     centred: bool
     gain: float
+    input_gain: float
     errors: dict[str, np.ndarray]
 
     def moment(self, moment: Moment) -> np.ndarray:
@@ -60,7 +63,8 @@ def outlook(job: "Job", journal: Journal, path: str, moment: Moment) -> Outlook:
     if found is not None:
         errors, notes = found
         named = {name.replace(".", "/"): error for name, error in errors.items()}
-        return Outlook(Shrinkage(*notes["shrinkage"]), notes["centred"], notes["gain"], named)
+        about = {**notes, "shrinkage": Shrinkage(*notes["shrinkage"])}
+        return Outlook(**about, errors=named)
     flat = tree.flatten(job.model.params)
     metric = shrinkage.layer_metric(
         moment,
@@ -76,10 +80,12 @@ def outlook(job: "Job", journal: Journal, path: str, moment: Moment) -> Outlook:
         "shrinkage": list(metric.shrinkage),
         "centred": metric.centred,
         "gain": expected.gain,
+        "input_gain": input_scale_gain(flat[path]),
     }
     stored = {name.replace("/", "."): error for name, error in expected.errors.items()}
     journal.store(piece(path), stored, notes)
-    return Outlook(metric.shrinkage, metric.centred, expected.gain, expected.errors)
+    about = notes | {"shrinkage": metric.shrinkage}
+    return Outlook(**about, errors=expected.errors)
 
 
 def sensitivities(
@@ -114,7 +120,10 @@ def planned(job: "Job", outlooks: Mapping[str, Outlook], costs: Mapping[str, flo
     if job.settings.plan is not None:
         return job
     gain = {path: one.gain for path, one in outlooks.items()}
-    plan = make_plan(job.shapes, **budget(job.settings), sensitivity=costs, gain=gain)
+    input_gain = {path: one.input_gain for path, one in outlooks.items()}
+    plan = make_plan(
+        job.shapes, **budget(job.settings), sensitivity=costs, gain=gain, input_gain=input_gain
+    )
     return dataclasses.replace(job, plan=plan)
 
 
@@ -133,15 +142,17 @@ def record(
 
     Returns:
       By layer: "sensitivity" (mean squared change of the guided noise prediction for a relative
-      output error of 1), "gain", "expected_output_mse", "expected_cost" (the product of first and
-      third) and "bits_per_weight".
+      output error of 1), "gain", "input_gain", "expected_output_mse", "expected_cost" (the product
+      of sensitivity and expected error) and "bits_per_weight".
     """
     rows = {}
     for path, spec in plan.items():
-        error = min(1.0, outlooks[path].gain * expected_distortion(spec))
+        left = expected_distortion(spec, outlooks[path].input_gain)
+        error = min(1.0, outlooks[path].gain * left)
         rows[path] = {
             "sensitivity": costs[path],
             "gain": outlooks[path].gain,
+            "input_gain": outlooks[path].input_gain,
             "expected_output_mse": error,
             "expected_cost": costs[path] * error,
             "bits_per_weight": spec.stored(tuple(shapes[path])).per_weight,
@@ -157,7 +168,10 @@ def to_json(rows: Mapping[str, dict[str, float]]) -> str:
 
 def show(plan: Plan, rows: Mapping[str, dict[str, float]]) -> None:
     """Prints the plan, a line per layer."""
-    title = "Plan by layer, as measured (cost of losing all, error, share of the cost)"
+    title = (
+        "Plan by layer, as measured (t: input channels have scales; cost of losing all, error, "
+        "share of the cost)"
+    )
     table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
     table.add_column("layer", overflow="fold")
     for name in ("G", "codes", "bits", "cost", "error", "%"):
@@ -165,8 +179,9 @@ def show(plan: Plan, rows: Mapping[str, dict[str, float]]) -> None:
     total = sum(row["expected_cost"] for row in rows.values()) or 1.0
     for path, row in rows.items():
         spec = plan[path]
+        codes = f"{spec.codebooks} x {spec.entries}" + " t" * spec.input_scales
         table.add_row(path.removeprefix("unet/").removesuffix("/kernel"), str(spec.group),
-                      f"{spec.codebooks} x {spec.entries}", f"{row['bits_per_weight']:.3f}",
+                      codes, f"{row['bits_per_weight']:.3f}",
                       f"{row['sensitivity']:.2g}", f"{row['expected_output_mse']:.2g}",
                       f"{100 * row['expected_cost'] / total:.1f}")  # fmt: skip
     Console(highlight=False).print(table)
