@@ -211,7 +211,7 @@ class Prediction:
         if piece.spec.grouping == "scalar":
             return self.constant["moments"] + self.slope["moments"] * counts["moments"]
         return sum(self.constant.values()) + sum(
-            self.slope[stage] * count for stage, count in counts.items()
+            self.slope[stage] * count for stage, count in counts.items() if stage in self.slope
         )
 
 
