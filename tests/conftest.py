@@ -37,6 +37,17 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path not in slow)
 
 
+@pytest.fixture(autouse=True)
+def _slow_tests_are_compiled_as_users_compile(request):
+    """Full-size models run longer than they compile."""
+    name = "jax_disable_most_optimizations"
+    before = jax.config.values[name]
+    if request.node.get_closest_marker("slow"):
+        jax.config.update(name, False)
+    yield
+    jax.config.update(name, before)
+
+
 GOLDEN_ROOT = pathlib.Path(
     os.environ.get("VQJAX_GOLDEN", pathlib.Path(__file__).parents[2] / "shared")
 )
