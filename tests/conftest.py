@@ -37,15 +37,19 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path not in slow)
 
 
-@pytest.fixture(autouse=True)
-def _slow_tests_are_compiled_as_users_compile(request):
-    """Full-size models run longer than they compile."""
-    name = "jax_disable_most_optimizations"
-    before = jax.config.values[name]
-    if request.node.get_closest_marker("slow"):
-        jax.config.update(name, False)
-    yield
-    jax.config.update(name, before)
+@pytest.fixture(autouse=True, scope="module")
+def _files_with_slow_tests_are_compiled_as_users_compile(request):
+    """Whole searches and full-size models run longer than they compile."""
+    own = [item for item in request.session.items if item.path == request.path]
+    if not any(item.get_closest_marker("slow") for item in own):
+        yield
+        return
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", False)
+    with pytest.MonkeyPatch.context() as patch:  # for the programs that these tests start
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")
+        yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 GOLDEN_ROOT = pathlib.Path(

@@ -33,7 +33,8 @@ class Effort:
     """How hard to search. The defaults are where more time stops paying.
 
     Attributes:
-      start_steps: rounds of search and least squares for the first codebooks.
+      start_steps: rounds of search and least squares for the first codebooks of up to two bits per
+        weight; beyond, as the square of the bits: at four bits, four times as many.
       feedback_rounds, descent_rounds: most sweeps over all vectors of each kind.
       store_rounds: sweeps for what rounding to the stored types has moved.
       least_gain: sweeps of one kind end once one lowers the loss by less than this share.
@@ -44,7 +45,7 @@ class Effort:
       damping: the same inside error feedback only.
     """
 
-    start_steps: int = 240
+    start_steps: int = 60
     feedback_rounds: int = 8
     descent_rounds: int = 12
     store_rounds: int = 2
@@ -331,7 +332,7 @@ def _feedback_rounds(
         start_key,
         books=spec.codebooks,
         entries=spec.entries,
-        steps=effort.start_steps,
+        steps=_start_steps(spec, effort),
         beam=effort.beam,
     )
     start = jax.block_until_ready(_State(codes_OJM, books_MKG, scales_O))
@@ -353,6 +354,12 @@ def _feedback_rounds(
 
     rounds = effort.feedback_rounds
     return _rounds("feedback", feed_back, rounds, _Found(start, ()), problem, effort, key, on_stage)
+
+
+def _start_steps(spec: LayerSpec, effort: Effort) -> int:
+    """At two bits 240 steps in place of 60 lower the error by 0.7 %, at four bits by 9 %."""
+    bits = spec.codebooks * math.log2(spec.entries) / spec.group
+    return round(effort.start_steps * max(1.0, bits / 2) ** 2)
 
 
 class _Found(NamedTuple):
