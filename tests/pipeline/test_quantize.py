@@ -25,7 +25,7 @@ from vqjax.settings import Calibration, QuantizeSettings
 
 ROOT = pathlib.Path(__file__).parents[2]
 CALIBRATION = Calibration(images=2, steps=3, batch=2)
-BITS = 2.0
+BITS = 1.2
 
 
 @pytest.fixture(scope="module")
