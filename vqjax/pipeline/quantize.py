@@ -267,6 +267,7 @@ def _work(job: Job, journal: Journal) -> tuple[Job, Journal, Layers]:
                 done.biases.update(biases)
         with journal.stage("scalar baseline"):
             done.scalar.update(_baseline(job, journal, moments, part))
+    jax.clear_caches()  # the searches' programs, one set for each shape, are most of the memory
     return job, journal, done
 
 
