@@ -88,7 +88,7 @@ def test_input_scales_multiply_what_a_channel_feeds(shape):
     inputs = LogScales.of([0.5, 2.0, 0.0, 1.0, 3.0][: shape[-2]])
     scaled = dataclasses.replace(tensor, input_scales=inputs)
     factors = np.asarray(inputs.values())[:, None]
-    np.testing.assert_allclose(scaled.decode(), tensor.decode() * factors, rtol=1e-6)
+    np.testing.assert_allclose(scaled.decode(), np.asarray(tensor.decode()) * factors, rtol=1e-6)
     assert scaled.nbytes == tensor.nbytes + -(-5 * shape[-2] // 8) + 8
 
 

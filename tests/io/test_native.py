@@ -107,7 +107,7 @@ BAD = "unet/out/conv/kernel"
             lambda a: a.update({"unet/out/conv/bias": np.full(3, np.nan, np.float32)}),
             "3 of 3 values are NaN",
         ),
-        (lambda a: a.update({f"{BAD}.scales": np.ones(2, np.uint8)}), r"scales \(2,\), expected"),
+        (lambda a: a.update({f"{BAD}.scales": np.ones(9, np.uint8)}), r"scales \(9,\), expected"),
         (lambda a: a.update({f"{BAD}.scales": np.ones(3, np.float64)}), "scales float64, expected"),
         (lambda a: a.pop(f"{BAD}.scale_range"), "scale_range missing"),
         (lambda a: a[f"{BAD}.scale_range"].fill(np.inf), "scale_range: 2 of 2 values are NaN"),

@@ -68,9 +68,14 @@ def _visited() -> dict[str, np.ndarray]:
     return {"x": x_TBHWC.astype(np.float32), "t": np.array([501, 1]), "ids": np.array([2, 0])}
 
 
+def _weigh_alike(journal) -> None:
+    journal.store("timesteps", {"weights": np.ones(2), "timesteps": np.array([501, 1])}, {})
+
+
 def test_held_out_errors_are_those_of_the_rows(job, done, journal, monkeypatch):
     arrays = _visited()
     journal.store("held-out-trajectories", arrays, {})
+    _weigh_alike(journal)
     found = layer_figures.held_out(job, journal, done)
     assert list(found) == list(job.plan)
     monkeypatch.setattr(test_calibrate, "PATHS", PATHS)
@@ -121,6 +126,7 @@ def test_a_killed_run_measures_only_what_is_missing(job, done, journal, monkeypa
     job = dataclasses.replace(job, plan=two, division=small_memory)
     made = []
     journal.store("held-out-trajectories", _visited(), {})
+    _weigh_alike(journal)
     gather = calibrate.second_moments
 
     def die_second(*args, **named):
@@ -187,5 +193,5 @@ def test_the_time_of_held_out_errors_is_estimated(job):
 
     # The speed is measured anew each time: compare stages of one estimate.
     few, many = seconds(16), seconds(320)
-    assert few["held-out errors"] == pytest.approx(few["calibrate"] * 3 / 4)
-    assert many["held-out errors"] == pytest.approx(many["calibrate"] * 3 / 4 / 20)
+    assert 0.5 < few["held-out errors"] / few["calibrate"] < 0.75  # which weighs timesteps, too
+    assert 0.5 / 20 < many["held-out errors"] / many["calibrate"] < 0.75 / 20
