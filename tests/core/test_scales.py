@@ -27,7 +27,7 @@ def test_bytes_are_those_that_are_counted():
 
 
 def test_zeros_stay_zero_and_extremes_stay_finite():
-    found = np.asarray(LogScales.of([0.0, 1e-30, 1e30, 0.0]).values())
+    found = np.asarray(LogScales.of(np.array([0.0, 1e-30, 1e30, 0.0])).values())
     np.testing.assert_allclose(found, [0.0, 1e-30, 1e30, 0.0], rtol=1e-4)
     np.testing.assert_array_equal(LogScales.of(np.zeros(3)).values(), np.zeros(3))
 

@@ -85,7 +85,7 @@ def test_pack_and_unpack_are_inverses_and_bytes_are_exact(shape, books, entries)
 @pytest.mark.parametrize("shape", [(5, 3), (3, 3, 4, 5)])
 def test_input_scales_multiply_what_a_channel_feeds(shape):
     tensor, *_ = _tensor(shape, 9, name="linear")
-    inputs = LogScales.of([0.5, 2.0, 0.0, 1.0, 3.0][: shape[-2]])
+    inputs = LogScales.of(np.array([0.5, 2.0, 0.0, 1.0, 3.0])[: shape[-2]])
     scaled = dataclasses.replace(tensor, input_scales=inputs)
     factors = np.asarray(inputs.values())[:, None]
     np.testing.assert_allclose(scaled.decode(), np.asarray(tensor.decode()) * factors, rtol=1e-6)

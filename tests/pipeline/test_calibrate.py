@@ -118,7 +118,7 @@ def test_timesteps_count_as_their_weights_say():
             expected |= {"held_NN": second.held_NN, "held_mean_N": mean.held_mean_N}
             assert moments[path].held_share == pytest.approx(1 / images)
         for name, other in expected.items():
-            scale = np.abs(other).max()
+            scale = np.abs(np.asarray(other)).max()
             found = moments[path].to_arrays()[name]
             np.testing.assert_allclose(found / scale, other / scale, atol=2e-5, err_msg=path)
 

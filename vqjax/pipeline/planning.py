@@ -76,16 +76,22 @@ def outlook(job: "Job", journal: Journal, path: str, moment: Moment) -> Outlook:
     key = jax.random.fold_in(jax.random.key(job.settings.seed), 1)
     key = jax.random.fold_in(key, zlib.crc32(path.encode()))
     expected = sensitivity.expected(path, flat[path], moment, metric, key)
+    made = Outlook(
+        metric.shrinkage,
+        metric.centred,
+        expected.gain,
+        input_scale_gain(flat[path]),
+        expected.errors,
+    )
     notes = {
-        "shrinkage": list(metric.shrinkage),
-        "centred": metric.centred,
-        "gain": expected.gain,
-        "input_gain": input_scale_gain(flat[path]),
+        "shrinkage": list(made.shrinkage),
+        "centred": made.centred,
+        "gain": made.gain,
+        "input_gain": made.input_gain,
     }
     stored = {name.replace("/", "."): error for name, error in expected.errors.items()}
     journal.store(piece(path), stored, notes)
-    about = notes | {"shrinkage": metric.shrinkage}
-    return Outlook(**about, errors=expected.errors)
+    return made
 
 
 def sensitivities(
