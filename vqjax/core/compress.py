@@ -127,10 +127,10 @@ def compress_layer(
     if spec.grouping == "scalar":
         tensor, history = _round_scalar(kernel, spec), ()
     else:
-        inputs, scaled = None, (kernel, moment, metric)
+        inputs, scaled = None, _Given(kernel, moment, metric)
         if spec.input_scales:
-            inputs, scaled = _without_input_scales(*scaled)
-        problem = _problem(*scaled, spec, effort)
+            inputs, scaled = _without_input_scales(scaled)
+        problem = _problem(scaled.kernel, scaled.moment, scaled.metric, spec, effort)
         state, history = _search(problem, spec, effort, key, on_stage)
         tensor = _store(problem, state, kernel.shape, spec, effort, inputs)
     stats = _statistics(kernel, moment, tensor, history)
@@ -138,26 +138,34 @@ def compress_layer(
     return tensor, stats
 
 
-def _without_input_scales(kernel, moment, metric):
+class _Given(NamedTuple):
+    kernel: jax.typing.ArrayLike
+    moment: jax.typing.ArrayLike | None
+    metric: jax.typing.ArrayLike | None
+
+
+def _without_input_scales(given: _Given) -> tuple[LogScales, _Given]:
     """Returns scales of the input channels, and the same problem in weights divided by them.
 
     The scale of a channel is the root mean square of its weights: a codebook shared by all of them
     then meets one size instead of many. (W - Q) x = ((W - Q) / t) (t x): inputs take the scales
     over. Inputs of channels without weights no longer count.
     """
-    kernel = np.asarray(kernel, np.float32)
+    kernel = np.asarray(given.kernel, np.float32)
     rows_CX = grouping.channel_rows(kernel).astype(np.float64)
     inputs = LogScales.of(np.sqrt(np.mean(rows_CX**2, axis=1)))
     scales_C = np.asarray(inputs.values())
     scales_N = np.repeat(scales_C, kernel.size // kernel.shape[-1] // scales_C.size)
     divisor_C = np.where(scales_C > 0, scales_C, 1.0)[:, None]
 
-    given = next((s for s in (metric, moment) if s is not None), np.eye(len(scales_N)))
-    scaled_NN = np.array(given, np.float32)  # one copy: the widest layer's takes 1.2 GB
+    used = given.moment if given.metric is None else given.metric
+    used = np.eye(len(scales_N)) if used is None else used
+    scaled_NN = np.array(used, np.float32)  # one copy: the widest layer's takes 1.2 GB
     scaled_NN *= scales_N[:, None]
     scaled_NN *= scales_N
-    problem = (None, scaled_NN) if metric is not None else (scaled_NN, None)
-    return inputs, (kernel / divisor_C, *problem)
+    if given.metric is not None:
+        return inputs, _Given(kernel / divisor_C, None, scaled_NN)
+    return inputs, _Given(kernel / divisor_C, scaled_NN, None)
 
 
 def _round_scalar(kernel: jax.Array, spec: LayerSpec) -> VQTensor:
