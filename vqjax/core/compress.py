@@ -12,7 +12,9 @@ stored types; one last sweep for the codes that the rounding moved. The best ite
 import dataclasses
 import functools
 import math
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import jax
@@ -259,12 +261,24 @@ def _shrink(raw_PP, real_P, shrinkage):
 
 
 def _by_tiles(search: Callable[..., jax.Array], problem: _Problem, state: _State) -> jax.Array:
-    """Calls `search(w, codes, scales)` on tiles of rows of one size; returns the codes of all."""
+    """Calls `search(w, codes, scales)` on tiles of rows of one size; returns the codes of all.
+
+    On a CPU as many tiles are searched at a time as there are cores: one search keeps one busy.
+    """
     tile, rows = _tile_rows(), problem.w_OP.shape[0]
-    used = [
-        search(*_rows(problem.w_OP, state.codes_OJM, state.scales_O, first, size=tile))
-        for first in range(0, problem.outputs, tile)
-    ]
+    (device,) = problem.w_OP.devices()
+    precision = getattr(jax.config, "jax_default_matmul_precision", None)
+
+    def search_tile(first: int) -> jax.Array:
+        # Settings of the calling thread: pass them on.
+        with jax.default_device(device), jax.default_matmul_precision(precision):
+            parts = _rows(problem.w_OP, state.codes_OJM, state.scales_O, first, size=tile)
+            return jax.block_until_ready(search(*parts))
+
+    firsts = range(0, problem.outputs, tile)
+    cores = (os.cpu_count() or 1) if device.platform == "cpu" else 1
+    with ThreadPoolExecutor(min(cores, len(firsts))) as pool:
+        used = list(pool.map(search_tile, firsts))
     spare = [jnp.zeros_like(used[0])] * (rows // tile - len(used))
     return jnp.concatenate(used + spare)
 
