@@ -101,13 +101,9 @@ def devices() -> list[Row]:
 
 def paths() -> list[Row]:
     """Which implementations of a quantized layer run on the default device."""
-    import jax
+    from vqjax.kernels import dispatch
 
-    backend = jax.default_backend()
-    return [
-        ("XLA decode, then multiply", f"yes, on {backend}"),
-        ("Pallas and Triton kernels", "no: not part of this release"),
-    ]
+    return dispatch.overview()
 
 
 def files() -> list[Row]:

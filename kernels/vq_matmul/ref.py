@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The definition of `vq_matmul`: decode, then multiply.
+"""The definition of `vq_matmul`: decode, then multiply. It is also the path of most devices.
 
 Dimension key:  B rows of x   I inputs   O outputs   J = I / G rounded up   G weights of a vector
                 M codebooks   K entries   Y bytes of a row of codes
@@ -17,14 +17,26 @@ def vq_matmul(
     codebooks_MKG: jax.Array,
     scales_O: jax.Array,
     codebook_scale: jax.Array | None = None,
+    bias_O: jax.Array | None = None,
 ) -> jax.Array:
-    """Returns x @ W.T as [B, O] in the type of x, accumulated in float32.
+    """Returns x @ W.T + bias as [B, O] in the type of x.
+
+    Weights are summed in float32 and rounded to the type of x, products are added up in float32.
 
     Args:
       x_BI: any floating type.
       packed_OY, codebooks_MKG, scales_O, codebook_scale: as in `decode`.
+      bias_O: floating point, or None.
     """
     inputs = x_BI.shape[1]
     groups = -(-inputs // codebooks_MKG.shape[-1])
     w_OP = decode(packed_OY, codebooks_MKG, scales_O, codebook_scale, groups=groups)
-    return jnp.einsum("bi,oi->bo", x_BI.astype(jnp.float32), w_OP[:, :inputs]).astype(x_BI.dtype)
+    return product(x_BI, w_OP[:, :inputs].astype(x_BI.dtype), bias_O)
+
+
+def product(x_BI: jax.Array, w_OI: jax.Array, bias_O: jax.Array | None) -> jax.Array:
+    """Returns x @ w.T + bias for a decoded weight in the type of x."""
+    y_BO = jnp.einsum("bi,oi->bo", x_BI, w_OI, preferred_element_type=jnp.float32)
+    if bias_O is not None:
+        y_BO += bias_O.astype(jnp.float32)[None]
+    return y_BO.astype(x_BI.dtype)

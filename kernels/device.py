@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the device at hand can run."""
+
+import dataclasses
+import functools
+import re
+from typing import Any
+
+import jax
+
+PALLAS_CAPABILITY = (8, 0)
+"""XLA compiles Triton code from here on: it says that of "Ampere GPUs and up"."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """A kind of device.
+
+    Attributes:
+      platform: as JAX names it: "cpu", "gpu", "tpu".
+      kind: as its maker names it.
+      capability: compute capability of a CUDA device, None for others.
+    """
+
+    platform: str
+    kind: str
+    capability: tuple[int, int] | None = None
+
+    def __str__(self) -> str:
+        if self.capability is None:
+            return self.kind
+        return f"{self.kind}, compute capability {self.capability[0]}.{self.capability[1]}"
+
+    def refuses_pallas(self) -> str | None:
+        """Returns why Pallas kernels cannot run here, or None."""
+        if self.capability is None:
+            return f"{self} is no CUDA device"
+        if self.capability < PALLAS_CAPABILITY:
+            least = ".".join(map(str, PALLAS_CAPABILITY))
+            return f"{self}, and XLA compiles Triton code from {least} on"
+        return None
+
+
+def current() -> Device:
+    """Returns the device that computations go to by default."""
+    chosen = jax.config.values["jax_default_device"]
+    if chosen is None or isinstance(chosen, str):
+        chosen = jax.local_devices(backend=chosen)[0]
+    return _describe(chosen)
+
+
+@functools.cache
+def _describe(device: Any) -> Device:
+    # CUDA writes "9.0" here, ROCm "gfx942", others have no such attribute.
+    written = str(getattr(device, "compute_capability", ""))
+    parts = re.fullmatch(r"(\d+)\.(\d+)", written) if device.platform == "gpu" else None
+    capability = (int(parts[1]), int(parts[2])) if parts else None
+    return Device(device.platform, device.device_kind, capability)

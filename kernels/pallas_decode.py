@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decodes a whole weight on a GPU, once, for the schedule in which many rows use it.
+
+Dimension key:  O outputs   N fan-in   T outputs of a tile   V vectors of a tile   G weights of a
+                vector   P the same, up to a power of two
+"""
+
+import functools
+
+import jax
+
+from vqjax.kernels import pallas_gpu as gpu
+from vqjax.kernels.problem import Operands, Problem
+from vqjax.kernels.schedule import Tiles, power_of_two
+
+
+def decode(
+    operands: Operands, problem: Problem, tiles: Tiles, *, interpret: bool = False
+) -> jax.Array:
+    """Returns the weight matrix [O, N] in the type of x: `decode` of the definition, rounded.
+
+    Args:
+      tiles: outputs and vectors (depth over the size of a vector) of a program.
+    """
+    vectors = max(tiles.depth // power_of_two(problem.group), 1)
+    grid = (-(-problem.outputs // tiles.outputs), -(-problem.groups // vectors))
+    kernel = functools.partial(_kernel, problem=problem, outputs=tiles.outputs, vectors=vectors)
+    return gpu.launch(
+        kernel,
+        (operands.packed_OY, gpu.flat_books(operands.codebooks_MKG), operands.factors()),
+        grid=grid,
+        shape=(problem.outputs, problem.fan_in),
+        dtype=operands.x.dtype,
+        tiles=tiles,
+        name="vq_decode",
+        interpret=interpret,
+    )
+
+
+def _kernel(packed_ref, books_ref, factors_ref, w_ref, *, problem, outputs, vectors):
+    rows_T = gpu.indices(gpu.pl.program_id(0) * outputs, outputs)
+    vectors_V = gpu.indices(gpu.pl.program_id(1) * vectors, vectors)
+    places_P = gpu.indices(0, power_of_two(problem.group))
+    codes_M = gpu.read_codes(packed_ref, rows_T, vectors_V, problem)
+    w_TVP = gpu.sum_entries(
+        books_ref, [code_TV[:, :, None] for code_TV in codes_M], places_P[None, None]
+    )
+    stored_T = rows_T < problem.outputs
+    factors_T = gpu.load(factors_ref, (rows_T,), stored_T)
+    columns_VP = vectors_V[:, None] * problem.group + places_P[None]
+    real_VP = (columns_VP < problem.fan_in) & (places_P < problem.group)[None]
+    gpu.store(
+        w_ref,
+        (rows_T[:, None, None], columns_VP[None]),
+        (w_TVP * factors_T[:, None, None]).astype(w_ref.dtype),
+        stored_T[:, None, None] & real_VP[None],
+    )

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a GPU kernel cuts its work into tiles, by rules of arithmetic.
+
+Two schedules. "fused": every program decodes the weights that it multiplies, so that they pass
+through memory as codes; a weight is decoded once per tile of rows. "staged": a first kernel decodes
+each weight once, into a buffer that lives as long as the layer runs, and a dense product of XLA
+uses it for all rows. Few rows wait for weights to be read, and the first reads 2 bits of each; many
+rows wait for arithmetic, and the second leaves that to the vendor's library.
+
+No rule here was measured; a tuned table (`kernels.dispatch`) replaces them by device.
+"""
+
+import dataclasses
+
+from vqjax.kernels.problem import Problem
+
+FUSED_ROWS = 256
+"""Most rows that the rules give to the fused schedule: its tiles then decode a weight twice."""
+
+_LEAST = 16  # side of the smallest matrix product on tensor cores
+_MOST_ROWS = 128
+_PROGRAMS = 128  # about one for every multiprocessor of the GPUs in question
+_MOST_SPLITS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """Sizes of what one program computes; powers of two, but for `splits`.
+
+    Attributes:
+      rows: output rows or pixels, 16 or more.
+      outputs: output channels, 16 or more.
+      depth: length of each inner product that is added up, 16 or more: weights of a row, or
+        vectors of it where each place of a vector is multiplied by itself.
+      splits: programs that share one tile of the output, each for a part of the inputs.
+      warps, stages: as the Triton compiler takes them.
+    """
+
+    rows: int
+    outputs: int
+    depth: int
+    splits: int = 1
+    warps: int = 4
+    stages: int = 2
+
+    def problems(self) -> list[str]:
+        """Returns what is wrong with the fields, one line each."""
+        found = []
+        for name in ("rows", "outputs", "depth", "warps"):
+            value, least = getattr(self, name), 1 if name == "warps" else _LEAST
+            if not isinstance(value, int) or value < least or value & (value - 1):
+                found.append(f"{name} {value!r}, expected a power of two from {least}")
+        for name in ("splits", "stages"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                found.append(f"{name} {value!r}, expected a whole number from 1")
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """Attributes:
+    kind: "fused" or "staged".
+    tiles: of the fused kernel, or of the one that decodes.
+    """
+
+    kind: str
+    tiles: Tiles
+
+    def __str__(self) -> str:
+        t = self.tiles
+        return f"{self.kind}, tiles {t.rows}x{t.outputs}x{t.depth}, {t.splits} splits"
+
+
+SMALLEST = (
+    Schedule("fused", Tiles(_LEAST, _LEAST, _LEAST)),
+    Schedule("staged", Tiles(_LEAST, _LEAST, _LEAST)),
+)
+"""Both schedules with the least work for a compiler."""
+
+
+def power_of_two(number: int) -> int:
+    """Returns the least power of two that is not below a positive number."""
+    return 1 << (number - 1).bit_length()
+
+
+def by_rule(problem: Problem) -> Schedule:
+    """Returns the schedule of a problem, from its sizes alone."""
+    if problem.rows > FUSED_ROWS:
+        return Schedule("staged", Tiles(_LEAST, 32, 128))
+    rows = min(max(power_of_two(problem.rows), _LEAST), _MOST_ROWS)
+    outputs = 32 if rows <= 32 else 64
+    depth = 64 if problem.window == 1 else 32
+    programs = -(-problem.rows // rows) * -(-problem.outputs // outputs)
+    splits = min(_MOST_SPLITS, -(-_PROGRAMS // programs), -(-problem.inputs // depth))
+    return Schedule("fused", Tiles(rows, outputs, depth, splits, warps=8 if rows > 64 else 4))

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layers of real models, for tests and benchmarks: `layers.json`, made from the models.
+
+`tests/kernels/layers_of_models.py` writes that file, and a test compares it with the models.
+"""
+
+import dataclasses
+import functools
+import importlib.resources
+import json
+
+import jax.numpy as jnp
+import numpy as np
+
+from vqjax.kernels import decode
+from vqjax.kernels.problem import Operands, Problem
+
+Pad = tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One layer of a U-Net, and how a plan of about two bits stores it.
+
+    Attributes:
+      model: preset that it comes from.
+      op: "vq_matmul" or "vq_conv".
+      x_shape: of one image; [1, I], [1, tokens, I] or [1, H, W, I].
+      outputs, window, stride, padding: as the layer has them.
+      scalar: whether single weights are stored: the first and the last convolution.
+      count: layers of the model that are like this one.
+    """
+
+    model: str
+    op: str
+    x_shape: tuple[int, ...]
+    outputs: int
+    window: int
+    stride: int
+    padding: Pad
+    scalar: bool
+    count: int
+
+    def operands_shape(self, batch: int) -> tuple[int, ...]:
+        """Returns the shape of x for a batch: [B, H, W, I] of a convolution, else [rows, I]."""
+        if self.op == "vq_conv":
+            return (batch, *self.x_shape[1:])
+        return (batch * int(np.prod(self.x_shape[1:-1])), self.x_shape[-1])
+
+    def problem(self, batch: int, dtype: str) -> Problem:
+        """Returns the problem for a batch of images."""
+        rows = self.operands_shape(batch)[0]
+        if self.op == "vq_conv":
+            sides = [(n + sum(self.padding) - self.window) // self.stride + 1 for n in self.image]
+            rows = batch * sides[0] * sides[1]
+        books, entries, group = (
+            (1, 256, 1) if self.scalar else (4, 16, 9 if self.window == 3 else 8)
+        )
+        return Problem(
+            op=self.op,
+            rows=rows,
+            inputs=self.x_shape[-1],
+            outputs=self.outputs,
+            books=books,
+            entries=entries,
+            group=group,
+            dtype=dtype,
+            codebook_dtype="int8" if self.scalar else "float16",
+            window=self.window,
+            strides=(self.stride, self.stride),
+        )
+
+    @property
+    def image(self) -> Pad:
+        """Height and width that a convolution sees."""
+        return self.x_shape[1], self.x_shape[2]
+
+
+@functools.cache
+def layers(op: str) -> tuple[Layer, ...]:
+    """Returns the layers that an operation serves, in the order of the models."""
+    file = importlib.resources.files("vqjax.kernels") / "layers.json"
+    records = json.loads(file.read_text(encoding="utf-8"))
+    return tuple(_layer(record) for record in records if record["op"] == op)
+
+
+def _layer(record: dict) -> Layer:
+    fields = {name: value for name, value in record.items() if name != "x"}
+    fields["padding"] = tuple(fields["padding"])
+    return Layer(x_shape=tuple(record["x"]), **fields)
+
+
+def random_operands(
+    problem: Problem, x_shape: tuple[int, ...], *, bias: bool = True, seed: int = 0
+) -> Operands:
+    """Returns random arrays for a problem: Gaussian, codes uniform."""
+    rng = np.random.default_rng(seed)
+    codes = rng.integers(0, problem.entries, (problem.outputs, problem.groups * problem.books))
+    size = (problem.books, problem.entries, problem.group)
+    whole = problem.codebook_dtype == "int8"
+    books = rng.integers(-127, 128, size) if whole else rng.normal(size=size)
+    return Operands(
+        x=jnp.asarray(rng.normal(size=x_shape), problem.dtype),
+        packed_OY=jnp.asarray(decode.pack(codes, problem.entries)),
+        codebooks_MKG=jnp.asarray(books, problem.codebook_dtype),
+        scales_O=jnp.asarray(rng.uniform(0.5, 1.5, problem.outputs), jnp.float32),
+        codebook_scale=jnp.float32(0.01) if whole else None,
+        bias_O=jnp.asarray(rng.normal(size=problem.outputs), jnp.float32) if bias else None,
+    )

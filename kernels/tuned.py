@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table of measured choices, `tiles.json`: data, by kind of device, operation and problem.
+
+    {"version": 1, "devices": {KIND: {OP: {KEY: ENTRY}}}}
+
+KIND is `device_kind` of JAX, KEY comes from `key`. An ENTRY is {"path": "xla"}, or a path with its
+schedule: {"path": "pallas", "kind": "fused", "tiles": {"rows": 16, ...}}. Only measurements on that
+device belong into it.
+"""
+
+import functools
+import importlib.resources
+import json
+from typing import Any
+
+from vqjax.errors import gathered
+from vqjax.kernels.problem import Problem
+from vqjax.kernels.schedule import Schedule, Tiles, power_of_two
+
+VERSION = 1
+PATHS = ("xla", "pallas", "triton")
+KINDS = ("fused", "staged")
+
+Entry = tuple[str, Schedule | None]
+
+
+def key(problem: Problem) -> str:
+    """Returns what problems share that are measured as one: rows count up to a power of two."""
+    rows = power_of_two(max(problem.rows, 1))
+    sizes = f"{rows}x{problem.inputs}x{problem.outputs}"
+    code = f"{problem.books}x{problem.entries}x{problem.group}"
+    stride = "" if problem.strides == (1, 1) else " stride {}x{}".format(*problem.strides)
+    return f"{sizes} {problem.dtype} {code} {problem.codebook_dtype}{stride}"
+
+
+def find(device_kind: str, problem: Problem) -> Entry | None:
+    """Returns the measured path of a problem and its schedule (None for XLA), if there is one."""
+    return _shipped().get((device_kind, problem.op, key(problem)))
+
+
+@functools.cache
+def _shipped() -> dict[tuple[str, str, str], Entry]:
+    file = importlib.resources.files("vqjax.kernels") / "tiles.json"
+    return read(file.read_text(encoding="utf-8"))
+
+
+def read(text: str) -> dict[tuple[str, str, str], Entry]:
+    """Returns the entries of a table by (device kind, op, key).
+
+    Raises:
+      VqjaxError: lists everything that is wrong with it.
+    """
+    data = json.loads(text)
+    if data.get("version") != VERSION:
+        raise gathered([f"version {data.get('version')!r}, expected {VERSION}"], _HEADING)
+    problems: list[str] = []
+    table = {
+        (kind, op, name): _entry(fields, f"{kind}: {op} {name}", problems)
+        for kind, ops in data["devices"].items()
+        for op, entries in ops.items()
+        for name, fields in entries.items()
+    }
+    if problems:
+        raise gathered(problems, _HEADING)
+    return table
+
+
+_HEADING = "the table of measured tiles cannot be used:"
+
+
+def _entry(fields: dict[str, Any], where: str, problems: list[str]) -> Entry:
+    path, kind = str(fields.get("path")), str(fields.get("kind"))
+    if path not in PATHS:
+        problems.append(f"{where}: path {path!r}, expected one of {', '.join(PATHS)}")
+    if path == "xla":
+        return path, None
+    if kind not in KINDS:
+        problems.append(f"{where}: kind {kind!r}, expected {' or '.join(KINDS)}")
+    try:
+        tiles = Tiles(**fields.get("tiles", {}))
+    except TypeError as error:
+        problems.append(f"{where}: tiles {fields.get('tiles')!r}: {error}")
+        return path, None
+    problems += [f"{where}: {problem}" for problem in tiles.problems()]
+    return path, Schedule(kind, tiles)

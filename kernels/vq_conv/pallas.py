@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vq_conv` with 3x3 kernels on a GPU, as a product of patches that are never stored.
+
+A vector is a kernel of one channel (G = 9), a row of it (3) or one weight (1): what is decoded for
+a tile of outputs and channels serves all pixels of the tile, place by place in the window. Zeros
+around the image are masks of loads, not a padded copy.
+
+Dimension key:  O outputs   N fan-in   R pixels of a tile   T outputs of a tile
+                C channels of a tile
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from vqjax.kernels import pallas_decode
+from vqjax.kernels import pallas_gpu as gpu
+from vqjax.kernels.problem import Operands, Problem
+from vqjax.kernels.schedule import SMALLEST, Schedule, Tiles
+from vqjax.kernels.vq_conv import ref
+from vqjax.kernels.vq_conv.window import Window
+
+_GROUPS = (1, 3, 9)
+
+
+def unsupported(problem: Problem) -> list[str]:
+    """Returns why no device can run a problem here; nothing if some can. Never raises."""
+    found = gpu.unsupported(problem)
+    if problem.window != 3:
+        found.append(f"window of {problem.window}, the kernel has 3x3 weights")
+    if problem.group not in _GROUPS:
+        found.append(f"vectors of {problem.group}, kernels read one weight, a row of 3 or all 9")
+    return found
+
+
+def vq_conv(
+    operands: Operands,
+    problem: Problem,
+    schedule: Schedule,
+    window: Window,
+    *,
+    interpret: bool = False,
+) -> jax.Array:
+    """Computes what `ref.vq_conv` defines, for problems that are not `unsupported`.
+
+    Args:
+      interpret: run on the CPU, tile by tile, to check the numbers.
+    """
+    if schedule.kind == "staged":
+        w_ON = pallas_decode.decode(operands, problem, schedule.tiles, interpret=interpret)
+        return ref.convolve(operands.x, w_ON, operands.bias_O, window)
+    return _fused(operands, problem, schedule.tiles, window, interpret)
+
+
+def compile_small(problem: Problem) -> None:
+    """Compiles both schedules of a small problem for the default device; raises what it meets."""
+    image = (1, problem.rows)
+    window = Window.of(problem.window, problem.strides, "SAME", image)
+    for schedule in SMALLEST:
+        run = functools.partial(vq_conv, problem=problem, schedule=schedule, window=window)
+        jax.jit(run).lower(problem.abstract((1, *image, problem.inputs))).compile()
+
+
+def _fused(
+    operands: Operands, problem: Problem, tiles: Tiles, window: Window, interpret: bool
+) -> jax.Array:
+    batch, height, width, inputs = operands.x.shape
+    image = (height, width)
+    steps = -(-inputs // (tiles.depth * tiles.splits))
+    kernel = functools.partial(
+        _kernel, problem=problem, tiles=tiles, image=image, window=window, steps=steps
+    )
+    factors_O, biases_O = operands.factors(), operands.biases()
+    y = gpu.launch(
+        kernel,
+        (
+            operands.x.reshape(-1, inputs),
+            operands.packed_OY,
+            gpu.flat_books(operands.codebooks_MKG),
+            factors_O,
+            biases_O,
+        ),
+        grid=(-(-problem.rows // tiles.rows), -(-problem.outputs // tiles.outputs), tiles.splits),
+        shape=(tiles.splits * problem.rows, problem.outputs),
+        dtype=operands.x.dtype if tiles.splits == 1 else jnp.float32,
+        tiles=tiles,
+        name="vq_conv",
+        interpret=interpret,
+    )
+    y = gpu.add_splits(y, tiles.splits, factors_O, biases_O, operands.x.dtype)
+    return y.reshape(batch, *window.outputs(image), problem.outputs)
+
+
+def _kernel(
+    x_ref, packed_ref, books_ref, factors_ref, biases_ref, y_ref,
+    *, problem, tiles, image, window, steps,
+):  # fmt: skip
+    pixels_R = gpu.indices(gpu.pl.program_id(0) * tiles.rows, tiles.rows)
+    outputs_T = gpu.indices(gpu.pl.program_id(1) * tiles.outputs, tiles.outputs)
+    split = gpu.pl.program_id(2)
+    height, width = window.outputs(image)
+    line_R, x_R = _divide(pixels_R, width)
+    image_R, y_R = _divide(line_R, height)
+    first_R = image_R * image[0]  # line of the batch where an image begins
+    top_R = y_R * window.strides[0] - window.padding[0][0]
+    left_R = x_R * window.strides[1] - window.padding[1][0]
+    in_channel = problem.window**2 // problem.group  # vectors that read one channel
+
+    def x_tile(place, channels_C):
+        """What the pixels see at one place of the window, zeros outside the image."""
+        down, right = _divide(place, problem.window)
+        y_R, x_R = top_R + down, left_R + right
+        seen_R = (pixels_R < problem.rows) & (y_R >= 0) & (y_R < image[0])
+        seen_R &= (x_R >= 0) & (x_R < image[1])
+        at_R = (first_R + y_R) * image[1] + x_R
+        seen_RC = seen_R[:, None] & (channels_C < problem.inputs)[None]
+        return gpu.load(x_ref, (at_R[:, None], channels_C[None]), seen_RC)
+
+    def add_tile(step, total_RT):
+        channels_C = gpu.indices((split * steps + step) * tiles.depth, tiles.depth)
+        for vector in range(in_channel):
+            codes_M = gpu.read_codes(
+                packed_ref, outputs_T, channels_C * in_channel + vector, problem
+            )
+
+            def add_place(place, total_RT, codes_M=codes_M, vector=vector):
+                w_TC = gpu.sum_entries(books_ref, codes_M, jnp.full((1, 1), place, jnp.int32))
+                x_RC = x_tile(vector * problem.group + place, channels_C)
+                return total_RT + gpu.product(x_RC, w_TC)
+
+            total_RT = jax.lax.fori_loop(0, problem.group, add_place, total_RT)
+        return total_RT
+
+    total_RT = jax.lax.fori_loop(
+        0, steps, add_tile, jnp.zeros((tiles.rows, tiles.outputs), jnp.float32)
+    )
+    gpu.finish(y_ref, total_RT, pixels_R, outputs_T, split, factors_ref, biases_ref, problem, tiles)
+
+
+def _divide(number: jax.Array, by: int) -> tuple[jax.Array, jax.Array]:
+    """Returns quotient and rest. `//` and `%` would treat signs, which are not there, and on a
+    scalar they do not lower on this backend."""
+    divisor = jnp.full(number.shape, by, jnp.int32)
+    return jax.lax.div(number, divisor), jax.lax.rem(number, divisor)

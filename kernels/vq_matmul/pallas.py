@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vq_matmul` on a GPU: weights are decoded where they are multiplied, or once for all rows.
+
+Dimension key:  B rows of x   I inputs   O outputs   R rows of a tile   T outputs of a tile
+                D depth of a tile   V vectors of a tile   G weights of a vector   S splits
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from vqjax.kernels import pallas_decode
+from vqjax.kernels import pallas_gpu as gpu
+from vqjax.kernels.problem import Operands, Problem
+from vqjax.kernels.schedule import SMALLEST, Schedule, Tiles, power_of_two
+from vqjax.kernels.vq_matmul import ref
+
+
+def unsupported(problem: Problem) -> list[str]:
+    """Returns why no device can run a problem here; nothing if some can. Never raises."""
+    return gpu.unsupported(problem)
+
+
+def vq_matmul(
+    operands: Operands, problem: Problem, schedule: Schedule, *, interpret: bool = False
+) -> jax.Array:
+    """Computes what `ref.vq_matmul` defines, for problems that are not `unsupported`.
+
+    Args:
+      interpret: run on the CPU, tile by tile, to check the numbers.
+    """
+    if schedule.kind == "staged":
+        w_OI = pallas_decode.decode(operands, problem, schedule.tiles, interpret=interpret)
+        return ref.product(operands.x, w_OI, operands.bias_O)
+    return _fused(operands, problem, schedule.tiles, interpret)
+
+
+def compile_small(problem: Problem) -> None:
+    """Compiles both schedules of a small problem for the default device; raises what it meets."""
+    for schedule in SMALLEST:
+        run = functools.partial(vq_matmul, problem=problem, schedule=schedule)
+        jax.jit(run).lower(problem.abstract((problem.rows, problem.inputs))).compile()
+
+
+def _fused(operands: Operands, problem: Problem, tiles: Tiles, interpret: bool) -> jax.Array:
+    whole = power_of_two(problem.group) == problem.group
+    vectors = max(tiles.depth // problem.group, 1) if whole else tiles.depth
+    steps = -(-problem.groups // (vectors * tiles.splits))
+    kernel = functools.partial(
+        _kernel, problem=problem, tiles=tiles, vectors=vectors, steps=steps, whole=whole
+    )
+    factors_O, biases_O = operands.factors(), operands.biases()
+    y = gpu.launch(
+        kernel,
+        (
+            operands.x,
+            operands.packed_OY,
+            gpu.flat_books(operands.codebooks_MKG),
+            factors_O,
+            biases_O,
+        ),
+        grid=(-(-problem.rows // tiles.rows), -(-problem.outputs // tiles.outputs), tiles.splits),
+        shape=(tiles.splits * problem.rows, problem.outputs),
+        dtype=operands.x.dtype if tiles.splits == 1 else jnp.float32,
+        tiles=tiles,
+        name="vq_matmul",
+        interpret=interpret,
+    )
+    return gpu.add_splits(y, tiles.splits, factors_O, biases_O, operands.x.dtype)
+
+
+def _kernel(
+    x_ref, packed_ref, books_ref, factors_ref, biases_ref, y_ref,
+    *, problem, tiles, vectors, steps, whole,
+):  # fmt: skip
+    rows_R = gpu.indices(gpu.pl.program_id(0) * tiles.rows, tiles.rows)
+    outputs_T = gpu.indices(gpu.pl.program_id(1) * tiles.outputs, tiles.outputs)
+    split = gpu.pl.program_id(2)
+    group = problem.group
+
+    def x_tile(columns_D):
+        inside_RD = (rows_R < problem.rows)[:, None] & (columns_D < problem.inputs)[None]
+        return gpu.load(x_ref, (rows_R[:, None], columns_D[None]), inside_RD)
+
+    def add_tile(step, total_RT):
+        first = (split * steps + step) * vectors
+        vectors_V = gpu.indices(first, vectors)
+        codes_M = gpu.read_codes(packed_ref, outputs_T, vectors_V, problem)
+        if whole:  # vectors lie side by side in the tile as they do in x
+            w_TVG = gpu.sum_entries(
+                books_ref,
+                [code_TV[:, :, None] for code_TV in codes_M],
+                gpu.indices(0, group)[None, None],
+            )
+            w_TD = w_TVG.reshape(tiles.outputs, vectors * group)
+            return total_RT + gpu.product(x_tile(gpu.indices(first * group, vectors * group)), w_TD)
+
+        def add_place(place, total_RT):
+            w_TV = gpu.sum_entries(books_ref, codes_M, jnp.full((1, 1), place, jnp.int32))
+            return total_RT + gpu.product(x_tile(vectors_V * group + place), w_TV)
+
+        # No side of a value may be 6 or 9: one place of all vectors at a time.
+        return jax.lax.fori_loop(0, group, add_place, total_RT)
+
+    total_RT = jax.lax.fori_loop(
+        0, steps, add_tile, jnp.zeros((tiles.rows, tiles.outputs), jnp.float32)
+    )
+    gpu.finish(y_ref, total_RT, rows_R, outputs_T, split, factors_ref, biases_ref, problem, tiles)

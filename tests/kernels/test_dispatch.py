@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The dispatcher: which path, why, and what it says."""
+
+import dataclasses
+import json
+import logging
+
+import jax.numpy as jnp
+import pytest
+
+from vqjax.errors import VqjaxError
+from vqjax.kernels import dispatch, specs, tuned
+from vqjax.kernels.device import Device
+from vqjax.kernels.problem import Problem
+from vqjax.kernels.schedule import FUSED_ROWS, Schedule, Tiles, by_rule
+from vqjax.kernels.vq_conv.api import vq_conv
+from vqjax.kernels.vq_conv.specs import LAYERS as CONV_LAYERS
+from vqjax.kernels.vq_matmul.api import vq_matmul
+from vqjax.kernels.vq_matmul.specs import LAYERS as MATMUL_LAYERS
+
+PROBLEM = Problem("vq_matmul", 1, 960, 960, 4, 16, 8, "bfloat16", "float16")
+T4 = Device("gpu", "Tesla T4", (7, 5))
+H200 = Device("gpu", "NVIDIA H200", (9, 0))
+CPU = Device("cpu", "cpu")
+
+
+@pytest.fixture(autouse=True)
+def _nothing_asked_for(monkeypatch):
+    monkeypatch.delenv(dispatch.VARIABLE, raising=False)
+    dispatch._log_once.cache_clear()
+
+
+def refusals(device: Device, *unsupported: str) -> dispatch.Refusals:
+    found = dispatch.pallas_refusals(list(unsupported), device)
+    return {"pallas": found, "triton": [dispatch.NO_TRITON]}
+
+
+@pytest.mark.parametrize(
+    ("device", "path", "why"),
+    [
+        (CPU, "xla", "no pallas: cpu is no CUDA device; no triton: this release has"),
+        (T4, "xla", "Tesla T4, compute capability 7.5, and XLA compiles Triton code from 8.0 on"),
+        (Device("gpu", "AMD Instinct MI300X"), "xla", "AMD Instinct MI300X is no CUDA device"),
+        (H200, "pallas", "it can run here"),
+    ],
+)
+def test_the_device_decides(device, path, why):
+    choice = dispatch.choose(PROBLEM, refusals(device), device)
+    assert choice.path == path
+    assert why in choice.why
+    assert (choice.schedule is None) == (path == "xla")
+
+
+def test_the_choice_is_logged_once(caplog):
+    with caplog.at_level(logging.INFO, "vqjax.kernels"):
+        for _ in range(2):
+            dispatch.choose(PROBLEM, refusals(H200), H200)
+    assert caplog.messages == [
+        "vq_matmul on NVIDIA H200, compute capability 9.0: pallas (fused): it can run here"
+    ]
+
+
+def test_a_named_path_that_cannot_run_says_all_reasons(monkeypatch):
+    monkeypatch.setenv(dispatch.VARIABLE, "pallas")
+    problem = dataclasses.replace(PROBLEM, entries=15)
+    with pytest.raises(VqjaxError) as caught:
+        dispatch.choose(problem, refusals(CPU, "K = 15, kernels read codes of 4 bits"), CPU)
+    assert str(caught.value) == (
+        "VQJAX_KERNELS=pallas, but vq_matmul (1x960x960 bfloat16 4x15x8 float16) cannot run there: "
+        "K = 15, kernels read codes of 4 bits; cpu is no CUDA device. "
+        "Unset VQJAX_KERNELS, or set it to auto or xla"
+    )
+
+
+def test_names_are_obeyed(monkeypatch):
+    monkeypatch.setenv(dispatch.VARIABLE, "xla")
+    assert dispatch.choose(PROBLEM, refusals(H200), H200).path == "xla"
+    monkeypatch.setenv(dispatch.VARIABLE, "triton")
+    with pytest.raises(VqjaxError, match="no jax-triton kernels"):
+        dispatch.choose(PROBLEM, refusals(H200), H200)
+    monkeypatch.setenv(dispatch.VARIABLE, "cuda")
+    with pytest.raises(VqjaxError, match="VQJAX_KERNELS=cuda, expected one of auto, xla, pallas"):
+        dispatch.wanted()
+
+
+def entry(**fields) -> dict:
+    tiles = dataclasses.asdict(Tiles(16, 32, 64))
+    return {"path": "pallas", "kind": "fused", "tiles": tiles, **fields}
+
+
+def table(fields: dict) -> str:
+    entries = {H200.kind: {"vq_matmul": {tuned.key(PROBLEM): fields}}}
+    return json.dumps({"version": 1, "devices": entries})
+
+
+@pytest.mark.parametrize(
+    ("fields", "path", "schedule"),
+    [
+        ({"path": "xla"}, "xla", None),
+        (entry(kind="staged"), "pallas", Schedule("staged", Tiles(16, 32, 64))),
+        (entry(path="triton"), "pallas", by_rule(PROBLEM)),  # measured, but cannot run
+    ],
+)
+def test_measurements_come_before_rules(fields, path, schedule, monkeypatch):
+    monkeypatch.setattr(tuned, "_shipped", lambda: tuned.read(table(fields)))
+    choice = dispatch.choose(PROBLEM, refusals(H200), H200)
+    assert (choice.path, choice.schedule) == (path, schedule)
+
+
+def test_a_bad_table_lists_its_mistakes():
+    text = table(entry(path="cuda", kind="quick", tiles={"rows": 8, "outputs": 32, "depth": 64}))
+    with pytest.raises(VqjaxError) as caught:
+        tuned.read(text)
+    message = str(caught.value)
+    assert "path 'cuda', expected one of xla, pallas, triton" in message
+    assert "kind 'quick', expected fused or staged" in message
+    assert "rows 8, expected a power of two from 16" in message
+
+
+def test_the_shipped_table_is_valid():
+    tuned._shipped()
+
+
+def test_rules_give_valid_tiles_to_every_layer():
+    for layer in (*MATMUL_LAYERS, *CONV_LAYERS):
+        for batch in (1, 2, 16):
+            problem = layer.problem(batch, "bfloat16")
+            made = by_rule(problem)
+            assert not made.tiles.problems()
+            assert (made.kind == "fused") == (problem.rows <= FUSED_ROWS)
+
+
+def test_a_kernel_that_does_not_compile_is_passed_over(monkeypatch, caplog):
+    monkeypatch.setattr(dispatch, "current", lambda: H200)
+
+    def fails(problem: Problem) -> None:
+        raise RuntimeError("out of shared memory\nmore lines")
+
+    ways = dispatch.Implementations(
+        unsupported=lambda problem: [],
+        compile_small=fails,
+        pallas=lambda operands, schedule: pytest.fail("the kernel ran"),
+        reference=lambda operands: operands.x,
+    )
+    operands = specs.random_operands(PROBLEM, (1, 960))
+    with caplog.at_level(logging.INFO, "vqjax.kernels"):
+        assert dispatch.run(PROBLEM, operands, ways) is operands.x
+    (line,) = caplog.messages
+    assert "a small kernel does not compile on NVIDIA H200" in line
+    assert "(RuntimeError: out of shared memory)" in line
+    monkeypatch.setenv(dispatch.VARIABLE, "pallas")
+    with pytest.raises(VqjaxError, match="out of shared memory"):
+        dispatch.run(PROBLEM, operands, ways)
+
+
+def test_misfits_are_said_before_anything_runs():
+    operands = specs.random_operands(PROBLEM, (1, 960))
+    wrong = operands._replace(
+        packed_OY=operands.packed_OY[:, :5].astype(jnp.int32),
+        scales_O=operands.scales_O[:3],
+        codebook_scale=jnp.float32(1),
+        bias_O=jnp.zeros(4),
+    )
+    with pytest.raises(VqjaxError) as caught:
+        vq_matmul(*wrong)
+    assert str(caught.value) == (
+        "vq_matmul of 960 inputs with 4 codebooks of 16 vectors of 8 does not fit: "
+        "float16 codebooks; int8 and codebook_scale go together; "
+        "packed codes are int32, expected uint8; packed codes (960, 5), expected (960, 240); "
+        "scales (3,), expected (960,); bias (4,), expected (960,)"
+    )
+    with pytest.raises(VqjaxError, match=r"x \(1, 960\), .* expected \[B, H, W, I\]"):
+        vq_conv(*operands, window=3)

@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pallas kernels against the definition in float64: in interpret mode, and compiled where a GPU is.
+
+Errors are relative to the largest output.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vqjax.kernels import decode, device, specs
+from vqjax.kernels.problem import Operands, Problem
+from vqjax.kernels.schedule import Schedule, Tiles, by_rule
+from vqjax.kernels.vq_conv import pallas as conv_pallas
+from vqjax.kernels.vq_conv.specs import LAYERS as CONV_LAYERS
+from vqjax.kernels.vq_conv.window import Window
+from vqjax.kernels.vq_matmul import pallas as matmul_pallas
+from vqjax.kernels.vq_matmul.specs import LAYERS as MATMUL_LAYERS
+
+# Three to four times what was measured; half precision loses most where weights are rounded.
+TOL = {"float32": 2e-6, "float16": 1.5e-3, "bfloat16": 1e-2}
+
+NO_GPU = device.current().refuses_pallas()
+INTERPRET = pytest.mark.parametrize(
+    "interpret",
+    [
+        pytest.param(True, id="interpret"),
+        pytest.param(
+            False,
+            id="compiled",
+            marks=[pytest.mark.gpu, pytest.mark.skipif(bool(NO_GPU), reason=str(NO_GPU))],
+        ),
+    ],
+)
+
+# Every code width, every way to store codebooks; sizes beside the tiles' on both sides.
+CODES = st.sampled_from(
+    [
+        (1, 256, "int8"),
+        (2, 256, "float16"),
+        (2, 4096, "float16"),
+        (3, 16, "int8"),
+        (3, 4096, "bfloat16"),
+        (4, 16, "float16"),
+        (8, 16, "float32"),
+    ]
+)
+SCHEDULES = st.sampled_from(
+    [
+        Schedule("fused", Tiles(16, 16, 16)),
+        Schedule("fused", Tiles(16, 16, 16, splits=2)),
+        Schedule("staged", Tiles(16, 16, 16)),
+    ]
+)
+PROPERTY = settings(max_examples=6, deadline=None, derandomize=True)
+
+
+def weight(operands: Operands, problem: Problem) -> np.ndarray:
+    """The decoded matrix in float64, [O, N]."""
+    w_OP = decode.decode(*operands[1:5], groups=problem.groups)
+    return np.asarray(w_OP, np.float64)[:, : problem.fan_in]
+
+
+def assert_near(found: jax.Array, expected: np.ndarray, dtype: str) -> None:
+    assert found.dtype == dtype
+    error = np.abs(np.asarray(found, np.float64) - expected).max() / np.abs(expected).max()
+    assert error < TOL[dtype]
+
+
+@INTERPRET
+@PROPERTY
+@given(
+    rows=st.sampled_from([1, 7, 16, 21]),
+    sizes=st.sampled_from([(3, 16), (40, 3), (37, 18), (16, 32)]),
+    code=CODES,
+    group=st.sampled_from([8, 4, 6]),
+    dtype=st.sampled_from(sorted(TOL)),
+    schedule=SCHEDULES,
+)
+def test_products_agree(interpret, rows, sizes, code, group, dtype, schedule):
+    books, entries, stored = code
+    inputs, outputs = sizes
+    problem = Problem("vq_matmul", rows, inputs, outputs, books, entries, group, dtype, stored)
+    assert not matmul_pallas.unsupported(problem)
+    operands = specs.random_operands(problem, (rows, sizes[0]))
+    found = matmul_pallas.vq_matmul(operands, problem, schedule, interpret=interpret)
+    x_BI, bias_O = (np.asarray(a, np.float64) for a in (operands.x, operands.bias_O))
+    assert_near(found, x_BI @ weight(operands, problem).T + bias_O, dtype)
+
+
+@INTERPRET
+@PROPERTY
+@given(
+    image=st.sampled_from([(1, 5, 4), (2, 3, 3)]),
+    sizes=st.sampled_from([(3, 17), (18, 3)]),
+    code=CODES,
+    group=st.sampled_from([9, 3, 1]),
+    # As the U-Net pads, and as its first stage does with stride 2.
+    moves=st.sampled_from([(1, (1, 1)), (2, (1, 1)), (2, (0, 1))]),
+    dtype=st.sampled_from(sorted(TOL)),
+    schedule=SCHEDULES,
+)
+def test_convolutions_agree(interpret, image, sizes, code, group, moves, dtype, schedule):
+    problem, window = conv_problem(image, sizes, code, group, moves, dtype)
+    assert not conv_pallas.unsupported(problem)
+    operands = specs.random_operands(problem, (*image, sizes[0]))
+    found = conv_pallas.vq_conv(operands, problem, schedule, window, interpret=interpret)
+    assert_near(found, convolved(operands, problem, window), dtype)
+
+
+def conv_problem(image, sizes, code, group, moves, dtype) -> tuple[Problem, Window]:
+    stride, padding = moves
+    window = Window.of(3, (stride, stride), (padding, padding), image[1:])
+    height, width = window.outputs(image[1:])
+    books, entries, stored = code
+    rows = image[0] * height * width
+    inputs, outputs = sizes
+    sized = dataclasses.replace(
+        Problem("vq_conv", rows, inputs, outputs, books, entries, group, dtype, stored),
+        window=3,
+        strides=window.strides,
+    )
+    return sized, window
+
+
+def convolved(operands: Operands, problem: Problem, window: Window) -> np.ndarray:
+    """The convolution as nine products in float64."""
+    x_BHWI = np.asarray(operands.x, np.float64)
+    padded_BHWI = np.pad(x_BHWI, ((0, 0), *window.padding, (0, 0)))
+    w_OIyx = weight(operands, problem).reshape(problem.outputs, problem.inputs, 3, 3)
+    height, width = window.outputs(x_BHWI.shape[1:3])
+    down, right = window.strides
+    y_BHWO = np.zeros((len(x_BHWI), height, width, problem.outputs))
+    for ky in range(3):
+        for kx in range(3):
+            seen = padded_BHWI[:, ky::down, kx::right][:, :height, :width]
+            y_BHWO += seen @ w_OIyx[:, :, ky, kx].T
+    return y_BHWO + np.asarray(operands.bias_O, np.float64)
+
+
+def test_what_kernels_cannot_do_is_said():
+    problem = Problem("vq_conv", 16, 16, 16, 9, 15, 18, "float64", "float16", window=5)
+    assert conv_pallas.unsupported(problem) == [
+        "K = 15, kernels read codes of 4, 8 or 12 bits",
+        "M = 9, kernels add up 1 to 8 codebooks",
+        "activations are float64, kernels take float32, float16, bfloat16",
+        "window of 5, the kernel has 3x3 weights",
+        "vectors of 18, kernels read one weight, a row of 3 or all 9",
+    ]
+    large = Problem("vq_matmul", 2**20, 4096, 16, 4, 16, 8, "float16", "float16")
+    (reason,) = matmul_pallas.unsupported(large)
+    assert reason == "an array of 4294967296 elements, kernels count with 32 bits"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(bool(NO_GPU), reason=str(NO_GPU))
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("batch", [1, 16])
+def test_full_size_layers_agree(dtype, batch):
+    """Every layer of the large U-Net, tiled by the rules."""
+    for layer in MATMUL_LAYERS:
+        problem = layer.problem(batch, dtype)
+        operands = specs.random_operands(problem, layer.operands_shape(batch))
+        found = matmul_pallas.vq_matmul(operands, problem, by_rule(problem))
+        x_BI, bias_O = (np.asarray(a, np.float64) for a in (operands.x, operands.bias_O))
+        assert_near(found, x_BI @ weight(operands, problem).T + bias_O, dtype)
+    for layer in CONV_LAYERS:
+        problem = layer.problem(batch, dtype)
+        operands = specs.random_operands(problem, layer.operands_shape(batch))
+        window = Window.of(3, problem.strides, (layer.padding, layer.padding), layer.image)
+        found = conv_pallas.vq_conv(operands, problem, by_rule(problem), window)
+        assert_near(found, convolved(operands, problem, window), dtype)
+
+
+def test_int8_codebooks_meet_their_scale():
+    problem = Problem("vq_matmul", 2, 8, 4, 1, 16, 8, "float32", "int8")
+    operands = specs.random_operands(problem, (2, 8), bias=False)
+    assert operands.codebook_scale is not None
+    np.testing.assert_allclose(
+        operands.factors(), operands.scales_O * operands.codebook_scale, rtol=1e-6
+    )
+    assert operands.biases().dtype == jnp.float32

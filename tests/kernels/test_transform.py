@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gradients, `vmap` and `shard_map` of kernels: those of the definition."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, PartitionSpec
+
+from vqjax.kernels import specs
+from vqjax.kernels.problem import Operands, Problem
+from vqjax.kernels.schedule import SMALLEST
+from vqjax.kernels.transform import transformable
+from vqjax.kernels.vq_conv.api import vq_conv
+from vqjax.kernels.vq_matmul import pallas, ref
+from vqjax.kernels.vq_matmul.api import problem_of, vq_matmul
+
+PROBLEM = Problem("vq_matmul", 4, 16, 12, 2, 16, 8, "float32", "float16")
+
+
+def axes(**mapped: int) -> Any:
+    """The axes that `vmap` maps, by operand."""
+    return Operands(*(mapped.get(name) for name in Operands._fields))  # pyright: ignore
+
+
+def reference(operands: Operands) -> jax.Array:
+    return ref.vq_matmul(*operands)
+
+
+def kernel(operands: Operands, *, interpret: bool = True) -> jax.Array:
+    return pallas.vq_matmul(operands, problem_of(operands), SMALLEST[0], interpret=interpret)
+
+
+operation = transformable(kernel, reference)
+
+
+def operands() -> Operands:
+    return specs.random_operands(PROBLEM, (4, 16))
+
+
+def near(found, expected) -> None:
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_gradients_are_those_of_the_definition():
+    def loss(run, operands):
+        return jnp.sum(run(operands) ** 2)
+
+    found, expected = (
+        jax.jit(jax.grad(functools.partial(loss, run), allow_int=True))(operands())
+        for run in (operation, reference)
+    )
+    for name in ("x", "codebooks_MKG", "scales_O", "bias_O"):
+        ours, theirs = getattr(found, name), getattr(expected, name)
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-3, err_msg=name)
+        assert np.abs(np.asarray(theirs, np.float32)).max() > 0.1
+
+
+def test_vmap_over_x_becomes_rows():
+    rows: list[int] = []
+
+    def counted(operands: Operands) -> jax.Array:
+        rows.append(operands.x.shape[0])
+        return reference(operands)
+
+    one = operands()
+    x_ABI = jnp.stack([one.x, 2 * one.x, one.x - 1])
+    run = jax.vmap(transformable(counted, reference), in_axes=(axes(x=0),))
+    near(run(one._replace(x=x_ABI)), jnp.stack([reference(one._replace(x=x)) for x in x_ABI]))
+    assert rows[-1] == 3 * 4
+
+
+def test_vmap_over_the_kernel_and_its_gradient():
+    one = operands()
+    x_ABI = jnp.stack([one.x, 2 * one.x])
+
+    def gradient(x_BI):
+        return jax.grad(lambda x: jnp.sum(operation(one._replace(x=x)) ** 2))(x_BI)
+
+    def expected(x_BI):
+        return jax.grad(lambda x: jnp.sum(reference(one._replace(x=x)) ** 2))(x_BI)
+
+    found = jax.jit(jax.vmap(gradient))(x_ABI)
+    np.testing.assert_allclose(found, jax.vmap(expected)(x_ABI), rtol=1e-4, atol=1e-3)
+
+
+def test_vmap_over_weights_takes_them_in_turn():
+    one = operands()
+    scales_AO = jnp.stack([one.scales_O, 2 * one.scales_O])
+    many = one._replace(scales_O=scales_AO)
+    found, expected = (
+        jax.vmap(run, in_axes=(axes(scales_O=0),))(many)
+        for run in (transformable(reference, reference), reference)
+    )
+    near(found, expected)
+
+
+def test_shard_map_over_rows_and_its_gradient():
+    """As on any device without kernels; axes are typed as they would be on many devices."""
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    one = operands()
+    whole: Any = PartitionSpec()
+    parts: Any = PartitionSpec("data")
+    in_specs = (Operands(parts, whole, whole, whole, None, whole),)
+
+    def loss(run, codebooks_MKG):
+        def share(operands):
+            return jax.lax.psum(jnp.sum(run(*operands) ** 2), "data")
+
+        share = jax.shard_map(share, mesh=mesh, in_specs=in_specs, out_specs=whole)
+        return share(one._replace(codebooks_MKG=codebooks_MKG))
+
+    books_MKG = one.codebooks_MKG.astype(jnp.float32)
+    found, expected = (
+        jax.jit(jax.grad(functools.partial(loss, run)))(books_MKG)
+        for run in (vq_matmul, ref.vq_matmul)
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("split", ["rows", "outputs"])
+def test_kernels_lower_under_shard_map(split):
+    device = AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh = AbstractMesh((2,), ("data",), axis_types=auto, abstract_device=device)
+    parts: Any = PartitionSpec("data")
+    whole: Any = PartitionSpec()
+    if split == "rows":
+        in_specs, out_specs = Operands(parts, whole, whole, whole), parts
+    else:
+        in_specs, out_specs = Operands(whole, parts, whole, parts), PartitionSpec(None, "data")
+    run = transformable(functools.partial(kernel, interpret=False), reference)
+    sharded = jax.shard_map(run, mesh=mesh, in_specs=(in_specs,), out_specs=out_specs)
+    lowered = jax.jit(sharded).trace(PROBLEM.abstract((4, 16))).lower(lowering_platforms=("cuda",))
+    assert "__gpu$xla.gpu.triton" in lowered.as_text()
+
+
+def test_leading_axes_are_rows_and_1x1_convolutions_are_products():
+    one = operands()
+    x_BHWI = one.x.reshape(2, 1, 2, 16)
+    expected = reference(one)
+    near(vq_matmul(x_BHWI, *one[1:]).reshape(4, 12), expected)
+    near(vq_conv(x_BHWI, *one[1:], window=1).reshape(4, 12), expected)
+
+
+def test_a_convolution_runs_under_vmap():
+    problem = Problem("vq_conv", 18, 3, 5, 1, 16, 9, "float32", "float16", 3)
+    conv = specs.random_operands(problem, (2, 3, 3, 3))
+    x_ABHWI = jnp.stack([conv.x, -conv.x])
+    found = jax.vmap(lambda x: vq_conv(x, *conv[1:], window=3))(x_ABHWI)
+    assert found.shape == (2, 2, 3, 3, 5)
+    near(found[1], vq_conv(-conv.x, *conv[1:], window=3))
