@@ -4,8 +4,10 @@
 import numpy as np
 import pytest
 
-from tests.conftest import golden_params
+from tests.eval import fixtures
 from vqjax.eval import fidelity
+
+LUMA = (0.299, 0.587, 0.114)
 
 
 def _pairs(fixture: dict) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -19,9 +21,9 @@ def _pairs(fixture: dict) -> list[tuple[np.ndarray, np.ndarray]]:
     return pairs
 
 
-@pytest.mark.parametrize("path", golden_params("golden_eval", "image_fidelity*.npz"))
+@pytest.mark.parametrize("path", fixtures.files("fidelity"))
 def test_fixture(path):
-    fixture = dict(np.load(path))
+    fixture = fixtures.load(path)
     pairs = _pairs(fixture)
     for name, function in (
         ("exp_mse_u8", fidelity.mean_squared_error),
@@ -34,6 +36,9 @@ def test_fixture(path):
     np.testing.assert_allclose(found, fixture["exp_psnr_float01"], rtol=1e-6)
     found = [fidelity.ssim(a[None] / 255, b[None] / 255, peak=1.0)[0] for a, b in pairs]
     np.testing.assert_allclose(found, fixture["exp_ssim_gauss_float01"], atol=1e-6)
+    gray = [[(x / 255 @ LUMA)[None, ..., None] for x in pair] for pair in pairs]
+    found = [fidelity.ssim(a, b, peak=1.0)[0] for a, b in gray]
+    np.testing.assert_allclose(found, fixture["exp_ssim_gray_gauss"], atol=1e-6)
 
 
 def test_identical_pictures_are_counted_apart():

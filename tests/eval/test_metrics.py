@@ -2,14 +2,16 @@
 """Scores against the reference evaluator's fixtures, and against cases with a known answer."""
 
 import re
+import tracemalloc
 
 import numpy as np
 import pytest
 
-from tests.conftest import golden_params
+from tests.eval import fixtures
+from vqjax.errors import VqjaxError
 from vqjax.eval import metrics
 
-FIXTURES = golden_params("golden_eval", "metrics*.npz")
+FIXTURES = fixtures.files("metrics")
 
 
 def _sets(fixture: dict, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -44,7 +46,7 @@ def _cases(fixture: dict, pattern: str) -> list[tuple[str, str]]:
 
 @pytest.fixture(scope="module", params=FIXTURES)
 def fixture(request):
-    return dict(np.load(request.param))
+    return fixtures.load(request.param)
 
 
 def test_fixture_moments(fixture):
@@ -60,6 +62,9 @@ def test_fixture_frechet_distance(fixture):
         ref, gen = _sets(fixture, case)
         found = metrics.frechet_distance(metrics.moments(gen), metrics.moments(ref))
         assert found == pytest.approx(float(fixture[key]), rel=1e-6), key
+    same = metrics.moments(_rows(fixture, "gen", fixture["exp_mu_gen"].size))
+    expected = float(fixture["exp_fid_same"])
+    assert metrics.frechet_distance(same, same) == pytest.approx(expected, abs=1e-6)
 
 
 def test_fixture_spatial_distance(fixture):
@@ -88,6 +93,9 @@ def test_fixture_precision_and_recall(fixture):
         scale = np.float32(120 if "scaled" in case else 1)
         found = metrics.precision_recall(ref * scale, gen * scale)
         np.testing.assert_allclose(found, fixture[key], atol=1e-12, err_msg=case)
+        # The evaluator's distances are float16 where they are finite: a few rows change sides.
+        evaluator = fixture[f"exp_pr_{case}_precision_recall_evaluator"]
+        assert np.all(np.abs(found - evaluator) * [len(gen), len(ref)] <= 2 + 1e-9), case
         radii = metrics.radii(ref * scale)
         np.testing.assert_allclose(radii, fixture[f"exp_pr_{case}_radii_ref_fp64"], rtol=1e-3)
 
@@ -138,8 +146,71 @@ def test_block_size_does_not_change_results(monkeypatch):
     rng = np.random.default_rng(0)
     real, samples = rng.normal(size=(100, 3)), rng.normal(size=(90, 3))
     whole = metrics.precision_recall(real, samples)
-    monkeypatch.setattr(metrics, "_BLOCK_ROWS", 7)
+    monkeypatch.setattr(metrics, "_BLOCK_VALUES", 700)  # seven rows
     assert metrics.precision_recall(real, samples) == whole
+
+
+def test_memory_of_precision_and_recall_is_bounded(monkeypatch):
+    rows = np.random.default_rng(0).normal(size=(2000, 8)).astype(np.float32)
+    monkeypatch.setattr(metrics, "_BLOCK_VALUES", 1 << 17)  # 512 KB
+    tracemalloc.start()
+    metrics.precision_recall(rows, rows[:1500])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 * (1 << 19)  # all distances at once are 16 MB
+
+
+def _error(rows: np.ndarray, reference: metrics.Moments) -> float | None:
+    return metrics.frechet_error(rows, metrics.moments(rows), reference)
+
+
+def test_standard_error_is_the_spread_of_the_distance():
+    rng = np.random.default_rng(0)
+    mix = rng.normal(size=(6, 6)) / 2 + np.eye(6)
+    reference = metrics.moments(rng.normal(size=(5000, 6)))
+    sets = [rng.normal(size=(400, 6)) @ mix + 0.3 for _ in range(300)]
+    distances = [metrics.frechet_distance(metrics.moments(rows), reference) for rows in sets]
+    errors = [_error(rows, reference) for rows in sets[:20]]
+    found = np.mean([error for error in errors if error is not None])
+    assert found == pytest.approx(np.std(distances), rel=0.15)
+
+
+def test_no_standard_error_without_an_inverse():
+    reference = metrics.moments(np.random.default_rng(0).normal(size=(50, 4)))
+    rows = np.random.default_rng(1).normal(size=(60, 4))
+    assert _error(rows[:4], reference) is None
+    assert _error(np.ones((60, 4)), reference) is None
+
+
+def test_features_that_never_vary_do_not_disturb_the_standard_error():
+    rng = np.random.default_rng(0)
+    reference, rows = rng.normal(size=(500, 4)), rng.normal(size=(400, 4))
+    expected = _error(rows, metrics.moments(reference))
+    rows, reference = (np.pad(each, ((0, 0), (0, 1))) for each in (rows, reference))
+    assert _error(rows, metrics.moments(reference)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_inception_score_does_not_depend_on_batches():
+    logits = np.random.default_rng(0).normal(size=(230, 7)) * 3
+    whole, parts = metrics.SplitScores(100), metrics.SplitScores(100)
+    whole.add(logits)
+    for start in range(0, 230, 64):
+        parts.add(logits[start : start + 64])
+    np.testing.assert_allclose(parts.scores(), whole.scores(), rtol=1e-12)
+    alone = [metrics.inception_score(logits[start : start + 100]) for start in (0, 100, 200)]
+    np.testing.assert_allclose(whole.scores(), alone, rtol=1e-12)
+
+
+def test_class_order():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 50, 2000)
+    assert not metrics.sorted_by_class(labels, split=200)
+    assert not metrics.sorted_by_class(np.arange(2000) % 50, split=200)
+    assert not metrics.sorted_by_class(np.zeros(2000, int), split=200)
+    assert metrics.sorted_by_class(np.sort(labels), split=200)
+    assert metrics.sorted_by_class(np.argsort(rng.random(50))[np.sort(labels)], split=200)
+    assert not metrics.sorted_by_class(np.sort(labels), split=2000)  # one split: order is free
+    assert not metrics.sorted_by_class(rng.integers(0, 1000, 250), split=20)  # few rows a class
 
 
 @pytest.mark.parametrize(
@@ -163,5 +234,5 @@ def test_block_size_does_not_change_results(monkeypatch):
     ],
 )
 def test_messages(call, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(VqjaxError, match=message):
         call()

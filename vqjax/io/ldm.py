@@ -13,7 +13,7 @@ from vqjax.config import PRESETS, LatentDiffusionConfig
 from vqjax.core import tree
 from vqjax.core.model import Model
 from vqjax.errors import VqjaxError, gathered
-from vqjax.io import keys, leaves
+from vqjax.io import checked, keys
 from vqjax.io.lazy import LazyTensor
 
 _AVERAGE_COUNTERS = ("model_ema.decay", "model_ema.num_updates")
@@ -60,7 +60,7 @@ def build_model(
     params: dict[str, jax.Array] = {}
     for entry in entries:
         key = entry.ema_key if averaged and entry.ema_key else entry.key
-        found, misfits = _read(tensors.get(key), entry)
+        found, misfits = checked.read_parameter(tensors.get(key), entry)
         problems += [f"{names.get(key, key)}: {misfit}" for misfit in misfits]
         # After the first misfit values are only checked, not kept.
         if found is not None and not problems:
@@ -110,23 +110,6 @@ def recognize(tensors: Mapping[str, LazyTensor], *, where: str) -> LatentDiffusi
 def _shape_of(tensors: Mapping[str, LazyTensor], entry: keys.KeyEntry) -> tuple[int, ...] | None:
     found = tensors.get(entry.key) or tensors.get(entry.ema_key or "")
     return None if found is None else found.shape
-
-
-def _read(tensor: LazyTensor | None, entry: keys.KeyEntry) -> tuple[np.ndarray | None, list[str]]:
-    """The parameter in our layout, or what is wrong with the tensor."""
-    if tensor is None:
-        return None, ["missing"]
-    misfits = []
-    if tensor.shape != entry.shape:
-        misfits.append(f"shape {tensor.shape}, expected {entry.shape}")
-    if tensor.dtype.kind != "f":
-        misfits.append(f"type {tensor.dtype}, expected floating point")
-    if misfits:
-        return None, misfits
-    with np.errstate(over="ignore"):  # a double beyond float32 becomes infinite, and is reported
-        values = tensor.read().astype(np.float32, copy=False)
-    misfits = leaves.not_finite(values)
-    return None if misfits else entry.to_param(values), misfits
 
 
 def _schedule_misfits(

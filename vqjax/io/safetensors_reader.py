@@ -11,7 +11,15 @@ from safetensors import SafetensorError, safe_open
 from vqjax.errors import VqjaxError
 from vqjax.io.lazy import LazyTensor
 
-_DTYPES = {"F64": "f8", "F32": "f4", "F16": "f2", "BF16": "f4", "I64": "i8", "I32": "i4"}
+_DTYPES = {
+    "F64": "f8",
+    "F32": "f4",
+    "F16": "f2",
+    "BF16": "f4",
+    "I64": "i8",
+    "I32": "i4",
+    "BOOL": "?",
+}
 _OTHER = np.dtype("V1")  # refused by everyone who wants numbers
 
 

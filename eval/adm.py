@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FID, sFID, inception score, precision and recall as guided-diffusion's evaluator defines them.
+
+The evaluator ("ADM") is `evaluations/evaluator.py` of openai/guided-diffusion, commit 22e0df8;
+docs/evaluation.md states every definition. Pictures pass once, batch by batch; what is kept of them
+is sums and the pooled features (8 KB a picture).
+
+Dimension key:  N samples   B batch   H W C picture   F pooled features (2048)   K classes (1008)
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from vqjax.errors import VqjaxError
+from vqjax.eval import metrics
+from vqjax.io.image_set import ImageSet
+from vqjax.io.inception import Weights
+from vqjax.models import inception
+
+NAME = "ADM evaluator"
+SCORES = ("fid", "sfid", "is", "precision", "recall")
+PUBLISHED_COUNT = 50_000
+_BATCH = 64
+_FLUSH = 1024  # rows at once into the moments, whose cost is that of a matrix of 2048 x 2048
+
+
+class Rows(NamedTuple):
+    """`vqjax.models.inception.Features` of one batch, as numpy float32."""
+
+    pooled: np.ndarray
+    spatial: np.ndarray
+    logits: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Seen:
+    """What the scores need of a set of pictures.
+
+    Attributes:
+      pooled: moments of the pooled features (FID).
+      spatial: moments of the spatial features (sFID).
+      rows_NF: the pooled features, float32 (precision and recall).
+      splits: sums of the class probabilities (inception score).
+      classes_N: the most probable class of each picture, int32.
+    """
+
+    pooled: metrics.Moments
+    spatial: metrics.Moments
+    rows_NF: np.ndarray
+    splits: metrics.SplitScores
+    classes_N: np.ndarray
+
+
+def evaluate(
+    samples: ImageSet,
+    reference: ImageSet,
+    weights: Weights,
+    *,
+    advance: Callable[[int], Any] = lambda count: None,
+) -> dict[str, Any]:
+    """Scores samples against a reference set.
+
+    Statistics that a file holds go before those of its pictures; precision and recall always use
+    the pictures, all of both sets.
+
+    Args:
+      samples: in random class order; the inception score is taken in splits of 5,000.
+      reference: such as `VIRTUAL_imagenet256_labeled.npz`.
+      advance: called with the number of pictures after every batch of either set.
+
+    Returns:
+      `fid, sfid, is, precision, recall`; how far they spread: `fid_se` (standard error by the
+      delta method, None where N <= 2048), `is_sd` (over splits, None for one split),
+      `precision_se` and `recall_se` (binomial); `n`, `reference_n`, `reference_statistics`
+      ("stored" or "pictures"), `inception_sha256`, `published_weights`, `name`, and `notes`:
+      sentences that belong beside the numbers.
+
+    Raises:
+      VqjaxError: before any work if a set is too small, stored statistics have other dimensions
+        than the features, or the samples' labels are sorted by class; if a file is damaged.
+    """
+    _check(samples, reference)
+    real, found = (look(s, weights, advance=advance) for s in (reference, samples))
+    real_pooled, real_spatial = _moments(reference, real)
+    pooled, spatial = _moments(samples, found)
+    precision, recall = metrics.precision_recall(real.rows_NF, found.rows_NF)
+    splits = found.splits.scores()
+    return {
+        "fid": metrics.frechet_distance(real_pooled, pooled),
+        "sfid": metrics.frechet_distance(real_spatial, spatial),
+        "is": float(splits.mean()),
+        "precision": precision,
+        "recall": recall,
+        "fid_se": metrics.frechet_error(found.rows_NF, found.pooled, real_pooled),
+        "is_sd": float(splits.std(ddof=1)) if len(splits) > 1 else None,
+        "precision_se": float(np.sqrt(precision * (1 - precision) / samples.count)),
+        "recall_se": float(np.sqrt(recall * (1 - recall) / reference.count)),
+        "n": samples.count,
+        "reference_n": reference.count,
+        "reference_statistics": "stored" if reference.statistics else "pictures",
+        "inception_sha256": weights.sha256,
+        "published_weights": weights.published,
+        "name": NAME,
+        "notes": _notes(samples.count, reference, weights, found.classes_N),
+    }
+
+
+def look(
+    images: ImageSet,
+    weights: Weights,
+    *,
+    advance: Callable[[int], Any] = lambda count: None,
+) -> Seen:
+    """Runs the network over all pictures, in one compiled shape per picture size.
+
+    Raises:
+      VqjaxError: if the pictures cannot be read or are fewer than two.
+    """
+    pooled, spatial = metrics.Accumulator(), metrics.Accumulator()
+    splits = metrics.SplitScores()
+    rows_NF = np.empty((images.count, inception.POOLED), np.float32)
+    classes_N = np.empty(images.count, np.int32)
+    waiting: list[np.ndarray] = []
+    done = flushed = 0
+    for batch in images.batches(_BATCH):
+        seen = _features(weights.params, batch)
+        rows_NF[done : done + len(batch)] = seen.pooled
+        classes_N[done : done + len(batch)] = np.argmax(seen.logits, 1)
+        splits.add(seen.logits)
+        waiting.append(seen.spatial)
+        done += len(batch)
+        if done - flushed >= _FLUSH or done == images.count:
+            spatial.add(np.concatenate(waiting))
+            pooled.add(rows_NF[flushed:done])
+            waiting, flushed = [], done
+        advance(len(batch))
+    return Seen(pooled.moments(), spatial.moments(), rows_NF, splits, classes_N)
+
+
+def _features(params: dict[str, jax.Array], images_BHWC: np.ndarray) -> Rows:
+    """Features of one batch; a short one is filled up with black and cut off."""
+    count = len(images_BHWC)
+    filler = np.zeros((_BATCH - count, *images_BHWC.shape[1:]), np.uint8)
+    resized = _resize(np.concatenate([images_BHWC, filler]))
+    return Rows(*(np.asarray(rows)[:count] for rows in _network(params, resized)))
+
+
+# Two programs, so that the large one is compiled once for pictures of any size.
+_resize = jax.jit(inception.resize)
+_network = jax.jit(inception.features)
+
+
+def _moments(images: ImageSet, seen: Seen) -> tuple[metrics.Moments, metrics.Moments]:
+    """Those of the file where it has some, as in the evaluator, else those of the pictures."""
+    if images.statistics is None:
+        return seen.pooled, seen.spatial
+    mu, sigma, mu_s, sigma_s = images.statistics
+    return metrics.Moments(mu, sigma, 0), metrics.Moments(mu_s, sigma_s, 0)
+
+
+def _check(samples: ImageSet, reference: ImageSet) -> None:
+    for images in (samples, reference):
+        if images.count <= metrics.NEIGHBOURS:
+            raise VqjaxError(
+                f"{images.where}: {images.count} pictures are too few: a covariance needs 2, "
+                f"precision and recall {metrics.NEIGHBOURS + 1}, comparable scores "
+                f"{PUBLISHED_COUNT:,}"
+            )
+    for images in (samples, reference):
+        if images.statistics is None:
+            continue
+        found = images.statistics.mu.size, images.statistics.mu_s.size
+        if found != (inception.POOLED, inception.SPATIAL):
+            raise VqjaxError(
+                f"{images.where}: statistics of {found[0]} and {found[1]} dimensions, the FID "
+                f"network's features have {inception.POOLED} and {inception.SPATIAL}; they were "
+                f"made with another network"
+            )
+    if samples.labels is not None and metrics.sorted_by_class(samples.labels):
+        raise VqjaxError(
+            f"{samples.where}: the samples are sorted by class, so each split of "
+            f"{metrics.INCEPTION_SPLIT:,} holds few classes and the inception score means nothing; "
+            f"shuffle pictures and labels before they are saved"
+        )
+
+
+def _notes(count: int, reference: ImageSet, weights: Weights, classes_N: np.ndarray) -> list[str]:
+    notes = []
+    if count != PUBLISHED_COUNT:
+        notes.append(
+            f"N = {count:,}: FID and sFID are biased upwards by about 1/N, so they compare only "
+            f"with values of the same N; published ones have {PUBLISHED_COUNT:,}"
+        )
+    if count <= inception.POOLED:
+        notes.append(
+            f"{count:,} samples do not fill {inception.POOLED:,} dimensions: the covariance is "
+            f"singular, FID and sFID are mostly bias"
+        )
+    if reference.statistics is None:
+        notes.append(
+            f"the reference holds no stored statistics: FID and sFID are against its "
+            f"{reference.count:,} pictures"
+        )
+    if not weights.published:
+        notes.append("the FID network's file is not the published one (see its sha256)")
+    if metrics.sorted_by_class(classes_N):
+        notes.append("the samples look sorted by class: the inception score is too low")
+    return notes

@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures to be scored, from whatever holds them."""
+
+import os
+import pathlib
+
+from vqjax.errors import VqjaxError
+from vqjax.io import adm_npz, image_folder
+from vqjax.io.image_set import ImageSet
+
+
+def open_images(path: str | os.PathLike) -> ImageSet:
+    """Opens an ADM batch (.npz) or a folder of picture files.
+
+    Raises:
+      VqjaxError: if it is neither; else as `adm_npz.open_npz` or `image_folder.open_folder` say.
+    """
+    path = pathlib.Path(path)
+    if path.is_dir():
+        return image_folder.open_folder(path)
+    if path.suffix == ".npz":
+        return adm_npz.open_npz(path)
+    raise VqjaxError(f"{path}: expected an .npz file with arr_0 or a folder of pictures")
