@@ -77,6 +77,14 @@ class LogScales:
             count=len(scales_S),
         )
 
+    @classmethod
+    def on_grid(cls, scales_S: jax.typing.ArrayLike, range: jax.typing.ArrayLike) -> "LogScales":
+        """Rounds scales to the nearest sizes of a given range, see `nearest_codes`."""
+        range = jnp.asarray(range, jnp.float32)
+        codes_S = np.asarray(nearest_codes(jnp.asarray(scales_S, jnp.float32), range))
+        packed = decode_lib.pack(codes_S[None], LEVELS + 1)[0]
+        return cls(codes=jnp.asarray(packed), range=range, count=len(codes_S))
+
     @property
     def nbytes(self) -> int:
         """Bytes of everything stored."""
@@ -85,5 +93,18 @@ class LogScales:
     def values(self) -> jax.Array:
         """Returns the scales, float32 [S]."""
         codes_S = decode_lib.unpack(self.codes[None], self.count, LEVELS + 1)[0]
-        sizes_S = jnp.exp2(self.range[0] + (codes_S - 1) * self.range[1])
-        return jnp.where(codes_S == 0, 0.0, sizes_S)
+        return sizes(codes_S, self.range)
+
+
+def sizes(codes_S: jax.Array, range: jax.Array) -> jax.Array:
+    """Returns the scales that integer codes stand for, float32 [S]; see `LogScales`."""
+    sizes_S = jnp.exp2(range[0] + (codes_S - 1) * range[1])
+    return jnp.where(codes_S == 0, 0.0, sizes_S)
+
+
+def nearest_codes(scales_S: jax.Array, range: jax.Array) -> jax.Array:
+    """Returns the codes of the sizes whose exponents are nearest, int32 [S]; 0 for scales of 0."""
+    logs_S = jnp.log2(jnp.where(scales_S > 0, scales_S, 1.0))
+    place_S = (logs_S - range[0]) / jnp.where(range[1] > 0, range[1], 1.0)
+    codes_S = 1 + jnp.clip(jnp.round(place_S), 0, LEVELS - 1).astype(jnp.int32)
+    return jnp.where(scales_S > 0, codes_S, 0)

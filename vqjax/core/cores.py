@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Independent pieces of work on all cores of a CPU: most of ours keep one core busy."""
+
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import jax
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def each(work: Callable[[Item], Result], items: Iterable[Item], device: Any = None) -> list[Result]:
+    """Calls `work` for every item, and returns the results in their order.
+
+    On a CPU there are as many calls at a time as cores, on other devices one: their programs follow
+    each other anyhow.
+
+    Args:
+      work: dispatches programs to the device; pure.
+      device: where; default: the first one.
+    """
+    items = list(items)
+    device = device or jax.local_devices()[0]
+    if device.platform != "cpu" or len(items) < 2:
+        return [work(item) for item in items]
+    precision = getattr(jax.config, "jax_default_matmul_precision", None)
+
+    def one(item: Item) -> Result:
+        # Settings of the calling thread: pass them on.
+        with jax.default_device(device), jax.default_matmul_precision(precision):
+            return jax.block_until_ready(work(item))
+
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, len(items))) as pool:
+        return list(pool.map(one, items))
