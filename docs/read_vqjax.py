@@ -7,11 +7,12 @@ import sys
 
 import numpy as np
 
-DTYPES = {"U8": "u1", "I8": "i1", "F16": "<f2", "F32": "<f4"}
+DTYPES = {"U8": "u1", "I8": "i1", "F16": "<f2", "F32": "<f4", "I32": "<i4"}
 
 
 def read(path):
-    """Returns {path: float32 array}, kernels as [kH, kW, in, out] or [in, out]."""
+    """Returns {path: float32 array}, kernels as [kH, kW, in, out] or [in, out]; ranges of
+    activations, which are no weights, under the names in the file."""
     with open(path, "rb") as file:
         raw = file.read()
     (size,) = struct.unpack("<Q", raw[:8])

@@ -4,12 +4,14 @@
 import functools
 import zlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from numpy.typing import DTypeLike
 
 from vqjax.config import AutoencoderConfig, LatentDiffusionConfig, UNetConfig
 from vqjax.core import grouping, tree
+from vqjax.core.activations import Activations, layer_bits
 from vqjax.core.model import Model
 from vqjax.core.tensor import VQTensor
 from vqjax.io import keys, leaves
@@ -110,6 +112,54 @@ def random_tensor(rng, shape, kind: str, entries: int, *, int8: bool = False) ->
     )
 
 
+@functools.cache
+def integer(config: LatentDiffusionConfig) -> Model:
+    """Every kernel of the U-Net in int8 codebooks whose sums fit int8; weights of usual size."""
+    model, rng = dense(config), np.random.default_rng(1)
+    flat = tree.flatten(model.params)
+    for path in [p for p in flat if p.startswith("unet/") and p.endswith("/kernel")]:
+        flat[path] = integer_tensor(rng, flat[path].shape)
+    return Model(config=config, params=tree.unflatten(flat))
+
+
+def integer_tensor(rng, shape) -> VQTensor:
+    """Three int8 codebooks, no sum of which exceeds 126; fan-in^-1/2 times scales near 1."""
+    kind = "conv3x3" if shape[:2] == (3, 3) else "linear"
+    outputs, fan_in = grouping.matrix_shape(shape)
+    group = grouping.GROUPS[kind]
+    groups = grouping.groups_per_row(fan_in, group)
+    return VQTensor.pack(
+        rng.integers(0, 16, (outputs, groups, 3)),
+        jnp.asarray(rng.integers(-42, 43, (3, 16, group)), jnp.int8),
+        rng.uniform(0.5, 1.5, outputs),
+        shape=shape,
+        grouping=kind,
+        codebook_scale=jnp.float32(fan_in**-0.5 / 42),
+    )
+
+
+def any_ranges(model: Model, bits: int = 4) -> Activations:
+    """Random ranges at three timesteps, of about what layers read; zero points not rounded."""
+    rng = np.random.default_rng(3)
+    flat = tree.flatten(model.params)
+    steps, zeros = {}, {}
+    for path in flat:
+        if path.startswith("unet/") and path.endswith("/kernel"):
+            low_T, high_T = rng.uniform(2, 3, 3), rng.uniform(3, 5, 3)
+            step_T = (low_T + high_T) / (2 ** layer_bits(path, bits) - 1)
+            steps[path] = jnp.asarray(np.log2(step_T), jnp.float32)
+            zeros[path] = jnp.asarray(low_T / step_T, jnp.float32)
+    timesteps_T = jnp.array([5, 400, 800], jnp.int32)
+    return Activations(timesteps_T=timesteps_T, log2_steps=steps, zeros=zeros, bits=bits)
+
+
+@functools.cache
+def with_ranges(config: LatentDiffusionConfig, bits: int = 8) -> Model:
+    """`integer(config)` with ranges of its inputs."""
+    model = integer(config)
+    return Model(config=config, params=model.params | {"activations": any_ranges(model, bits)})
+
+
 def assert_equal(found: Model, expected: Model) -> None:
     """Same config, same paths, same types, same bits."""
     assert found.config == expected.config
@@ -122,6 +172,10 @@ def assert_equal(found: Model, expected: Model) -> None:
             stored, expected_parts = leaves.tensor_arrays(flat[path]), leaves.tensor_arrays(leaf)
             assert stored.keys() == expected_parts.keys()
             pairs = [(stored[name], part) for name, part in expected_parts.items()]
+        elif isinstance(leaf, Activations):
+            assert isinstance(flat[path], Activations)
+            assert jax.tree.structure(flat[path]) == jax.tree.structure(leaf)
+            pairs = list(zip(jax.tree.leaves(flat[path]), jax.tree.leaves(leaf)))
         else:
             pairs = [(flat[path], leaf)]
         for a, b in pairs:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The single-file format: round trips, the numpy-only reader, and what it refuses."""
 
+import dataclasses
 import json
 import pathlib
 import runpy
@@ -12,10 +13,11 @@ from safetensors import safe_open
 
 from tests.io import models
 from vqjax.core import tree
+from vqjax.core.activations import Activations
 from vqjax.core.model import Model
 from vqjax.core.tensor import VQTensor
 from vqjax.errors import VqjaxError
-from vqjax.io import leaves, native
+from vqjax.io import leaves, load_model, native
 
 READER = pathlib.Path(__file__).parents[2] / "docs" / "read_vqjax.py"
 
@@ -61,6 +63,128 @@ def test_numpy_reader_is_short_and_needs_numpy_alone():
     assert sum(bool(line.strip()) for line in lines) <= 70
     imports = {line.split()[1] for line in lines if line.startswith(("import", "from"))}
     assert imports == {"json", "struct", "sys", "numpy"}
+
+
+@pytest.fixture(scope="module")
+def with_ranges(tmp_path_factory):
+    """Ranges of three timesteps, zero points between levels."""
+    model = models.quantized(models.TINY)
+    model = Model(
+        config=model.config, params=model.params | {"activations": models.any_ranges(model)}
+    )
+    path = tmp_path_factory.mktemp("ranges") / "model.safetensors"
+    native.save_model(path, model)
+    return path, model
+
+
+def test_ranges_of_activations_round_trip(with_ranges):
+    path, model = with_ranges
+    found = native.load(path)
+    ranges = model.params["activations"]
+    expected = Model(config=model.config, params=model.params | {"activations": ranges.rounded()})
+    models.assert_equal(found, expected)
+    assert found.params["activations"].bits == ranges.bits == 4
+    native.save_model(path.with_name("again.safetensors"), found)
+    assert path.with_name("again.safetensors").read_bytes() == path.read_bytes()
+
+
+def test_load_model_keeps_ranges(with_ranges):
+    path, _ = with_ranges
+    models.assert_equal(
+        Model(config=models.TINY, params={"activations": _ranges(load_model(path))}),
+        Model(config=models.TINY, params={"activations": _ranges(native.load(path))}),
+    )
+
+
+def _ranges(model: Model) -> Activations:
+    return model.params["activations"]
+
+
+def test_numpy_reader_returns_ranges_as_stored(with_ranges):
+    path, model = with_ranges
+    found = runpy.run_path(str(READER))["read"](path)
+    ranges = model.params["activations"].rounded()
+    np.testing.assert_array_equal(found["activations.timesteps"], ranges.timesteps_T)
+    for layer, zero_T in ranges.zeros.items():
+        np.testing.assert_array_equal(found[f"activations/{layer}.zeros"], zero_T)
+        log2_T = found[f"activations/{layer}.log2_steps"]
+        np.testing.assert_array_equal(log2_T, ranges.log2_steps[layer])
+    weights = {name for name in found if not name.startswith("activations")}
+    assert weights == tree.flatten(model.params).keys() - {"activations"}
+
+
+def test_files_without_ranges_do_not_mention_them(exported):
+    with safe_open(exported[0], framework="numpy") as file:
+        assert "activations" not in file.metadata()["vqjax"]
+        assert not any("activations" in name for name in file.keys())  # noqa: SIM118
+
+
+LAYER = "activations/unet/out/conv/kernel"
+OTHER = "activations/unet/middle_block/res1/conv1/kernel"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: a.pop("activations.timesteps"), "activations.timesteps: missing"),
+        (lambda a: a["activations.timesteps"].fill(3), "in rising order"),
+        (
+            lambda a: a.update({"activations.timesteps": np.array([1.0, 2.0], np.float32)}),
+            "not int32 numbers",
+        ),
+        (lambda a: a.pop(f"{LAYER}.zeros"), f"{LAYER}.zeros: missing"),
+        (lambda a: a.pop(f"{LAYER}.log2_steps"), f"{LAYER}.log2_steps: missing"),
+        (lambda a: a[f"{LAYER}.log2_steps"].fill(np.nan), "3 of 3 values are NaN"),
+        (
+            lambda a: a.update({f"{LAYER}.zeros": np.zeros(4, np.uint8)}),
+            r"zeros: uint8 \(4,\), expected uint8 \(3,\)",
+        ),
+        (
+            lambda a: a.update({f"{LAYER}.zeros": np.zeros(3, np.float32)}),
+            r"zeros: float32 \(3,\), expected uint8",
+        ),
+        (lambda a: a[f"{OTHER}.zeros"].fill(16), f"{OTHER}.zeros: 16 is no level of 4 bits"),
+        (
+            lambda a: a.update({"activations/unet/x/kernel.zeros": np.zeros(2, np.uint8)}),
+            "activations/unet/x/kernel.zeros: no such layer",
+        ),
+        (
+            lambda a: a.update({f"{LAYER}.other": np.zeros(2, np.uint8)}),
+            f"{LAYER}.other: no such layer",
+        ),
+    ],
+)
+def test_wrong_ranges_are_named(with_ranges, tmp_path, change, message):
+    path = rewrite(with_ranges[0], tmp_path / "bad.safetensors", change)
+    with pytest.raises(VqjaxError, match=message):
+        native.load(path)
+
+
+@pytest.mark.parametrize("about", [{"bits": 1}, {"bits": 9}, {"bits": "8"}, {"bits": True}, 8, {}])
+def test_wrong_descriptions_of_ranges_are_named(with_ranges, tmp_path, about):
+    def change(document):
+        document["activations"] = about
+
+    path = rewrite(with_ranges[0], tmp_path / "bad.safetensors", change_document=change)
+    with pytest.raises(VqjaxError, match=r"activations described as .*, expected 2 to 8 bits"):
+        native.load(path)
+
+
+def test_ranges_that_nothing_describes_are_no_weights(with_ranges, tmp_path):
+    def change(document):
+        del document["activations"]
+
+    path = rewrite(with_ranges[0], tmp_path / "bad.safetensors", change_document=change)
+    with pytest.raises(VqjaxError, match=r"\.log2_steps: no such weight"):
+        native.load(path)
+
+
+def test_more_than_eight_bits_are_not_stored(with_ranges, tmp_path):
+    _, model = with_ranges
+    ranges = dataclasses.replace(model.params["activations"], bits=10)
+    model = Model(config=model.config, params=model.params | {"activations": ranges})
+    with pytest.raises(VqjaxError, match="activations of 10 bits: 2 to 8 can be stored"):
+        native.save_model(tmp_path / "x.safetensors", model)
 
 
 def test_folded_weights_may_be_absent(tmp_path):
@@ -171,6 +295,9 @@ def test_any_damage_is_one_clear_error(exported, tmp_path):
             native.load(path)
 
 
+RESERVED = {"activations": 1}
+
+
 def test_save_refuses_other_types_and_reserved_names(tmp_path):
     model = models.dense(models.PLAIN)
     model.params["unet"]["out"]["conv"]["bias"] = np.zeros(3, np.float64)
@@ -178,6 +305,8 @@ def test_save_refuses_other_types_and_reserved_names(tmp_path):
         native.save_model(tmp_path / "x.safetensors", model)
     with pytest.raises(VqjaxError, match=r"names \['config'\]"):
         native.save_model(tmp_path / "x.safetensors", models.dense(models.PLAIN), {"config": 1})
+    with pytest.raises(VqjaxError, match=r"names \['activations'\]"):
+        native.save_model(tmp_path / "x.safetensors", models.dense(models.PLAIN), RESERVED)
     with pytest.raises(VqjaxError, match="cannot write"):
         native.save_model(tmp_path / "no" / "x.safetensors", models.dense(models.PLAIN))
 

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Model folders: round trips, equal bytes for equal models, and what is refused."""
 
+import dataclasses
 import json
 
+import jax.numpy as jnp
 import pytest
 
 from tests.io import models
+from vqjax.core.model import Model
 from vqjax.errors import VqjaxError
 from vqjax.io import load_model, orbax_model
 
@@ -34,6 +37,29 @@ def test_equal_models_give_equal_bytes_and_leave_nothing_else(saved, tmp_path):
     assert contents(tmp_path / "elsewhere") == contents(path)
     assert [p.name for p in tmp_path.iterdir()] == ["elsewhere"]
     assert not any(str(tmp_path).encode() in data for data in contents(path).values())
+
+
+def test_ranges_of_activations_round_trip(tmp_path):
+    model = models.quantized(models.TINY)
+    ranges = models.any_ranges(model)
+    model = Model(config=model.config, params=model.params | {"activations": ranges})
+    orbax_model.save_model_folder(tmp_path / "model", model)
+    found = orbax_model.load_model_folder(tmp_path / "model")
+    params = model.params | {"activations": ranges.rounded()}
+    models.assert_equal(found, Model(config=model.config, params=params))
+
+
+def test_damaged_ranges_are_named(tmp_path):
+    model = models.quantized(models.TINY)
+    ranges = models.any_ranges(model)
+    layer = "unet/out/conv/kernel"
+    ranges = dataclasses.replace(
+        ranges, log2_steps=ranges.log2_steps | {layer: jnp.array([0.0, jnp.inf, 0.0])}
+    )
+    model = Model(config=model.config, params=model.params | {"activations": ranges})
+    orbax_model.save_model_folder(tmp_path / "model", model)
+    with pytest.raises(VqjaxError, match=f"activations/{layer}.log2_steps: 1 of 3 values are NaN"):
+        orbax_model.load_model_folder(tmp_path / "model")
 
 
 def test_a_run_folder_and_its_model_folder_load(saved):

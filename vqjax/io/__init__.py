@@ -83,6 +83,7 @@ def _checked(model: "Model", config: LatentDiffusionConfig | None, where: str) -
     import numpy as np
 
     from vqjax.core import tree
+    from vqjax.core.activations import Activations
     from vqjax.core.tensor import VQTensor
 
     if config is not None and config != model.config:
@@ -92,7 +93,9 @@ def _checked(model: "Model", config: LatentDiffusionConfig | None, where: str) -
         )
     flat = {
         # Cast by numpy: jax would compile a cast for every shape.
-        path: leaf if isinstance(leaf, VQTensor) else jnp.asarray(np.asarray(leaf, np.float32))
+        path: leaf
+        if isinstance(leaf, VQTensor | Activations)
+        else jnp.asarray(np.asarray(leaf, np.float32))
         for path, leaf in tree.flatten(model.params).items()
     }
     return dataclasses.replace(model, params=tree.unflatten(flat))

@@ -2,7 +2,7 @@
 """A model as flat named arrays and one JSON document, which is what our two formats store.
 
 Dimension key:  O outputs   J vectors of a row   M codebooks   K entries   G weights of a vector
-                C codes of a row (J * M)
+                C codes of a row (J * M)   T timesteps
 """
 
 import hashlib
@@ -17,6 +17,7 @@ import numpy as np
 from vqjax.config import LatentDiffusionConfig
 from vqjax.core import grouping as grouping_lib
 from vqjax.core import tree
+from vqjax.core.activations import Activations, layer_bits
 from vqjax.core.model import Model
 from vqjax.core.scales import LEVELS, LogScales
 from vqjax.core.tensor import VQTensor
@@ -25,6 +26,7 @@ from vqjax.io import keys
 from vqjax.kernels import decode as decode_lib
 
 DENSE_DTYPES = ("float16", "float32")
+ACTIVATION_BITS = range(2, 9)
 _PARTS = {
     "codes": ("uint8",),
     "codebooks": ("float16", "int8"),
@@ -36,6 +38,8 @@ _OPTIONAL = {
     "input_scale_range": ("float32",),
     "codebook_scale": ("float32",),
 }
+_TIMESTEPS = "activations.timesteps"
+_RANGES = "activations/"
 # With one context token these have no influence, and folding removes them (`core.folding`).
 _FOLDABLE = re.compile(r"unet/.*/block_\d+/(norm2/(scale|bias)|attn2/to_[qk]/kernel)")
 
@@ -44,7 +48,7 @@ def to_arrays(params: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], dict[st
     """Splits a params tree into arrays by name and the description of its quantized leaves.
 
     A dense leaf is stored under its path; a quantized one as the arrays of `tensor_arrays`, their
-    names behind the path and a dot.
+    names behind the path and a dot; activation ranges as `_range_arrays` says.
 
     Returns:
       `{name: array}` in sorted order and `{path: {"shape": [...], "grouping": ...}}`.
@@ -57,6 +61,8 @@ def to_arrays(params: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], dict[st
         if isinstance(leaf, VQTensor):
             quantized[path] = {"shape": list(leaf.shape), "grouping": leaf.grouping}
             arrays |= {f"{path}.{part}": array for part, array in tensor_arrays(leaf).items()}
+        elif isinstance(leaf, Activations):
+            arrays |= _range_arrays(leaf)
         else:
             arrays[path] = np.asarray(leaf)
             if arrays[path].dtype.name not in DENSE_DTYPES:
@@ -66,13 +72,28 @@ def to_arrays(params: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], dict[st
     return dict(sorted(arrays.items())), quantized
 
 
+def of_model(model: Model) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Returns the arrays of a model and the document that `from_arrays` reads.
+
+    Raises:
+      VqjaxError: as `to_arrays`, or if its activations have other than 2 to 8 bits.
+    """
+    arrays, quantized = to_arrays(model.params)
+    document = {"config": model.config.to_dict(), "quantized": quantized}
+    activations = model.params.get("activations")
+    if activations is not None:  # a model without them is stored as it was before there were any
+        document["activations"] = {"bits": activations.bits}
+        if activations.bits not in ACTIVATION_BITS:
+            raise VqjaxError(f"activations of {activations.bits} bits: 2 to 8 can be stored")
+    return arrays, document
+
+
 def from_arrays(arrays: Mapping[str, Any], document: Mapping[str, Any], *, where: str) -> Model:
-    """The inverse of `to_arrays`. Every array is checked against what the config asks for.
+    """The inverse of `of_model`. Every array is checked against what the config asks for.
 
     Args:
       arrays: numpy or jax arrays by name.
-      document: "config" as `LatentDiffusionConfig.to_dict` and "quantized" as `to_arrays` returns
-        them.
+      document: as `of_model` returns it.
       where: names the file in errors.
 
     Raises:
@@ -81,6 +102,7 @@ def from_arrays(arrays: Mapping[str, Any], document: Mapping[str, Any], *, where
     rest, leaves, problems = dict(arrays), {}, []
     quantized = document["quantized"]
     config, expected = _read_config(document, where)
+    ranges = _take_ranges(rest) if "activations" in document else None
     for path, about in quantized.items():
         parts = {part: rest.pop(f"{path}.{part}", None) for part in (*_PARTS, *_OPTIONAL)}
         misfits = _misfits(parts, about, expected.get(path))
@@ -90,11 +112,18 @@ def from_arrays(arrays: Mapping[str, Any], document: Mapping[str, Any], *, where
     for path, array in rest.items():
         problems += _dense_misfits(path, array, expected.get(path))
         leaves[path] = jnp.asarray(array)
+    if ranges is not None:
+        kernels = {p for p in expected if p.startswith("unet/") and p.endswith("/kernel")}
+        kernels &= set(rest) | set(quantized)
+        problems += _range_misfits(ranges, document["activations"], kernels)
     missing = set(expected) - set(rest) - set(quantized)
     problems += [f"{path}: missing" for path in sorted(missing) if not _FOLDABLE.fullmatch(path)]
     if problems:
         raise gathered(problems, f"{where} does not hold the model its config describes; remake it")
-    return Model(config=config, params=tree.unflatten(leaves))
+    params = tree.unflatten(leaves)
+    if ranges is not None:
+        params["activations"] = _activations_of(ranges, document["activations"]["bits"])
+    return Model(config=config, params=params)
 
 
 def tensor_arrays(tensor: VQTensor) -> dict[str, np.ndarray]:
@@ -133,6 +162,70 @@ def tensor_of(parts: Mapping[str, Any], about: Mapping[str, Any]) -> VQTensor:
         shape=shape,
         grouping=about["grouping"],
     )
+
+
+def _range_arrays(activations: Activations) -> dict[str, np.ndarray]:
+    """Stored arrays of activation ranges: no weight's name begins like theirs."""
+    arrays: dict[str, np.ndarray] = {_TIMESTEPS: np.asarray(activations.timesteps_T, np.int32)}
+    for path, zero_T in activations.rounded().zeros.items():
+        step_T = np.asarray(activations.log2_steps[path], np.float32)
+        arrays[f"{_RANGES}{path}.log2_steps"] = step_T
+        arrays[f"{_RANGES}{path}.zeros"] = np.asarray(zero_T).astype(np.uint8)
+    return arrays
+
+
+def _take_ranges(rest: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Removes the arrays of activation ranges from all others."""
+    names = [name for name in rest if name == _TIMESTEPS or name.startswith(_RANGES)]
+    return {name: np.asarray(rest.pop(name)) for name in names}
+
+
+def _activations_of(ranges: dict[str, np.ndarray], bits: int) -> Activations:
+    """The inverse of `_range_arrays`."""
+
+    def tables(part: str) -> dict[str, jnp.ndarray]:
+        end = f".{part}"
+        names = sorted(name for name in ranges if name.endswith(end))
+        return {
+            name.removeprefix(_RANGES).removesuffix(end): jnp.asarray(
+                ranges[name].astype(np.float32)
+            )
+            for name in names
+        }
+
+    return Activations(
+        timesteps_T=jnp.asarray(ranges[_TIMESTEPS]),
+        log2_steps=tables("log2_steps"),
+        zeros=tables("zeros"),
+        bits=bits,
+    )
+
+
+def _range_misfits(ranges: dict[str, np.ndarray], about: Any, kernels: set[str]) -> list[str]:
+    """What is wrong with activation ranges: every kernel of the U-Net has one, nothing else has."""
+    bits = about.get("bits") if isinstance(about, Mapping) else None
+    if type(bits) is not int or bits not in ACTIVATION_BITS:
+        return [f"activations described as {about!r}, expected 2 to 8 bits"]
+    timesteps_T = ranges.get(_TIMESTEPS, np.zeros(0))
+    rising = timesteps_T.ndim == 1 and timesteps_T.size and np.all(np.diff(timesteps_T) > 0)
+    if timesteps_T.dtype.name != "int32" or not rising:
+        return [f"{_TIMESTEPS}: missing, or not int32 numbers of one axis in rising order"]
+    dtypes = {"log2_steps": "float32", "zeros": "uint8"}
+    expected = {f"{_RANGES}{path}.{part}": (path, part) for path in kernels for part in dtypes}
+    unknown = sorted(ranges.keys() - expected.keys() - {_TIMESTEPS})
+    found = [f"{name}: no such layer in this model" for name in unknown]
+    for name, (path, part) in sorted(expected.items()):
+        array = ranges.get(name)
+        if array is None:
+            found.append(f"{name}: missing")
+        elif (array.dtype.name, array.shape) != (dtypes[part], timesteps_T.shape):
+            wanted = f"{dtypes[part]} {timesteps_T.shape}"
+            found.append(f"{name}: {array.dtype} {array.shape}, expected {wanted}")
+        elif part == "zeros" and array.max() >= 2 ** layer_bits(path, bits):
+            found.append(f"{name}: {array.max()} is no level of {layer_bits(path, bits)} bits")
+        else:
+            found += [f"{name}: {bad}" for bad in not_finite(array)]
+    return found
 
 
 def _read_config(

@@ -40,13 +40,9 @@ def save_model(
     Raises:
       VqjaxError: if a weight has another type, or a name in `extra_metadata` is one of ours.
     """
-    arrays, quantized = leaves.to_arrays(model.params)
-    document = {
-        "version": VERSION,
-        "config": model.config.to_dict(),
-        "quantized": quantized,
-    }
-    taken = sorted({*document, "sha256"} & set(extra_metadata or {}))
+    arrays, document = leaves.of_model(model)
+    document = {"version": VERSION, **document}
+    taken = sorted({*document, "activations", "sha256"} & set(extra_metadata or {}))
     if taken:
         raise VqjaxError(f"extra_metadata uses the names {taken}, which the format needs; rename")
     document |= dict(extra_metadata or {})

@@ -46,13 +46,8 @@ def save_model_folder(path: str | os.PathLike, model: Model) -> None:
       VqjaxError: if a dense weight is neither float16 nor float32, or the disk refuses.
     """
     path = pathlib.Path(path).absolute()
-    arrays, quantized = leaves.to_arrays(model.params)
-    document = {
-        "version": VERSION,
-        "config": model.config.to_dict(),
-        "quantized": quantized,
-        "arrays": sorted(arrays),
-    }
+    arrays, document = leaves.of_model(model)
+    document = {"version": VERSION, **document, "arrays": sorted(arrays)}
     document["sha256"] = leaves.content_hash(document, arrays)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from vqjax.config import LatentDiffusionConfig
+from vqjax.core import tree
 from vqjax.models.autoencoder import Autoencoder
 from vqjax.models.layers import Conv, Dense
 from vqjax.models.unet import UNet
@@ -62,17 +63,34 @@ def predict_noise(
     x_BHWC: jax.Array,
     t_B: jax.Array,
     context_BNX: jax.Array | None,
+    *,
+    remat: bool = False,
 ) -> jax.Array:
     """The U-Net's noise prediction, computed in the dtype of `x_BHWC`.
 
     Args:
-      params: the whole model's tree; kernels below "unet" may be `VQTensor`.
+      params: the whole model's tree; kernels below "unet" may be `VQTensor`. Where "activations"
+        (`core.activations.Activations`) stands beside "unet", every layer that it names reads its
+        input in the range of t_B; kernels may then be `IntegerKernel`, too.
       x_BHWC: noisy latent.
       t_B: integer timesteps in [0, config.timesteps).
       context_BNX: from `embed_classes`; None for an unconditional model.
+      remat: gradient checkpointing, see `UNet`.
     """
-    eps = UNet(config.unet).apply({"params": params["unet"]}, x_BHWC, t_B, context_BNX)
+    unet = _with_ranges(params, t_B)
+    eps = UNet(config.unet, remat).apply({"params": unet}, x_BHWC, t_B, context_BNX)
     return cast(jax.Array, eps)  # a tuple only where collections are mutable
+
+
+def _with_ranges(params: Params, t_B: jax.Array) -> Params:
+    """The U-Net's tree, with the range of its input beside each kernel that has one."""
+    if "activations" not in params:
+        return params["unet"]
+    flat = tree.flatten({"unet": params["unet"]})
+    for path, found in params["activations"].at(t_B).items():
+        if path in flat:  # folding removes kernels
+            flat[path.removesuffix("kernel") + "input_range"] = found
+    return tree.unflatten(flat)["unet"]
 
 
 def capture_inputs(
@@ -87,7 +105,7 @@ def capture_inputs(
 
     Args:
       reduce: called as `reduce(path, x, window)` while tracing. `path` is the kernel's path
-        ("unet/.../kernel"), `x` the layer's input [..., I], and `window` is
+        ("unet/.../kernel"), `x` the layer's input [..., I] before any rounding, and `window` is
         {"window", "stride", "padding"} of a convolution or {} of a Dense. It may return None to
         skip a layer.
 
@@ -125,9 +143,9 @@ def predict_noise_disturbed(
 ) -> jax.Array:
     """`predict_noise` with errors E in its kernels, as much of each as `amounts` says.
 
-    Output o of a layer becomes y_o + a_bo (E x)_o. Its derivative in the amounts at zero says what
-    the errors of every row of every kernel do to each image, in one backward pass and without a
-    gradient of the size of a kernel.
+    Output o of a layer becomes y_o + a_bo (E x)_o, x as the layer reads it. Its derivative in the
+    amounts at zero says what the errors of every row of every kernel do to each image, in one
+    backward pass and without a gradient of the size of a kernel.
 
     Args:
       errors: E by kernel path ("unet/.../kernel"), of the kernels' shapes; other layers are exact.
@@ -143,7 +161,7 @@ def predict_noise_disturbed(
         y = call(*args, **kwargs)
         if path not in errors:
             return y
-        change = module.product(args[0], errors[path].astype(y.dtype))
+        change = module.product(module.read(args[0]), errors[path].astype(y.dtype))
         bias_O = errors.get(path.removesuffix("kernel") + "bias")
         if bias_O is not None:
             change += jnp.broadcast_to(bias_O.astype(y.dtype), y.shape)

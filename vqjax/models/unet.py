@@ -8,6 +8,9 @@ Dimension key:  B batch   H W latent   C channels   T time features   L image to
                 N context tokens   X context features
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -251,9 +254,15 @@ def _attention(
 
 
 class UNet(nn.Module):
-    """Predicts the noise in a latent. Blocks keep the numbers they have in the checkpoint."""
+    """Predicts the noise in a latent. Blocks keep the numbers they have in the checkpoint.
+
+    Attributes:
+      remat: on the way back through the network, make the activations inside blocks again instead
+        of keeping them (gradient checkpointing): a third more work, a fraction of the memory.
+    """
 
     config: UNetConfig
+    remat: bool = False
 
     @nn.compact
     def __call__(
@@ -271,6 +280,8 @@ class UNet(nn.Module):
           Every block's output is sown into the collection "intermediates" as "act.<block>".
         """
         c = self.config
+        wrap: Callable[[Any], Any] = nn.remat if self.remat else lambda module: module
+        stage, middle = wrap(Stage), wrap(Middle)
         if (context_BNX is None) != (c.context_dim is None):
             raise ValueError(
                 f"context_dim is {c.context_dim}, context given: {context_BNX is not None}"
@@ -285,14 +296,14 @@ class UNet(nn.Module):
         for level, multiplier in enumerate(c.channel_mult):
             features, attention = multiplier * c.model_channels, 2**level in c.attention_resolutions
             for _ in range(c.num_res_blocks):
-                block = Stage(c, features, attention, name=f"input_blocks_{len(skips)}")
+                block = stage(c, features, attention, name=f"input_blocks_{len(skips)}")
                 h = block(h, emb_BT, context_BNX)
                 skips.append(self._record(f"input_blocks.{len(skips)}", h))
             if level < len(c.channel_mult) - 1:
                 h = Downsample(c, features, name=f"input_blocks_{len(skips)}")(h, emb_BT)
                 skips.append(self._record(f"input_blocks.{len(skips)}", h))
 
-        h = Middle(c, h.shape[-1], name="middle_block")(h, emb_BT, context_BNX)
+        h = middle(c, h.shape[-1], name="middle_block")(h, emb_BT, context_BNX)
         self._record("middle_block", h)
 
         index = 0
@@ -300,7 +311,7 @@ class UNet(nn.Module):
             features, attention = multiplier * c.model_channels, 2**level in c.attention_resolutions
             for i in range(c.num_res_blocks + 1):
                 upsample = level > 0 and i == c.num_res_blocks
-                block = Stage(c, features, attention, upsample, name=f"output_blocks_{index}")
+                block = stage(c, features, attention, upsample, name=f"output_blocks_{index}")
                 h = block(jnp.concatenate([h, skips.pop()], axis=-1), emb_BT, context_BNX)
                 self._record(f"output_blocks.{index}", h)
                 index += 1

@@ -181,6 +181,25 @@ def second_moments(
     }
 
 
+def capture_branches(
+    config: LatentDiffusionConfig,
+    params: models.Params,
+    x_BHWC: jax.Array,
+    t: jax.Array,
+    ids_B: jax.Array | None,
+    reduce: Callable[[str, jax.Array, dict[str, Any]], Any],
+) -> dict[str, Any]:
+    """What `reduce` (see `models.capture_inputs`) makes of layer inputs in both guidance branches,
+    which see the same latents at timestep t, unconditional first."""
+    context = None
+    if ids_B is not None:
+        both = jnp.concatenate([jnp.full_like(ids_B, config.null_class), ids_B])
+        context = models.embed_classes(config, params, both)
+        x_BHWC = jnp.concatenate([x_BHWC, x_BHWC])
+    t_B = jnp.broadcast_to(t, x_BHWC.shape[:1])
+    return models.capture_inputs(config, params, x_BHWC, t_B, context, reduce)[1]
+
+
 def to_arrays(moments: Moments) -> dict[str, np.ndarray]:
     """Moments as named arrays, for storage."""
     return {
@@ -217,12 +236,6 @@ def _adder(config: LatentDiffusionConfig, held: dict[str, _Held]):
 
     @functools.partial(jax.jit, donate_argnums=0)
     def add(sums, params, x_BHWC, t, ids_B, index_B, step, weight):
-        context = None
-        if ids_B is not None:  # both guidance branches see the same latents
-            both = jnp.concatenate([jnp.full_like(ids_B, config.null_class), ids_B])
-            context = models.embed_classes(config, params, both)
-            x_BHWC = jnp.concatenate([x_BHWC, x_BHWC])
-        t_B = jnp.broadcast_to(t, x_BHWC.shape[:1])
 
         def reduce(path, x, window):
             if path not in sums:
@@ -231,7 +244,7 @@ def _adder(config: LatentDiffusionConfig, held: dict[str, _Held]):
                 return _add(sums[path], x[:1], step[None], held[path], weight, window)
             return _add(sums[path], x, index_B, held[path], weight, window)
 
-        return models.capture_inputs(config, params, x_BHWC, t_B, context, reduce)[1]
+        return capture_branches(config, params, x_BHWC, t, ids_B, reduce)
 
     return add
 

@@ -19,6 +19,7 @@ def sample(
     guidance: float = 3.0,
     eta: float = 0.0,
     seed: int = 0,
+    integer: bool = False,
 ) -> "np.ndarray":
     """Samples one image per class id.
 
@@ -29,16 +30,18 @@ def sample(
       guidance: of classifier-free guidance, 1 is none.
       eta: 0 is deterministic DDIM, 1 has the noise of DDPM.
       seed: image i depends on (seed, i) alone, whatever the number of images.
+      integer: multiply int8 by int8, in models with 8-bit activations and 8-bit integer weights.
 
     Returns:
       uint8 [N, H, W, 3].
 
     Raises:
-      VqjaxError: for an unusable source, class id, steps or eta.
+      VqjaxError: for an unusable source, class id, steps or eta, or a model that integers cannot
+        compute.
     """
     from vqjax import load, sampling
     from vqjax.core.model import Model
 
     model = model_or_source if isinstance(model_or_source, Model) else load(model_or_source)
-    settings = {"steps": steps, "guidance": guidance, "eta": eta, "seed": seed}
+    settings = {"steps": steps, "guidance": guidance, "eta": eta, "seed": seed, "integer": integer}
     return sampling.generate(model, classes, **settings)

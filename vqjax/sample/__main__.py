@@ -42,6 +42,7 @@ def _work(settings: SampleSettings) -> None:
             eta=settings.eta,
             seed=settings.seed,
             batch_size=min(settings.batch, settings.count),
+            integer=settings.integer,
             on_batch=advance,
         )
     parameters = dataclasses.asdict(settings) | {"out": str(settings.out)}

@@ -14,6 +14,7 @@ import numpy as np
 
 from vqjax import models
 from vqjax.config import LatentDiffusionConfig
+from vqjax.core.integer import integerize
 from vqjax.core.model import Model
 from vqjax.core.tensor import densify
 from vqjax.errors import VqjaxError
@@ -106,6 +107,7 @@ def generate_with_latents(
     seed: int = 0,
     first_index: int = 0,
     batch_size: int = BATCH_SIZE,
+    integer: bool = False,
     on_batch: Callable[[int], None] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Samples one image per entry of `classes`.
@@ -116,19 +118,23 @@ def generate_with_latents(
       seed: image i is drawn from (seed, first_index + i) alone.
       first_index: number of the first image, to continue a series.
       batch_size: images in one compiled call; the last call is padded, so one program serves all.
+      integer: multiply int8 by int8 in the U-Net, which needs a model with ranges of activations of
+        at most 8 bits and 8-bit integer weights. Otherwise such a model is simulated in floating
+        point.
       on_batch: called with the number of images finished.
 
     Returns:
       Images uint8 [N, H, W, 3] and latents float32 [N, h, w, c].
 
     Raises:
-      VqjaxError: for a class id that the model does not have, or unusable steps or eta.
+      VqjaxError: for a class id that the model does not have, unusable steps or eta, or a model
+        that integers cannot compute.
     """
     config, classes = model.config, np.asarray(classes)
     _check_classes(config, classes)
     ddim_schedule(config, steps, eta)
     # Weights are decoded once, not at every step: no kernel here reads packed codes any faster.
-    params = jax.jit(densify)(model.params)
+    params = _integers(model) if integer else jax.jit(densify)(model.params)
     images, latents = [], []
     for start in range(0, len(classes), batch_size):
         index_B = np.arange(start, start + batch_size)
@@ -143,6 +149,16 @@ def generate_with_latents(
         if on_batch is not None:
             on_batch(count)
     return np.concatenate(images), np.concatenate(latents)
+
+
+def _integers(model: Model) -> models.Params:
+    """The parameters with integer kernels."""
+    if "activations" not in model.params:
+        raise VqjaxError(
+            f"integer sampling: {model.config.name} has no ranges of activations; sample it in "
+            f"floating point, or quantize it with 8-bit activations"
+        )
+    return integerize(model.params)
 
 
 def generate(model: Model, classes: Sequence[int] | np.ndarray, **settings) -> np.ndarray:

@@ -28,6 +28,22 @@ class Trajectory(NamedTuple):
     pred_x0_SBHWC: jax.Array
 
 
+def update(
+    x: jax.Array, eps: jax.Array, a: jax.Array, a_prev: jax.Array, sigma: jax.Array | float = 0.0
+) -> tuple[jax.Array, jax.Array]:
+    """One step without its noise (arXiv 2010.02502, eq. 12).
+
+    Args:
+      x: latent at the step's timestep, any shape; `eps`: its predicted noise.
+      a, a_prev, sigma: coefficients of the step, from `DDIMSchedule`.
+
+    Returns:
+      The next latent and the estimate of the clean one.
+    """
+    pred_x0 = (x - jnp.sqrt(1 - a) * eps) / jnp.sqrt(a)
+    return jnp.sqrt(a_prev) * pred_x0 + jnp.sqrt(1 - a_prev - sigma**2) * eps, pred_x0
+
+
 def ddim(
     predict: NoisePredictor,
     schedule: DDIMSchedule,
@@ -57,8 +73,7 @@ def ddim(
     def step(x, inputs):
         index, t, a, a_prev, sigma = inputs
         eps = predict(x, jnp.broadcast_to(t, x.shape[:1])).astype(jnp.float32)
-        pred_x0 = (x - jnp.sqrt(1 - a) * eps) / jnp.sqrt(a)
-        x_next = jnp.sqrt(a_prev) * pred_x0 + jnp.sqrt(1 - a_prev - sigma**2) * eps
+        x_next, pred_x0 = update(x, eps, a, a_prev, sigma)
         if stochastic and noise is not None:
             x_next += sigma * noise(index)
         return x_next, Trajectory(x, pred_x0)

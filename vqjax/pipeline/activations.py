@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ranges of every layer's input, from the full-precision model's own trajectories.
+
+Dimension key:  B batch   H W latent   C channels   T trajectory steps   L layers
+                F candidate ranges
+
+The trajectories are walked twice: first for the least and the largest number that each layer reads
+at each timestep, then for the squared error of all inputs in a few ranges within those
+(`core.activations`). The range of least error, summed over all batches, is kept. Memory beyond the
+model's own is a few numbers per layer, timestep and candidate.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vqjax.core.activations import Activations, candidate_ranges, layer_bits, squared_errors
+from vqjax.core.model import Model
+from vqjax.errors import gathered
+from vqjax.pipeline import calibrate
+
+
+def calls(visited: Sequence[tuple]) -> int:
+    """How often `observe` calls the U-Net, and its `on_step`."""
+    return 2 * sum(len(t_T) for _, t_T, _ in visited)
+
+
+def observe(
+    model: Model, visited: Sequence[tuple], bits: int, on_step: Callable[[], None] = lambda: None
+) -> Activations:
+    """The ranges of least squared error for the inputs of every Dense and Conv of the U-Net.
+
+    Args:
+      model: in full precision, folded as the quantized one will be.
+      visited: from `calibrate.trajectories`; the classes' inputs are those of both guidance
+        branches.
+      bits: of most layers; see `Activations.bits_of`.
+      on_step: called after each U-Net call.
+
+    Returns:
+      One row per timestep of the trajectories, zero points whole.
+
+    Raises:
+      VqjaxError: names layers whose inputs are NaN or infinite.
+    """
+    config, t_T = model.config, np.asarray(visited[0][1])
+    paths = sorted(calibrate.trace_layers(config, model.params))
+    layers_bits = [layer_bits(path, bits) for path in paths]
+
+    @jax.jit
+    def ends(params, x_BHWC, t, ids_B):
+        def reduce(path, x, window):
+            del path, window
+            return jnp.stack([jnp.min(x), jnp.max(x)]).astype(jnp.float32)
+
+        found = calibrate.capture_branches(config, params, x_BHWC, t, ids_B, reduce)
+        return jnp.stack([found[path] for path in paths])
+
+    @jax.jit
+    def errors(params, x_BHWC, t, ids_B, step_FL, zero_FL):
+        def reduce(path, x, window):
+            del window
+            layer = paths.index(path)
+            return squared_errors(x, step_FL[:, layer], zero_FL[:, layer], layers_bits[layer])
+
+        found = calibrate.capture_branches(config, params, x_BHWC, t, ids_B, reduce)
+        return jnp.stack([found[path] for path in paths], axis=1)
+
+    low_TL = np.full((len(t_T), len(paths)), np.inf, np.float32)
+    high_TL = -low_TL
+    for step, call in _points(model, visited):
+        low_L, high_L = np.asarray(ends(*call)).T
+        low_TL[step] = np.minimum(low_TL[step], low_L)
+        high_TL[step] = np.maximum(high_TL[step], high_L)
+        on_step()
+    _check_finite(paths, low_TL, high_TL)
+
+    ranges = [candidate_ranges(low_TL[:, i], high_TL[:, i], b) for i, b in enumerate(layers_bits)]
+    step_FTL, zero_FTL = (np.stack(tables, axis=2) for tables in zip(*ranges))
+    error_FTL = np.zeros_like(step_FTL, np.float64)
+    for step, call in _points(model, visited):
+        error_FTL[:, step] += np.asarray(errors(*call, step_FTL[:, step], zero_FTL[:, step]))
+        on_step()
+    best_1TL = np.argmin(error_FTL, axis=0)[None]
+    order_T = np.argsort(t_T)
+    step_TL, zero_TL = (
+        np.take_along_axis(table_FTL, best_1TL, axis=0)[0][order_T].astype(np.float32)
+        for table_FTL in (step_FTL, zero_FTL)
+    )
+    return Activations(
+        timesteps_T=jnp.asarray(t_T[order_T], jnp.int32),
+        log2_steps=_by_path(paths, np.log2(step_TL)),
+        zeros=_by_path(paths, zero_TL),
+        bits=bits,
+    )
+
+
+def _points(model: Model, visited: Sequence[tuple]) -> Iterator[tuple]:
+    """Yields the number of the step and the arguments of one call, for all trajectories."""
+    for x_TBHWC, t_T, ids_B in visited:
+        for step, (x_BHWC, t) in enumerate(zip(x_TBHWC, t_T)):
+            yield step, (model.params, x_BHWC, jnp.int32(t), ids_B)
+
+
+def _by_path(paths: list[str], table_TL: np.ndarray) -> dict[str, jax.Array]:
+    return {path: jnp.asarray(column_T) for path, column_T in zip(paths, table_TL.T)}
+
+
+def _check_finite(paths: list[str], low_TL: np.ndarray, high_TL: np.ndarray) -> None:
+    finite_TL = np.isfinite(low_TL) & np.isfinite(high_TL)
+    bad = [
+        f"{path}: inputs are NaN or infinite"
+        for layer, path in enumerate(paths)
+        if not finite_TL[:, layer].all()
+    ]
+    if bad:
+        raise gathered(bad, "activations cannot be calibrated; check the model's weights:")
