@@ -9,6 +9,7 @@ Dimension key:  B batch   H W image or latent   C channels   V variants of an im
 """
 
 import dataclasses
+import functools
 import pathlib
 import sys
 from typing import Any
@@ -116,9 +117,9 @@ def train_autoencoder(config, images_NHWC: np.ndarray, args: Args) -> dict[str, 
             key_batch = jax.random.fold_in(key, index + offset)
             loss, grads = jax.value_and_grad(loss_fn)(params, key_batch, quantized)
             updates, opt_state = optimizer.update(grads, opt_state, params)
-            return (optax.apply_updates(params, updates), opt_state), loss
+            return (optax.apply_updates(params, updates), opt_state), {"loss": loss}
 
-        return step
+        return jax.jit(step, donate_argnums=0)
 
     work = args.work.absolute()
     params = models.init_params(config, key)["first_stage"]
@@ -174,6 +175,7 @@ def train_unet(config, first_stage: dict, images_VNHWC: np.ndarray, labels_N, ar
         context = models.embed_classes(config, params, ids)
         return jnp.mean((models.predict_noise(config, params, noisy, t, context) - noise) ** 2)
 
+    @functools.partial(jax.jit, donate_argnums=0)
     def step(state, index):
         params, average, opt_state = state
         loss, grads = jax.value_and_grad(loss_fn)(params, jax.random.fold_in(key, index))
@@ -181,7 +183,7 @@ def train_unet(config, first_stage: dict, images_VNHWC: np.ndarray, labels_N, ar
         params = optax.apply_updates(params, updates)
         decay = jnp.minimum(EMA_DECAY, (1.0 + index) / (10.0 + index))
         average = jax.tree.map(lambda a, p: a + (1 - decay) * (p - a), average, params)
-        return (params, average, opt_state), loss
+        return (params, average, opt_state), {"loss": loss}
 
     params = models.init_params(config, key)
     params = {"unet": _zero_branches(params["unet"]), "cond_stage": params["cond_stage"]}

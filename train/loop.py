@@ -1,41 +1,62 @@
 # SPDX-License-Identifier: Apache-2.0
 """A resumable training loop: the same steps give the same bits, however often it is killed."""
 
+import collections
+import math
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
 from vqjax import progress
+from vqjax.errors import VqjaxError
 
 SAVE_INTERVAL = 60.0  # seconds between checkpoints: the most that a kill can cost
+WINDOW = 100  # steps that the shown figures are means of
+
+Metrics = Mapping[str, jax.Array]
+"""Scalars of one step by name; "loss" is one of them."""
+
+
+class DivergedError(VqjaxError):
+    """Training was stopped; the last good state is kept."""
 
 
 def train(
     name: str,
     state: Any,
-    step: Callable[[Any, jax.Array], tuple[Any, jax.Array]],
+    step: Callable[[Any, Any], tuple[Any, Metrics]],
     steps: int,
     folder: pathlib.Path,
+    *,
+    inputs: Callable[[int], Any] = jnp.int32,
+    most: float = math.inf,
+    advice: str = "take a lower learning rate",
 ) -> Any:
     """Runs `step` for indices 0 .. steps - 1, or from the last checkpoint in `folder`.
 
     Args:
-      name: stage name for the progress line.
-      state: pytree of arrays before step 0.
-      step: `(state, index) -> (state, loss)`, pure; all randomness derives from `index`, which
-        makes a resumed run equal to an unbroken one. It is compiled, its input state is donated.
+      name: stage name for the progress line, which shows the means of all metrics.
+      state: pytree of arrays before step 0; restored ones take over where its arrays lie.
+      step: `(state, inputs(index)) -> (state, metrics)`, pure, compiled where that pays; it may
+        donate its input state.
       folder: absolute path; holds this stage's checkpoints alone.
+      inputs: what a step sees beside the state; follows from the index alone, which makes a resumed
+        run equal to an unbroken one. Default: the index.
+      most: mean loss of the last steps, over that of the first ones, above which training stops.
+      advice: what to try then.
 
     Returns:
       The state after the last step.
 
     Raises:
-      FloatingPointError: if the loss is not finite; the last good checkpoint stays.
+      DivergedError: if a loss is not finite or losses grow beyond `most`; names the step. The last
+        checkpoint in `folder` is from before.
     """
     options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
     with ocp.CheckpointManager(folder, options=options) as manager:
@@ -43,17 +64,45 @@ def train(
         if first:
             abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
             state = manager.restore(first, args=ocp.args.StandardRestore(abstract))
-        compiled = jax.jit(step, donate_argnums=0)
-        saved, losses = time.monotonic(), []
+        watch = _Watch(name, most, advice)
+        saved = time.monotonic()
         with progress.stage(name, steps, done=first) as advance:
             for index in range(first, steps):
-                state, loss = compiled(state, jax.numpy.int32(index))
-                losses.append(float(loss))
-                if not np.isfinite(losses[-1]):
-                    raise FloatingPointError(f"{name}: loss {losses[-1]} at step {index}")
+                state, metrics = step(state, inputs(index))
+                watch.add(index, {key: float(value) for key, value in metrics.items()})
                 if time.monotonic() - saved > SAVE_INTERVAL or index == steps - 1:
                     manager.save(index + 1, args=ocp.args.StandardSave(state))
                     manager.wait_until_finished()
                     saved = time.monotonic()
-                advance(1, f"loss {np.mean(losses[-100:]):.5f}")
+                advance(1, watch.note())
     return state
+
+
+class _Watch:
+    """Keeps the metrics of the last steps, and tells when they say that training diverged."""
+
+    def __init__(self, name: str, most: float, advice: str):
+        self._name, self._most, self._advice = name, most, advice
+        self._recent: collections.deque[dict[str, float]] = collections.deque(maxlen=WINDOW)
+        self._early: list[float] = []
+
+    def add(self, index: int, metrics: dict[str, float]) -> None:
+        """Takes the metrics of a step; raises DivergedError."""
+        loss = metrics["loss"]
+        self._recent.append(metrics)
+        if len(self._early) < WINDOW:
+            self._early.append(loss)
+        limit = self._most * float(np.mean(self._early))
+        if math.isfinite(loss) and not self._mean("loss") > limit:
+            return
+        raise DivergedError(
+            f"{self._name}: loss {loss:.4g} at step {index}, {np.mean(self._early):.4g} in the "
+            f"first steps: it diverged. The last good state is kept; {self._advice}"
+        )
+
+    def note(self) -> str:
+        """The means for the progress line."""
+        return "  ".join(f"{key} {self._mean(key):.5f}" for key in self._recent[-1])
+
+    def _mean(self, key: str) -> float:
+        return float(np.mean([metrics[key] for metrics in self._recent]))

@@ -18,7 +18,7 @@ def step(state, index):
     target = jax.random.normal(jax.random.fold_in(KEY, index), params["w"].shape)
     loss, grads = jax.value_and_grad(lambda p: jnp.mean((p["w"] - target) ** 2))(params)
     updates, opt_state = OPTIMIZER.update(grads, opt_state)
-    return (optax.apply_updates(params, updates), opt_state), loss
+    return (optax.apply_updates(params, updates), opt_state), {"loss": loss}
 
 
 def start():
@@ -46,8 +46,27 @@ def test_a_complete_run_is_not_repeated(tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_and_names_the_step(tmp_path):
     def diverging(state, index):
-        state, loss = step(state, index)
-        return state, jnp.where(index == 2, jnp.nan, loss)
+        state, metrics = step(state, index)
+        return state, {"loss": jnp.where(index == 2, jnp.nan, metrics["loss"])}
 
-    with pytest.raises(FloatingPointError, match="run: loss nan at step 2"):
+    with pytest.raises(loop.DivergedError, match=r"run: loss nan at step 2.*last good state"):
         loop.train("run", start(), diverging, 5, tmp_path)
+
+
+def test_growing_losses_stop_before_they_overflow(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "WINDOW", 4)
+
+    def growing(state, index):
+        return state, {"loss": 2.0**index}
+
+    with pytest.raises(loop.DivergedError, match=r"it diverged.*try 0.1"):
+        loop.train("run", start(), growing, 99, tmp_path, most=5, advice="try 0.1")
+
+
+def test_steps_see_their_inputs(tmp_path):
+    def adding(state, x):
+        return {"sum": state["sum"] + x}, {"loss": x}
+
+    start = {"sum": jnp.zeros(())}
+    last = loop.train("run", start, adding, 4, tmp_path, inputs=lambda i: jnp.float32(10**i))
+    assert float(last["sum"]) == 1111

@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A quantized copy learns from the full-precision model, and does so the same way every time."""
+
+import dataclasses
+import functools
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec
+
+from tests.conftest import relative_rms
+from tests.io import models as small
+from vqjax import sampling
+from vqjax.core import grouping, scalar, tree
+from vqjax.core.activations import Activations
+from vqjax.core.coded import CodedWeight
+from vqjax.core.plan import kernel_shapes
+from vqjax.pipeline import tuning
+from vqjax.train import distill, loop, pv
+
+TEACHER = small.dense(small.TINY)
+CODED = ("unet/input_blocks_1/res/conv1/kernel", "unet/time_embed/dense2/kernel")
+FAST = dataclasses.replace(pv.SEMI_PV, code_lr=0.3, max_code_change=0.1)
+RECIPE = distill.Recipe(steps=6, batch=4, trajectories=6, timesteps=3, guidance=1.5)
+
+
+def student(*, bits: int | None, ranges: bool = True) -> tuple[distill.Student, Activations | None]:
+    """The teacher's weights, two kernels rounded to `bits`, and wide ranges of all inputs."""
+    flat = tree.flatten({name: TEACHER.params[name] for name in tuning.TRAINED})
+    kernels = kernel_shapes({path: leaf.shape for path, leaf in flat.items()})
+    if bits is not None:
+        for path in CODED:
+            shape = kernels[path]
+            matrix_ON = grouping.to_matrix(np.asarray(flat[path]))
+            flat[path] = CodedWeight.of(scalar.round_to_grid(matrix_ON, shape, 2**bits))
+    weights = tree.unflatten(flat)
+    if not ranges:
+        return distill.Student(weights, None), None
+    t_T = np.sort(distill.schedule_for(TEACHER.config, RECIPE).timesteps)
+    activations = Activations(
+        timesteps_T=jnp.asarray(t_T, jnp.int32),
+        log2_steps={path: jnp.full(len(t_T), -4.0) for path in kernels},
+        zeros={path: jnp.full(len(t_T), 100.0) for path in kernels},
+        bits=8,
+    )
+    return distill.Student(weights, distill.Ranges.of(activations)), activations
+
+
+def taught(folder: pathlib.Path, steps: int = RECIPE.steps, **settings) -> distill.Student:
+    """A student of 3 bits after some steps of a run of six."""
+    before, activations = student(bits=3)
+    return distill.distill(
+        TEACHER,
+        before,
+        tuning.weights_optimizer(RECIPE.steps, 1.0, FAST),
+        tuning.ranges_optimizer(RECIPE.steps, 1.0),
+        dataclasses.replace(RECIPE, steps=steps),
+        folder,
+        activations=activations,
+        **settings,
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> distill.Student:
+    return taught(tmp_path_factory.mktemp("whole"))
+
+
+def lessons(recipe: distill.Recipe) -> distill.Lessons:
+    mesh = jax.sharding.Mesh(jax.devices()[:1], ("batch",))
+    return distill.Lessons(TEACHER, recipe, jax.sharding.NamedSharding(mesh, PartitionSpec()))
+
+
+def test_the_teacher_walks_as_the_sampler_does():
+    schedule = distill.schedule_for(TEACHER.config, RECIPE)
+    ids, noise = jnp.array([1, 2]), sampling.image_noise(3, [0, 1], TEACHER.config.latent_shape)
+    found = jax.jit(distill.teacher_of(TEACHER.config, RECIPE))(TEACHER.params, ids, noise)
+    expected = sampling.sample_latents(
+        TEACHER.config, TEACHER.params, schedule, ids, noise, guidance=RECIPE.guidance
+    )[1]
+    assert relative_rms(found.x_BHWC, expected.x_SBHWC) < 1e-5
+    np.testing.assert_array_equal(found.t_B[:, 0], schedule.timesteps[::-1])
+    np.testing.assert_array_equal(found.ids_B[0], ids)
+
+
+def test_mixed_batches_use_every_pair_once_and_follow_from_the_index():
+    given = lessons(RECIPE)
+    assert given.steps_per_round == 4  # 6 trajectories of 3 timesteps, 4 pairs each, 2 left over
+    batches = [given(index) for index in range(4)]
+    seen = {(int(t), x.tobytes()) for b in batches for t, x in zip(b.t_B, np.asarray(b.x_BHWC))}
+    assert len(seen) == 16
+    assert any(len(set(np.asarray(batch.t_B))) > 1 for batch in batches)
+    given(5)  # another round
+    again = lessons(RECIPE)(2)
+    jax.tree.map(np.testing.assert_array_equal, again, batches[2])
+
+
+def test_batches_in_order_of_the_trajectory_have_one_timestep_each():
+    given = lessons(dataclasses.replace(RECIPE, order="trajectory"))
+    assert given.steps_per_round == 3
+    timesteps = [set(np.asarray(given(index).t_B).tolist()) for index in range(4)]
+    assert timesteps == [{667}, {334}, {1}, {667}]
+
+
+def test_what_equals_the_teacher_has_no_loss():
+    itself, _ = student(bits=None, ranges=False)
+    loss, gradients = distill.loss_and_gradients(
+        TEACHER.config,
+        itself,
+        lessons(RECIPE)(0),
+        activations=None,
+        guidance=RECIPE.guidance,
+        weight_T=jnp.ones(TEACHER.config.timesteps),
+    )
+    assert float(loss) < 1e-8
+    assert gradients.ranges is None
+
+
+def test_remat_changes_no_gradient():
+    coded, activations = student(bits=3)
+    batch = lessons(RECIPE)(0)
+    found = [
+        jax.jit(
+            lambda s, b, remat=remat: distill.loss_and_gradients(
+                TEACHER.config, s, b, activations=activations, guidance=1.5,
+                weight_T=jnp.ones(1000), remat=remat,
+            )
+        )(coded, batch)
+        for remat in (False, True)
+    ]  # fmt: skip
+    assert float(found[0][0]) == pytest.approx(float(found[1][0]), rel=1e-5)
+    plain, remade = (jax.tree.leaves(gradients) for _, gradients in found)
+    # Biases before a norm have no gradient but rounding.
+    scale = max(float(jnp.max(jnp.abs(leaf))) for leaf in plain)
+    for a, b in zip(plain, remade, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5 * scale)
+
+
+def test_tuning_moves_codes_ranges_and_biases(whole):
+    before, _ = student(bits=3)
+    old, new = (tree.flatten(s.weights)[CODED[0]] for s in (before, whole))
+    assert np.any(np.asarray(old.codes_OJM) != np.asarray(new.codes_OJM))
+    assert np.any(np.asarray(old.scales_O) != np.asarray(new.scales_O))
+    for name in ("unet/out/conv/bias", "cond_stage/embedding"):
+        changed = tree.flatten(whole.weights)[name] - tree.flatten(before.weights)[name]
+        assert float(jnp.max(jnp.abs(changed))) > 0, name
+    assert before.ranges is not None
+    for old_LT, new_LT in zip(before.ranges, whole.ranges):
+        assert np.any(np.asarray(old_LT) != np.asarray(new_LT))
+
+
+def test_an_interrupted_tuning_ends_with_the_same_bits(whole, tmp_path):
+    taught(tmp_path, steps=3)
+    for a, b in zip(*(jax.tree.leaves(s) for s in (whole, taught(tmp_path))), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_loss_that_grows_stops_with_advice(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "WINDOW", 2)
+    monkeypatch.setattr(distill, "_MOST", 1e-9)
+    with pytest.raises(loop.DivergedError, match=r"at step 0.*try --tuning.rate 0.3"):
+        taught(tmp_path)
+
+
+def test_weights_of_timesteps_scale_the_loss():
+    coded, activations = student(bits=3)
+    batch = lessons(RECIPE)(0)
+    t = int(batch.t_B[0])
+    losses = [
+        distill.loss_and_gradients(
+            TEACHER.config,
+            coded,
+            batch,
+            activations=activations,
+            guidance=1.5,
+            weight_T=weight_T,
+        )[0]
+        for weight_T in (jnp.ones(1000), jnp.ones(1000).at[t].set(0.0), jnp.full(1000, 2.0))
+    ]
+    assert losses[1] < losses[0]
+    assert float(losses[2]) == pytest.approx(2 * float(losses[0]), rel=1e-5)
+
+
+def test_steps_lower_the_loss_of_their_batch():
+    coded, activations = student(bits=2)
+    batch = lessons(RECIPE)(0)
+    optimizer: Any = pv.semi_pv(dataclasses.replace(FAST, lr=1e-2, code_lr=0.05))
+    compute = jax.jit(
+        functools.partial(
+            distill.loss_and_gradients,
+            TEACHER.config,
+            activations=activations,
+            guidance=1.5,
+            weight_T=jnp.ones(1000),
+        )
+    )
+    state, losses = optimizer.init(coded.weights), []
+    for _ in range(20):
+        loss, gradients = compute(coded, batch)
+        updates, state = optimizer.update(gradients.weights, state, coded.weights)
+        weights: Any = optax.apply_updates(coded.weights, updates)
+        coded = coded._replace(weights=weights)
+        losses.append(float(loss))
+    assert min(losses) < 0.8 * losses[0]

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Distillation over a mesh of simulated devices, in a process of its own that has them."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+_DEVICES = """
+import pathlib, sys
+import jax
+from tests.train import test_distill as t
+assert jax.device_count() == 8
+seen = []
+real = t.loop.train
+def watched(name, state, step, *rest, **more):
+    def kept(state, inputs):
+        state, metrics = step(state, inputs)
+        jax.debug.callback(lambda loss: seen.append(float(loss)), metrics["loss"])
+        return state, metrics
+    return real(name, state, kept, *rest, **more)
+t.loop.train = watched
+for count in (1, 8):
+    t.RECIPE = t.dataclasses.replace(t.RECIPE, batch=8)
+    t.taught(pathlib.Path(sys.argv[1]) / str(count), steps=3, devices=jax.devices()[:count])
+jax.effects_barrier()
+print(*seen)
+"""
+
+
+@pytest.mark.slow
+def test_eight_devices_have_the_losses_of_one(tmp_path):
+    flags = "--xla_force_host_platform_device_count=8"
+    environment = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    found = subprocess.run(
+        [sys.executable, "-c", _DEVICES, str(tmp_path)],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 0, found.stderr
+    losses = [float(word) for word in found.stdout.split()]
+    assert len(losses) == 6
+    np.testing.assert_allclose(losses[:3], losses[3:], rtol=1e-4)

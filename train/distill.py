@@ -1,0 +1,367 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Data-free distillation: the full-precision model teaches a quantized copy.
+
+No images are needed (EfficientDM, arXiv 2310.03270, section 3.2): the teacher samples from fresh
+noise, with fresh classes, under guidance. What it predicts on the way, in both branches of
+guidance, is the target; nothing of it is computed twice.
+
+Dimension key:  B pairs of a latent and a timestep in one step   P trajectories sampled together
+                T timesteps of a trajectory   H W latent   C channels   L layers
+
+Loss of a step, with e the prediction of the student, e* that of the teacher, g the guidance and w_t
+the weight of a timestep (`pipeline.timesteps`; its mean is 1):
+
+    mean over pairs and pixels of  w_t ((1 - g) (e_u - e*_u) + g (e_c - e*_c))^2
+
+the squared error of the guided prediction, which is what the sampler sees. Models without classes
+have one branch.
+"""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from vqjax import models, sampling
+from vqjax.config import LatentDiffusionConfig
+from vqjax.core.activations import Activations
+from vqjax.core.model import Model
+from vqjax.sampling import ddim
+from vqjax.sampling.schedule import DDIMSchedule, ddim_schedule
+from vqjax.train import loop
+
+Order = Literal["mixed", "trajectory"]
+
+Optimizer = Any
+"""An `optax.GradientTransformation`, whose own type admits trees of arrays alone."""
+
+ADVICE = "try --tuning.rate 0.3, or fewer --tune-steps"
+_MOST = 20.0  # times the loss of the first steps: beyond, training is not coming back
+_WARM_UP = 0.05  # of the steps
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What a distillation looks at.
+
+    Attributes:
+      steps: optimizer steps.
+      batch: pairs of a latent and a timestep in each.
+      trajectories: sampled by the teacher together; their pairs are used once.
+      timesteps: of a trajectory, at least.
+      guidance: of the trajectories and of the loss.
+      seed: of noise, classes and the order of pairs.
+      order: "mixed" draws pairs of all timesteps; "trajectory" visits one timestep after the other
+        with all images of a batch, as the training loops of EfficientDM and AQUATIC-Diff do.
+      remat: gradient checkpointing.
+    """
+
+    steps: int
+    batch: int = 32
+    trajectories: int = 128
+    timesteps: int = 25
+    guidance: float = 1.5
+    seed: int = 0
+    order: Order = "mixed"
+    remat: bool = False
+
+
+class Ranges(NamedTuple):
+    """The tables of `Activations` that are trained, layers in the order of its paths."""
+
+    log2_steps_LT: jax.Array
+    zeros_LT: jax.Array
+
+    @classmethod
+    def of(cls, activations: Activations) -> "Ranges":
+        """All layers in one array each."""
+        tables = (activations.log2_steps, activations.zeros)
+        return cls(*(jnp.stack([t[path] for path in activations.log2_steps]) for t in tables))
+
+    def to_activations(self, like: Activations) -> Activations:
+        """The inverse of `of`; timesteps and bits are those of `like`."""
+        tables = (dict(zip(like.log2_steps, table_LT)) for table_LT in self)
+        return dataclasses.replace(like, **dict(zip(("log2_steps", "zeros"), tables)))
+
+
+class Student(NamedTuple):
+    """What is trained.
+
+    Attributes:
+      weights: the trees "unet" and, with classes, "cond_stage"; quantized kernels are leaves with a
+        `decode()`.
+      ranges: of the layers' inputs, or None for inputs in floating point.
+    """
+
+    weights: dict[str, Any]
+    ranges: Ranges | None
+
+
+class Taught(NamedTuple):
+    """What the teacher saw and said at B pairs. Without classes, `ids_B` and `eps_uncond_BHWC` are
+    None."""
+
+    x_BHWC: jax.Array
+    t_B: jax.Array
+    ids_B: jax.Array | None
+    eps_cond_BHWC: jax.Array
+    eps_uncond_BHWC: jax.Array | None
+
+
+def distill(
+    teacher: Model,
+    student: Student,
+    weights_optimizer: Optimizer,
+    ranges_optimizer: Optimizer,
+    recipe: Recipe,
+    folder: pathlib.Path,
+    *,
+    activations: Activations | None = None,
+    weight_of_t: Callable[[np.ndarray], np.ndarray] = np.ones_like,
+    metrics: Callable[[Any], loop.Metrics] = lambda state: {},
+    devices: Sequence[Any] | None = None,
+    name: str = "tune",
+) -> Student:
+    """Trains the student; killed, it continues to the same bits.
+
+    Args:
+      teacher: full precision.
+      weights_optimizer: takes the gradient of the decoded kernel where the student has a quantized
+        one (`pv.semi_pv`).
+      ranges_optimizer: of the activation ranges.
+      folder: absolute path of the checkpoints.
+      activations: what the student's ranges are the tables of.
+      weight_of_t: weights of timesteps, in the order of the sampler; mean 1.
+      metrics: of the weights optimizer's state, shown beside the loss.
+      devices: batches are split over them, as many as divide the batch; parameters are on all.
+        Default: this process's accelerators, or one CPU, whose simulated devices share its cores.
+      name: of the progress line.
+
+    Raises:
+      loop.DivergedError: if the loss grows beyond bounds or is not finite.
+    """
+    devices = devices or jax.local_devices()[: 1 if jax.default_backend() == "cpu" else None]
+    count = max(n for n in range(1, len(devices) + 1) if recipe.batch % n == 0)
+    mesh = Mesh(np.array(devices[:count]), ("batch",))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    lessons = Lessons(teacher, recipe, NamedSharding(mesh, PartitionSpec("batch")))
+    t_T = lessons.schedule.timesteps[::-1]
+    weight_T = jnp.zeros(teacher.config.timesteps, jnp.float32)
+    weight_T = weight_T.at[t_T].set(jnp.asarray(weight_of_t(t_T), jnp.float32))
+    state = (
+        student,
+        weights_optimizer.init(student.weights),
+        ranges_optimizer.init(student.ranges),
+    )
+
+    compute = jax.jit(
+        functools.partial(
+            loss_and_gradients,
+            teacher.config,
+            activations=activations,
+            guidance=recipe.guidance,
+            weight_T=weight_T,
+            remat=recipe.remat,
+        )
+    )
+    apply: Any = jax.jit(optax.apply_updates)
+    update_ranges, show = jax.jit(ranges_optimizer.update), jax.jit(metrics)
+
+    def step(state, taught: Taught):
+        # Not one program: the weights' optimizer has programs of its own, shared by their shapes.
+        student, weights_state, ranges_state = state
+        loss, gradients = compute(student, taught)
+        updates, weights_state = weights_optimizer.update(
+            gradients.weights, weights_state, student.weights
+        )
+        weights = apply(student.weights, updates)
+        updates, ranges_state = update_ranges(gradients.ranges, ranges_state, student.ranges)
+        ranges = apply(student.ranges, updates)
+        shown = {"loss": loss, **show(weights_state)}
+        return (Student(weights, ranges), weights_state, ranges_state), shown
+
+    return loop.train(
+        name,
+        jax.device_put(state, everywhere),
+        step,
+        recipe.steps,
+        folder,
+        inputs=lessons,
+        most=_MOST,
+        advice=ADVICE,
+    )[0]
+
+
+def decoded(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """The tree with quantized kernels decoded, differentiable."""
+
+    def coded(leaf: Any) -> bool:
+        return hasattr(leaf, "decode")
+
+    return jax.tree.map(
+        lambda leaf: leaf.decode() if coded(leaf) else leaf, dict(weights), is_leaf=coded
+    )
+
+
+def loss_and_gradients(
+    config: LatentDiffusionConfig,
+    student: Student,
+    taught: Taught,
+    *,
+    activations: Activations | None,
+    guidance: float,
+    weight_T: jax.Array,
+    remat: bool = False,
+) -> tuple[jax.Array, Student]:
+    """The loss of this module's head, and its gradients.
+
+    Args:
+      activations: as in `distill`.
+      weight_T: of every timestep of the model, float32.
+
+    Returns:
+      The loss, and gradients by the decoded kernels and all else that is trained.
+    """
+
+    def loss_of(dense: dict[str, Any], ranges: Ranges | None) -> jax.Array:
+        params = dict(dense)
+        if ranges is not None and activations is not None:
+            params["activations"] = ranges.to_activations(activations)
+        error_BHWC = guided_error(config, params, taught, guidance, remat=remat)
+        return jnp.mean(weight_T[taught.t_B] * jnp.mean(error_BHWC**2, axis=(1, 2, 3)))
+
+    value_and_grad = jax.value_and_grad(loss_of, argnums=(0, 1))
+    loss, gradients = value_and_grad(decoded(student.weights), student.ranges)
+    return loss, Student(*gradients)
+
+
+def guided_error(
+    config: LatentDiffusionConfig,
+    params: models.Params,
+    taught: Taught,
+    guidance: float,
+    *,
+    remat: bool = False,
+) -> jax.Array:
+    """What the guided prediction of `params` differs by from the teacher's, [B, H, W, C]."""
+    predict = functools.partial(models.predict_noise, config, params, remat=remat)
+    if taught.ids_B is None:
+        return predict(taught.x_BHWC, taught.t_B, None) - taught.eps_cond_BHWC
+    both = _both(config, taught.ids_B)
+    context = models.embed_classes(config, params, both)
+    x, t = (jnp.concatenate([part, part]) for part in (taught.x_BHWC, taught.t_B))
+    uncond, cond = jnp.split(predict(x, t, context), 2)
+    uncond_error = uncond - cast(jax.Array, taught.eps_uncond_BHWC)
+    cond_error = cond - taught.eps_cond_BHWC
+    return uncond_error + guidance * (cond_error - uncond_error)
+
+
+def _both(config: LatentDiffusionConfig, ids_B: jax.Array) -> jax.Array:
+    """Class ids of the unconditional and the conditional branch."""
+    return jnp.concatenate([jnp.full_like(ids_B, config.null_class), ids_B])
+
+
+class Lessons:
+    """Batches by step: `lessons(index)` is a `Taught` that follows from the index alone.
+
+    Attributes:
+      schedule: of the trajectories.
+    """
+
+    def __init__(self, teacher: Model, recipe: Recipe, sharding: NamedSharding):
+        config = teacher.config
+        self.schedule = schedule_for(config, recipe)
+        self._recipe, self._sharding, self._classes = recipe, sharding, max(config.null_class, 1)
+        self._params, self._conditional = teacher.params, bool(config.n_classes)
+        self._teach = jax.jit(teacher_of(config, recipe))
+        self._shape, self._round = config.latent_shape, -1
+        mixed = recipe.order == "mixed"
+        self._together = recipe.trajectories if mixed else recipe.batch
+        pairs = self._together * len(self.schedule.timesteps)
+        self.steps_per_round = max(1, pairs // recipe.batch)
+
+    def __call__(self, index: int) -> Taught:
+        """The batch of step `index`, split over the devices."""
+        number, place = divmod(index, self.steps_per_round)
+        if number != self._round:
+            self._pool, self._round = self._sample(number), number
+        pairs = self._order(number)[place * self._recipe.batch :][: self._recipe.batch]
+        batch = jax.tree.map(lambda rows: rows[pairs], self._pool)
+        return jax.device_put(batch, self._sharding)
+
+    def _order(self, number: int) -> np.ndarray:
+        count = self._together * len(self.schedule.timesteps)
+        if self._recipe.order == "trajectory":
+            return np.arange(count)  # pairs lie timestep by timestep, the highest first
+        return np.random.default_rng((self._recipe.seed, number)).permutation(count)
+
+    def _sample(self, number: int) -> Taught:
+        """All pairs of one round, in host memory."""
+        seed, count = self._recipe.seed, self._together
+        rng = np.random.default_rng((seed, number, 1))
+        ids_P = rng.integers(0, self._classes, count).astype(np.int32)
+        index_P = np.arange(number * count, (number + 1) * count, dtype=np.uint32)
+        parts = []
+        for first in range(0, count, self._recipe.batch):  # no more at a time than a step takes
+            chosen = slice(first, first + self._recipe.batch)
+            noise = sampling.image_noise(seed, index_P[chosen], self._shape)
+            ids = jnp.asarray(ids_P[chosen]) if self._conditional else None
+            parts.append(jax.device_get(self._teach(self._params, ids, noise)))
+        whole = jax.tree.map(lambda *rows: np.concatenate(rows, axis=1), *parts)
+        return jax.tree.map(lambda rows: rows.reshape(-1, *rows.shape[2:]), whole)
+
+
+def schedule_for(config: LatentDiffusionConfig, recipe: Recipe) -> DDIMSchedule:
+    """Timesteps of the trajectories."""
+    return ddim_schedule(config, recipe.timesteps)
+
+
+def teacher_of(config: LatentDiffusionConfig, recipe: Recipe) -> Callable[..., Taught]:
+    """`trajectories` by parameters, classes and start latents."""
+    return functools.partial(trajectories, config, schedule_for(config, recipe), recipe.guidance)
+
+
+def trajectories(
+    config: LatentDiffusionConfig,
+    schedule: DDIMSchedule,
+    guidance: float,
+    params: models.Params,
+    ids_P: jax.Array | None,
+    x_PHWC: jax.Array,
+) -> Taught:
+    """DDIM by the teacher with everything that it said on the way: `Taught` with axes [T, P]."""
+    arrays = (schedule.timesteps, schedule.alphas, schedule.alphas_prev)
+    coefficients = tuple(jnp.asarray(array[::-1].copy()) for array in arrays)
+    context = None
+    if ids_P is not None:
+        context = models.embed_classes(config, params, _both(config, ids_P))
+
+    def step(x, inputs):
+        t, a, a_prev = inputs
+        t_P = jnp.broadcast_to(t, x.shape[:1])
+        if ids_P is None:
+            cond = eps = models.predict_noise(config, params, x, t_P, None)
+            uncond = None
+        else:
+            doubled = jnp.concatenate([x, x]), jnp.concatenate([t_P, t_P])
+            both = models.predict_noise(config, params, *doubled, context)
+            uncond, cond = jnp.split(both, 2)
+            eps = uncond + guidance * (cond - uncond)
+        return ddim.update(x, eps, a, a_prev)[0], Taught(x, t_P, ids_P, cond, uncond)
+
+    return jax.lax.scan(step, x_PHWC, coefficients)[1]
+
+
+def schedule_of(rate: Any, steps: int, factor: float = 1.0) -> optax.Schedule:
+    """A short warm-up, then a cosine to a hundredth of factor * rate."""
+    peak = factor * float(rate)
+    return optax.warmup_cosine_decay_schedule(
+        0.1 * peak, peak, max(1, round(_WARM_UP * steps)), max(2, steps), 0.01 * peak
+    )
