@@ -153,7 +153,12 @@ def _gained(report: Mapping[str, Any]) -> Table:
             number(weights["bits_per_weight_model"], 3),
             _times(_divide(bits_before, weights["bits_per_weight_model"])),
         ],
-        ["Bits per activation", _NOTHING, number(report["activations"]["bits"], 0), ""],
+        [
+            "Bits per activation",
+            "32",
+            number(report["activations"]["bits"], 0),
+            _times(_divide(32, report["activations"]["bits"])),
+        ],
         [
             "Operations per step, dense and by lookup",
             count(flops["dense"]),

@@ -22,7 +22,17 @@ BELOW = {
     "models": {"core", "kernels", "errors", "config"},
     "io": {"core", "kernels", "assets", "errors", "config"},
     "sampling": {"models", "io", "core", "kernels", "errors", "config"},
-    "train": {"models", "io", "core", "kernels", "assets", "errors", "config", "progress"},
+    "train": {
+        "sampling",
+        "models",
+        "io",
+        "core",
+        "kernels",
+        "assets",
+        "errors",
+        "config",
+        "progress",
+    },
     "eval": {"models", "io", "core", "kernels", "assets", "errors", "config"},
 }
 BELOW["pipeline"] = set(BELOW)

@@ -39,6 +39,7 @@ def test_notebook_runs(path, tmp_path, monkeypatch):
         "JAX_PLATFORMS": "cpu",
         "VQJAX_NOTEBOOK_SAMPLES": "8",
         "VQJAX_NOTEBOOK_CALIBRATION": "4",
+        "VQJAX_NOTEBOOK_TUNE_STEPS": "0",
         "VQJAX_NOTEBOOK_PLAN": str(tmp_path / "plan.json"),
     }.items():
         monkeypatch.setenv(name, value)

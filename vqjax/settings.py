@@ -12,6 +12,9 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+FLOAT_BITS = 32
+"""`act_bits` that leave activations in floating point."""
+
 Preset = Literal["cin256-v2", "celebahq", "ffhq", "lsun_bedrooms", "lsun_churches", "digits"]
 
 
@@ -30,6 +33,18 @@ class Calibration:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """How the quantized model is taught by the full-precision one after compression."""
+
+    batch: int = 32
+    """Pairs of a latent and a timestep in one step, both guidance branches of each."""
+    trajectories: int = 128
+    """Sampling trajectories of the full-precision model that steps draw from together."""
+    rate: float = 1.0
+    """Multiplies all learning rates."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class QuantizeSettings:
     """Compresses a latent diffusion model's U-Net, and shows what was gained and lost."""
 
@@ -41,6 +56,10 @@ class QuantizeSettings:
     size: float | None = None
     """Most MB (10^6 bytes) of the whole stored U-Net, its parts in float16 included; replaces
     --bits."""
+    act_bits: int = 8
+    """Bits of what goes into each layer, 2 to 8; 32 leaves it in floating point."""
+    tune_steps: int = 0
+    """Steps of distillation after compression."""
     plan: pathlib.Path | None = None
     """A plan.json, perhaps edited, in place of the one made for --bits or --size."""
     out: pathlib.Path = pathlib.Path("vqjax-out")
@@ -55,6 +74,10 @@ class QuantizeSettings:
     """What the checkpoint was trained as, where its shapes do not tell."""
     calibration: Calibration = Calibration()
     """Inputs that layer errors are measured on."""
+    tuning: Tuning = Tuning()
+    """What --tune-steps do."""
+    least_psnr: float | None = None
+    """Quality gate, dB: exit code 4 where the report's PSNR to full precision is below."""
     memory: float | None = None
     """Most GB that the run takes in each process: moments that do not fit take another pass, and
     fewer layers are searched side by side. Default: 4 GB for moments, and what the rest needs."""
@@ -82,6 +105,8 @@ class SampleSettings:
     """Image i depends on the seed and i alone, not on --count or --batch."""
     batch: int = 16
     """Images in one compiled call."""
+    integer: bool = False
+    """Run int8 x int8 products (models with 8-bit activations)."""
     columns: int = 8
     """Images in one row of the grid."""
     config: Preset | None = None
@@ -132,6 +157,65 @@ class BenchAqSettings:
     """How hard to search: as python -m vqjax.quantize does, or with fewer rounds."""
     seed: int = 0
     """Of the search, and of a model's weights and inputs."""
+
+
+Method = Literal["none", "codebooks", "straight_through", "pv", "semi_pv", "scalar"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BenchTuneSettings:
+    """Times a step of tuning, part by part: teacher, student forward and backward, P step, V step.
+
+    Weights of a model other than digits are random: what a step costs does not depend on them."""
+
+    model: Preset = "digits"
+    """Preset whose U-Net is tuned."""
+    bits: float = 2.0
+    """Of its weights."""
+    tuning: Tuning = Tuning()
+    """What a step sees."""
+    repeat: int = 5
+    """Measurements of each part; the median is shown."""
+    json: pathlib.Path | None = None
+    """Results."""
+    seed: int = 0
+    """Of weights and inputs."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BenchAblationSettings:
+    """Compares ways of tuning the embedded model, on the same noise and classes.
+
+    Every bit width is compressed once and tuned by every method with every seed; samples are
+    scored against real digits and against full precision. Cells that the JSON file has are kept."""
+
+    bits: tuple[float, ...] = (4.0, 2.0, 1.5)
+    """Stored bits per weight; activations have 8."""
+    methods: tuple[Method, ...] = (
+        "none",
+        "codebooks",
+        "straight_through",
+        "pv",
+        "semi_pv",
+        "scalar",
+    )
+    """Ways of tuning; "scalar" is uniform quantization with learned steps, the bits rounded up."""
+    seeds: int = 3
+    """Of tuning and of the samples, from 0 on."""
+    count: int = 10_000
+    """Samples of each cell."""
+    tune_steps: int = 150
+    """Steps of each tuning."""
+    order: Literal["mixed", "trajectory"] = "mixed"
+    """Batches of all timesteps, or one timestep after the other."""
+    tuning: Tuning = Tuning()
+    """What a step sees."""
+    work: pathlib.Path = pathlib.Path("vqjax-runs/ablation")
+    """Folder of what is compressed once, and of samples of full precision."""
+    json: pathlib.Path | None = None
+    """Results, written after each cell: the same command continues where an earlier one stopped."""
+    figure: pathlib.Path | None = None
+    """A PNG of the results."""
 
 
 def command_line(module: str, settings: Any, subcommand: str = "") -> str:

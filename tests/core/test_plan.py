@@ -67,11 +67,15 @@ def test_sizes_are_those_of_the_whole_stored_unet(megabytes):
 
 def test_candidates_suit_the_layer():
     wide = plan_lib.candidates("conv3x3", (3, 3, 640, 640))
-    assert {spec.group for spec in wide} == {3, 9}
+    assert {spec.group for spec in wide} == {1, 3, 9}
     assert {spec.codebook_bits for spec in wide} == {8, 16}
+    assert {spec.entries for spec in wide if spec.grouping == "scalar"} == {64, 128, 256}
+    integer = plan_lib.candidates("conv3x3", (3, 3, 640, 640), input_scales=True, integer=True)
+    assert integer
+    assert all(spec.decodes_to_int8 for spec in integer)
     assert LayerSpec("conv3x3", "conv3x3", 9, 4, 16) in wide
     narrow = plan_lib.candidates("attention", (27, 6))  # the last vector of 27 inputs is padded
-    assert {spec.grouping for spec in narrow} == {"linear"}
+    assert {spec.grouping for spec in narrow} == {"linear", "scalar"}
     assert not [problem for spec in wide + narrow for problem in spec.problems()]
     assert plan_lib.candidates("first_last", (3, 3, 3, 8))[0].grouping == "scalar"
 

@@ -21,10 +21,12 @@ from vqjax.errors import VqjaxError
 from vqjax.io import native
 from vqjax.pipeline import quantize
 from vqjax.pipeline.journal import Journal
-from vqjax.settings import Calibration, QuantizeSettings
+from vqjax.settings import Calibration, QuantizeSettings, Tuning
 
 ROOT = pathlib.Path(__file__).parents[2]
 CALIBRATION = Calibration(images=2, steps=3, batch=2)
+TUNING = Tuning(batch=2, trajectories=2)
+TUNE_STEPS = 2
 BITS = 1.2
 
 
@@ -40,7 +42,14 @@ def run(source, tmp_path_factory) -> quantize.Report:
     out = tmp_path_factory.mktemp("run") / "out"
     export = out.parent / "model.safetensors"
     return vqjax.quantize(
-        source, bits=BITS, out=out, export=export, samples=4, calibration=CALIBRATION
+        source,
+        bits=BITS,
+        out=out,
+        export=export,
+        samples=4,
+        calibration=CALIBRATION,
+        tuning=TUNING,
+        tune_steps=TUNE_STEPS,
     )
 
 
@@ -68,6 +77,11 @@ def test_the_run_folder_is_complete(run):
         assert layer["codes_entropy"] <= layer["bits_per_weight"]
         assert layer["seconds"] > 0
     assert run.report["seconds"]["held-out errors"] > 0
+    assert run.report["activations"] == {"bits": 8}
+    assert run.report["tuning"] == {"steps": TUNE_STEPS}
+    assert run.report["seconds"]["tune"] > 0
+    model = vqjax.load(run.out)
+    assert set(model.params["activations"].log2_steps) == {layer["path"] for layer in layers}
 
 
 @pytest.mark.slow
@@ -93,7 +107,15 @@ def test_export_and_run_folder_hold_the_same_model(run):
 @pytest.mark.slow
 def test_a_complete_run_is_not_repeated(run, source, capsys):
     before = contents(run.out)
-    again = vqjax.quantize(source, bits=BITS, out=run.out, samples=4, calibration=CALIBRATION)
+    again = vqjax.quantize(
+        source,
+        bits=BITS,
+        out=run.out,
+        samples=4,
+        calibration=CALIBRATION,
+        tuning=TUNING,
+        tune_steps=TUNE_STEPS,
+    )
     assert "this run is complete" in capsys.readouterr().err
     assert again.report == run.report
     assert contents(run.out) == before

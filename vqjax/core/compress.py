@@ -12,9 +12,7 @@ stored types; one last sweep for the codes that the rounding moved. The best ite
 import dataclasses
 import functools
 import math
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import jax
@@ -22,12 +20,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from vqjax.core import codebooks as codebooks_lib
-from vqjax.core import grouping, scalar, sweep
+from vqjax.core import cores, grouping, scalar, sweep
+from vqjax.core.coded import integer_codebooks
 from vqjax.core.initialization import SAMPLE, initial_codebooks
 from vqjax.core.plan import LayerSpec
 from vqjax.core.scales import LogScales
 from vqjax.core.tensor import VQTensor
 from vqjax.errors import VqjaxError
+from vqjax.kernels import decode as decode_lib
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -261,24 +261,14 @@ def _shrink(raw_PP, real_P, shrinkage):
 
 
 def _by_tiles(search: Callable[..., jax.Array], problem: _Problem, state: _State) -> jax.Array:
-    """Calls `search(w, codes, scales)` on tiles of rows of one size; returns the codes of all.
-
-    On a CPU as many tiles are searched at a time as there are cores: one search keeps one busy.
-    """
+    """Calls `search(w, codes, scales)` on tiles of rows of one size; returns the codes of all."""
     tile, rows = _tile_rows(), problem.w_OP.shape[0]
     (device,) = problem.w_OP.devices()
-    precision = getattr(jax.config, "jax_default_matmul_precision", None)
 
     def search_tile(first: int) -> jax.Array:
-        # Settings of the calling thread: pass them on.
-        with jax.default_device(device), jax.default_matmul_precision(precision):
-            parts = _rows(problem.w_OP, state.codes_OJM, state.scales_O, first, size=tile)
-            return jax.block_until_ready(search(*parts))
+        return search(*_rows(problem.w_OP, state.codes_OJM, state.scales_O, first, size=tile))
 
-    firsts = range(0, problem.outputs, tile)
-    cores = (os.cpu_count() or 1) if device.platform == "cpu" else 1
-    with ThreadPoolExecutor(min(cores, len(firsts))) as pool:
-        used = list(pool.map(search_tile, firsts))
+    used = cores.each(search_tile, range(0, problem.outputs, tile), device)
     spare = [jnp.zeros_like(used[0])] * (rows // tile - len(used))
     return jnp.concatenate(used + spare)
 
@@ -452,12 +442,15 @@ def _store(
 ) -> VQTensor:
     """Rounds to the stored types, lets codes answer to the rounding, and packs."""
     groups = problem.order_J.size
-    books_MKG, stored, shared = _round(state.books_MKG, codebook_bits=spec.codebook_bits)
+    real_MKG = state.books_MKG
     scales = LogScales.of(state.scales_O[: problem.outputs])
-    scales_O = grouping.padded(scales.values(), state.scales_O.shape)
-    state = _State(state.codes_OJM, books_MKG, jnp.asarray(scales_O))
+    scales_O = jnp.asarray(grouping.padded(scales.values(), state.scales_O.shape))
+    stored, shared = _round(real_MKG, state.codes_OJM, spec.codebook_bits)
+    state = _State(state.codes_OJM, decode_lib.real_codebooks(stored, shared), scales_O)
     for _ in range(effort.store_rounds):
         state = state._replace(codes_OJM=_descend(problem, effort, state))
+    if spec.codebook_bits == 8:  # sums that came into use must fit, too
+        stored, shared = _to_int8(real_MKG, state.codes_OJM, shared)
     codes_OJM = np.empty((problem.outputs, groups, spec.codebooks), np.int32)
     codes_OJM[:, problem.order_J] = np.asarray(state.codes_OJM)[: problem.outputs, :groups]
     return VQTensor.pack(
@@ -471,12 +464,13 @@ def _store(
     )
 
 
-@functools.partial(jax.jit, static_argnames="codebook_bits")
-def _round(books_MKG, *, codebook_bits: int):
-    """Returns rounded codebooks in float32, as they are stored, and their shared scale."""
+def _round(
+    books_MKG: jax.Array, codes_OJM: jax.Array, codebook_bits: int
+) -> tuple[jax.Array, jax.Array | None]:
+    """Returns codebooks in the type that is stored, and the step of int8 ones."""
     if codebook_bits == 8:
-        shared = jnp.maximum(jnp.max(jnp.abs(books_MKG)) / 127, np.finfo(np.float32).tiny)
-        stored = jnp.round(books_MKG / shared).astype(jnp.int8)
-        return stored.astype(jnp.float32) * shared, stored, shared
-    stored = books_MKG.astype(jnp.float16)
-    return stored.astype(jnp.float32), stored, None
+        return _to_int8(books_MKG, codes_OJM)
+    return books_MKG.astype(jnp.float16), None
+
+
+_to_int8 = jax.jit(integer_codebooks)

@@ -67,6 +67,12 @@ class LayerSpec:
             input_scales=self.input_scales,
         )
 
+    @property
+    def decodes_to_int8(self) -> bool:
+        """Whether a row is a multiple of int8 numbers, as integer products need it: int8 codebooks
+        (their sums stay within int8, see `core.coded`) and no scale inside the row."""
+        return self.codebook_bits == 8 and not self.input_scales
+
     def problems(self) -> list[str]:
         """Returns what is wrong with the fields, one line each."""
         if self.kind not in KINDS:
@@ -194,6 +200,20 @@ class Plan(Mapping[str, LayerSpec]):
         if problems:
             raise gathered(problems, "the plan does not fit the model; edit it or make a new one:")
 
+    def check_integer(self) -> None:
+        """Raises VqjaxError unless all layers decode to int8; names those that do not."""
+        problems = [
+            f"{path}: codebook_bits {spec.codebook_bits}, input_scales {spec.input_scales}"
+            for path, spec in self.items()
+            if not spec.decodes_to_int8
+        ]
+        if problems:
+            raise gathered(
+                problems,
+                "quantized activations need weights that decode to int8: set codebook_bits to 8 "
+                "and input_scales to false in the plan, or ask for --act-bits 32:",
+            )
+
     def to_json(self) -> str:
         """Returns the plan as JSON, one line per layer, made to be read and edited."""
         lines = [
@@ -287,22 +307,29 @@ bits on Gaussian weights, four codebooks for 4 weights leave a third less error 
 a third of the time. Larger codebooks reach no less error at the same stored bits.
 """
 
+_SCALAR_BITS = (6, 7, 8)
+"""Bits of a single weight that plans choose from: codes of vectors end at five bits."""
 
-def candidates(kind: str, shape: tuple[int, ...], *, input_scales: bool = False) -> list[LayerSpec]:
-    """Returns the ways in which a plan may store a kernel, from about 0.5 to 5 bits per weight.
+
+def candidates(
+    kind: str, shape: tuple[int, ...], *, input_scales: bool = False, integer: bool = False
+) -> list[LayerSpec]:
+    """Returns the ways in which a plan may store a kernel, from about 0.5 to 8 bits per weight.
 
     Args:
       input_scales: whether scales of input channels are among them.
+      integer: only ways that decode to int8, for integer products with quantized inputs.
     """
     if kind == "first_last":
         return [LayerSpec(kind, "scalar", 1, 1, 256, 8)]
     name = "conv3x3" if tuple(shape[:-2]) == (3, 3) else "linear"
-    return [
+    vectors = [
         LayerSpec(kind, name, group, books, ENTRIES, codebook_bits, scaled)
         for group, books in _SIZES[name]
-        for codebook_bits in (8, 16)
-        for scaled in ((False, True) if input_scales else (False,))
+        for codebook_bits in ((8,) if integer else (8, 16))
+        for scaled in ((False, True) if input_scales and not integer else (False,))
     ]
+    return vectors + [LayerSpec(kind, "scalar", 1, 1, 2**bits, 8) for bits in _SCALAR_BITS]
 
 
 def best_spec(
@@ -363,6 +390,7 @@ def make_plan(
     sensitivity: Mapping[str, float] | None = None,
     gain: Mapping[str, float] | None = None,
     input_gain: Mapping[str, float] | None = None,
+    integer: bool = False,
     rules: tuple[Rule, ...] = RULES,
 ) -> Plan:
     """Spends a budget of stored bits on the layers so that the sum of their costs is least.
@@ -380,6 +408,7 @@ def make_plan(
       gain: relative output error of a layer over D; default: 1.
       input_gain: error of a layer with scales of its input channels over that without; default: 1,
         no such scales.
+      integer: all kernels decode to int8, for integer products (`LayerSpec.decodes_to_int8`).
       rules: sort layers into kinds.
 
     Raises:
@@ -398,7 +427,7 @@ def make_plan(
     for path, shape in kernels.items():
         scaled = (input_gain or {}).get(path, 1.0)
         kind = kind_of(path, shape, rules)
-        choices[path] = candidates(kind, shape, input_scales=scaled < 1)
+        choices[path] = candidates(kind, shape, input_scales=scaled < 1, integer=integer)
         weight = (sensitivity or {}).get(path, math.sqrt(math.prod(shape)))
         factor = (gain or {}).get(path, 1.0)
         options[path] = [

@@ -31,6 +31,7 @@ _SEARCH_SWEEPS = 13  # feedback and descent rounds of one layer, and their least
 _SCORE_SHARE = 0.18  # speed of enumerating sums, relative to a large matrix product
 _NETWORK_SHARE = 0.45  # the same for the networks
 _BACKWARD = 4  # forward calls that one step takes which is computed, again, and gone back through
+_TRAINED = 3  # forward calls that a step of training takes
 _COMPILE_SECONDS = 75.0  # of all programs together; zero from the second run on one machine
 
 
@@ -60,6 +61,9 @@ def estimate(
     samples: int,
     folded_weights: int,
     division: Division,
+    *,
+    tune_pairs: int = 0,
+    ranges: bool = False,
 ) -> Estimate:
     """Predicts a run.
 
@@ -69,6 +73,8 @@ def estimate(
       samples: images per model in the report.
       folded_weights: removed before; they count in `bytes_before`.
       division: how the run divides its memory.
+      tune_pairs: latents that tuning sees, each in both branches.
+      ranges: whether ranges of activations are looked for.
     """
     unet = {path: shape for path, shape in shapes.items() if path.startswith("unet/")}
     weights = sum(math.prod(shape) for shape in unet.values())
@@ -88,6 +94,8 @@ def estimate(
         calls = wanted.images * wanted.steps * 2
         return calls * (2 * forward / _NETWORK_SHARE + moments) / speed
 
+    observed = 2 * 2 * calibration.images * calibration.steps if ranges else 0
+    tuned = 2 * tune_pairs * (1 + _TRAINED)
     return Estimate(
         bytes_before=4 * (weights + folded_weights),
         bytes_after=math.ceil(stored.total / 8) + 2 * (weights - stored.weights),
@@ -96,6 +104,8 @@ def estimate(
             "compile": _COMPILE_SECONDS,
             "calibrate": inputs(calibration) + weighed * forward / _NETWORK_SHARE / speed,
             "compress": search / speed / _SCORE_SHARE,
+            "ranges": observed * 2 * forward / _NETWORK_SHARE / speed,
+            "tune": tuned * 2 * forward / _NETWORK_SHARE / speed,
             "sample": 3 * samples * pictures / speed / _NETWORK_SHARE,
             "held-out errors": inputs(held_out_settings(config, calibration)),
         },

@@ -48,8 +48,8 @@ class Search(NamedTuple):
     bound: float | None
 
 
-class HeldOut(NamedTuple):
-    """Relative output errors on held-out inputs: of the layer, and of the scalar baseline."""
+class LayerErrors(NamedTuple):
+    """Relative output errors on some inputs: of the layer, and of the scalar baseline."""
 
     quantized: float
     scalar: float
@@ -74,7 +74,12 @@ def of_search(
     if len(moment_NN) <= BOUND_FAN_IN:
         spectrum_N = np.linalg.eigvalsh(np.asarray(moment_NN, np.float64))
         bound = share * relative_bound(spectrum_N, tensor.bits_per_weight)
-    return Search(seconds, entropy_coded_bits(np.asarray(tensor.unpack()), stored), bound)
+    return Search(seconds, codes_entropy(tensor, stored), bound)
+
+
+def codes_entropy(tensor: VQTensor, stored: StoredBits) -> float:
+    """Stored bits per weight if the codes took their empirical entropy."""
+    return entropy_coded_bits(np.asarray(tensor.unpack()), stored)
 
 
 def held_out_settings(config: LatentDiffusionConfig, calibration: Calibration) -> Calibration:
@@ -88,14 +93,14 @@ def held_out_settings(config: LatentDiffusionConfig, calibration: Calibration) -
     return dataclasses.replace(calibration, images=images, steps=steps, batch=images)
 
 
-def held_out(job: "Job", journal: Journal, done: "Layers") -> dict[str, HeldOut]:
+def held_out(job: "Job", journal: Journal, done: "Layers") -> dict[str, LayerErrors]:
     """Errors of all layers on held-out inputs, in passes as long as memory allows; resumable."""
     visited = _trajectories(job, journal)
     weights_T = timesteps.at(journal, visited[1])
     sizes = {path: job.sizes[path] for path in job.plan}
     groups = calibrate.batches(sizes, job.division.moments)
     calls = len(visited[1])
-    found: dict[str, HeldOut] = {}
+    found: dict[str, LayerErrors] = {}
     with progress.stage("held-out", calls * len(groups)) as advance:
         for index, paths in enumerate(groups):
             piece = f"held-out-{index}"
@@ -104,13 +109,13 @@ def held_out(job: "Job", journal: Journal, done: "Layers") -> dict[str, HeldOut]
                 moments = calibrate.second_moments(
                     job.model, [visited], paths=paths, weights_T=weights_T, on_step=advance
                 )
-                errors = {path: _errors(job, done, path, moments[path]) for path in paths}
-                journal.store(piece, {}, errors)
+                made = {path: errors(job, done, path, moments[path]) for path in paths}
+                journal.store(piece, {}, made)
                 del moments
             else:
-                errors = {path: HeldOut(*values) for path, values in kept[1].items()}
+                made = {path: LayerErrors(*values) for path, values in kept[1].items()}
                 advance(calls)
-            found |= errors
+            found |= made
     return found
 
 
@@ -127,7 +132,8 @@ def _trajectories(job: "Job", journal: Journal) -> tuple:
     return found[0]["x"], found[0]["t"], found[0].get("ids")
 
 
-def _errors(job: "Job", done: "Layers", path: str, moment: Moment) -> HeldOut:
+def errors(job: "Job", done: "Layers", path: str, moment: Moment) -> LayerErrors:
+    """Errors of a layer, its bias included, on the inputs of a moment."""
     flat = tree.flatten(job.model.params)
     w_ON = grouping.to_matrix(np.asarray(flat[path], np.float32))
     bias = f"{path.removesuffix('kernel')}bias"
@@ -141,4 +147,4 @@ def _errors(job: "Job", done: "Layers", path: str, moment: Moment) -> HeldOut:
         for matrix_ON, d_O in ((w_ON, 0.0), (w_ON - quantized_ON, shift_O), (w_ON - scalar_ON, 0.0))
     )
     scale = whole if whole > 0 else 1.0
-    return HeldOut(ours / scale, scalar / scale)
+    return LayerErrors(ours / scale, scalar / scale)

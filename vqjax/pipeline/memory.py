@@ -22,6 +22,7 @@ _WEIGHT_COPIES = 3  # full precision, quantized, and the scalar baseline
 _MOMENT_COPIES = 2  # sums or what was read, and what is written
 _SEARCH_MATRICES = 8  # of one layer, fan-in by fan-in: moment, metric, factors, their workspace
 _ACTIVATION_COPIES = 4  # of the largest layer's inputs, in and around it
+_TUNING_COPIES = 11  # of the weights: teacher, student, gradients, moments, targets, codes, updates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +53,7 @@ def divide(
     *,
     limit: float | None,
     workers: int,
+    tuned: int = 0,
 ) -> Division:
     """Chooses passes of the calibration and layers side by side so that the peak fits.
 
@@ -60,25 +62,30 @@ def divide(
       sizes: from `calibrate.trace_layers`, for the layers to quantize.
       limit: bytes that the run may take; None divides as if memory were plenty.
       workers: most layers side by side.
+      tuned: pairs of one step of tuning; 0 for none.
 
     Raises:
       DoesNotFitError: if one layer at a time is too much; says what would be enough.
     """
     needed = sorted((size.moment_bytes for size in sizes.values()), reverse=True)
-    fixed = {
-        "runtime": int(_RUNTIME),
-        "programs": int(_PROGRAMS) * len({shapes[path] for path in sizes}),
-        "weights": _WEIGHT_COPIES * 4 * sum(math.prod(shape) for shape in shapes.values()),
-        "activations": _activations(config, sizes, calibration),
-    }
+    weights = sum(math.prod(shape) for shape in shapes.values())
+    fixed = {"runtime": int(_RUNTIME), "weights": _WEIGHT_COPIES * 4 * weights}
+    programs = int(_PROGRAMS) * len({shapes[path] for path in sizes})
+    activations = _activations(config, sizes, calibration)
+    tuning = {}
+    if tuned:
+        tuning = {"tuning": 4 * (_TUNING_COPIES * weights + _kept(sizes, tuned))}
 
     def parts(moments: int, count: int) -> dict[str, int]:
+        """Of the search or of the tuning that follows it, whichever takes more."""
         group = max(
             sum(sizes[path].moment_bytes for path in paths)
             for paths in batches(dict(sizes), moments)
         )
         search = _SEARCH_MATRICES * 4 * sum(sorted(_squares(sizes))[-count:])
-        return fixed | {"moments": _MOMENT_COPIES * group, "search": search}
+        searching = {"programs": programs, "activations": activations}
+        searching |= {"moments": _MOMENT_COPIES * group, "search": search}
+        return fixed | max(searching, tuning, key=lambda phase: sum(phase.values()))
 
     if limit is None:
         moments = min(DEFAULT_MOMENTS, sum(needed))
@@ -101,6 +108,15 @@ def divide(
 
 def _squares(sizes: Mapping[str, LayerInput]) -> list[int]:
     return [size.fan_in**2 for size in sizes.values()]
+
+
+def _kept(sizes: Mapping[str, LayerInput], pairs: int) -> int:
+    """Numbers that the way back through the network needs of both branches of some pairs.
+
+    Twice the inputs of all layers: before their norm and after it.
+    """
+    inputs = sum(size.positions * size.fan_in // size.window**2 for size in sizes.values())
+    return 2 * 2 * pairs * inputs
 
 
 def _activations(

@@ -20,7 +20,7 @@ from vqjax.core.plan import Plan, expected_distortion, make_plan
 from vqjax.core.shrinkage import Shrinkage
 from vqjax.pipeline import sensitivity
 from vqjax.pipeline.journal import Journal
-from vqjax.settings import QuantizeSettings
+from vqjax.settings import FLOAT_BITS, QuantizeSettings
 
 if TYPE_CHECKING:
     from vqjax.pipeline.quantize import Job
@@ -134,8 +134,9 @@ def planned(job: "Job", outlooks: Mapping[str, Outlook], costs: Mapping[str, flo
 
 
 def budget(wanted: QuantizeSettings) -> dict[str, Any]:
-    """The arguments of `make_plan` that say how much may be spent."""
-    return {"bits": wanted.bits} if wanted.size is None else {"size": int(wanted.size * 1e6)}
+    """The arguments of `make_plan` that say how much may be spent, and on what."""
+    most = {"bits": wanted.bits} if wanted.size is None else {"size": int(wanted.size * 1e6)}
+    return most | {"integer": wanted.act_bits < FLOAT_BITS}
 
 
 def record(

@@ -22,7 +22,7 @@ from vqjax.core.moments import Moment, corrected_bias
 from vqjax.core.plan import Plan, make_plan
 from vqjax.core.scalar import ScalarLayer, scalar_baseline
 from vqjax.core.tensor import VQTensor
-from vqjax.errors import DoesNotFitError, VqjaxError
+from vqjax.errors import DoesNotFitError, QualityGateError, VqjaxError
 from vqjax.io import leaves, native, orbax_model
 from vqjax.pipeline import (
     calibrate,
@@ -34,6 +34,7 @@ from vqjax.pipeline import (
     planning,
     results,
     timesteps,
+    tuning,
 )
 from vqjax.pipeline.journal import Journal, fingerprint
 from vqjax.pipeline.processes import Team
@@ -132,6 +133,8 @@ def run(wanted: settings.QuantizeSettings) -> Report:
         job.samples,
         job.folded.weights,
         job.division,
+        tune_pairs=job.settings.tune_steps * wanted.tuning.batch,
+        ranges=wanted.act_bits < settings.FLOAT_BITS,
     )
     team = Team.current()
     if team.leads:
@@ -146,16 +149,16 @@ def run(wanted: settings.QuantizeSettings) -> Report:
             f"this run takes about {job.division.peak / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB "
             f"are free; ask for --memory {free / 1e9:.1f} or end other programs"
         )
-    journal = Journal.open(wanted.out, _record(job), team)
+    journal = Journal.open(wanted.out, record_of(job), team)
     if journal.done:
         print(f"{wanted.out}: this run is complete", file=sys.stderr)
     elif team.leads:
         with team.beating(wanted.out):
-            _finish(*_work(job, journal))
+            _finish(journal, *compressed(job, journal))
         journal.finish()
     else:
         with team.beating(wanted.out):
-            _work(job, journal)
+            compressed(job, journal)
         journal.wait_until_done()
     if not team.leads:
         return Report(wanted.out, json.loads((wanted.out / "report.json").read_text()))
@@ -165,7 +168,18 @@ def run(wanted: settings.QuantizeSettings) -> Report:
         native.save_model(wanted.export, model, extra_metadata={"plan": plan})
     report = json.loads((wanted.out / "report.json").read_text())
     results.show(report, wanted.out)
+    _check_quality(wanted, report)
     return Report(wanted.out, report)
+
+
+def _check_quality(wanted: settings.QuantizeSettings, report: dict[str, Any]) -> None:
+    psnr = report["fidelity"]["psnr"]
+    if wanted.least_psnr is not None and psnr is not None and psnr < wanted.least_psnr:
+        raise QualityGateError(
+            f"{wanted.out}: PSNR {psnr:.2f} dB to full precision, --least-psnr "
+            f"{wanted.least_psnr:g} asked for more; give more --bits or --tune-steps. The model "
+            "and its report are there"
+        )
 
 
 def prepare(wanted: settings.QuantizeSettings) -> Job:
@@ -174,6 +188,18 @@ def prepare(wanted: settings.QuantizeSettings) -> Job:
         raise VqjaxError(f"--bits {wanted.bits:g}: expected 0.5 to 8 bits per weight")
     if wanted.size is not None and not 0 < wanted.size < math.inf:
         raise VqjaxError(f"--size {wanted.size:g}: expected a number of MB above 0")
+    if wanted.act_bits != settings.FLOAT_BITS and not 2 <= wanted.act_bits <= 8:
+        raise VqjaxError(
+            f"--act-bits {wanted.act_bits}: expected 2 to 8, or {settings.FLOAT_BITS} for floating "
+            "point"
+        )
+    if wanted.tune_steps < 0:
+        raise VqjaxError(f"--tune-steps {wanted.tune_steps}: expected 0 or more")
+    if wanted.tuning.batch < 1 or wanted.tuning.trajectories < 1 or not wanted.tuning.rate > 0:
+        raise VqjaxError(
+            f"--tuning: found {wanted.tuning}; expected 1 or more of batch and trajectories, and a "
+            "rate above 0"
+        )
     if wanted.samples is not None and wanted.samples < 4:
         raise VqjaxError(f"--samples {wanted.samples}: expected 4 or more images per model")
     preset = None if wanted.config is None else config_lib.PRESETS[wanted.config]()
@@ -192,6 +218,8 @@ def prepare(wanted: settings.QuantizeSettings) -> Job:
     else:
         plan = Plan.from_json(_read(wanted.plan))
         plan.check(shapes)
+        if wanted.act_bits < settings.FLOAT_BITS:
+            plan.check_integer()
     sizes = calibrate.trace_layers(model.config, model.params)
     limit = None if wanted.memory is None else wanted.memory * 1e9
     division = memory.divide(
@@ -201,6 +229,7 @@ def prepare(wanted: settings.QuantizeSettings) -> Job:
         wanted.calibration,
         limit=limit,
         workers=layers.side_by_side(),
+        tuned=wanted.tuning.batch if wanted.tune_steps else 0,
     )
     return Job(wanted, model, folded, plan, sizes, division)
 
@@ -212,12 +241,15 @@ def _read(path: pathlib.Path) -> str:
         raise VqjaxError(f"--plan {path}: {error.strerror}") from None
 
 
-def _record(job: Job) -> dict[str, Any]:
+def record_of(job: Job) -> dict[str, Any]:
+    """What a run's record starts with; its fingerprint says which pieces belong to the run."""
     arrays, _ = leaves.to_arrays(job.model.params)
     source = leaves.content_hash(job.model.config.to_dict(), arrays)
     asked = dataclasses.asdict(job.settings)
     shown = {name: str(v) if isinstance(v, pathlib.Path) else v for name, v in asked.items()}
-    matters: dict[str, Any] = {name: shown[name] for name in ("calibration", "memory", "seed")}
+    names = ("calibration", "memory", "seed", "act_bits", "tuning")
+    matters: dict[str, Any] = {name: shown[name] for name in names}
+    matters["tune_steps"] = job.settings.tune_steps
     matters["budget"] = planning.budget(job.settings) if job.settings.plan is None else None
     versions = environment.versions()
     return {
@@ -230,7 +262,7 @@ def _record(job: Job) -> dict[str, Any]:
     }
 
 
-def _work(job: Job, journal: Journal) -> tuple[Job, Journal, Layers]:
+def compressed(job: Job, journal: Journal) -> tuple[Job, Layers]:
     """Everything that all processes share; returns the job with the plan of its layers.
 
     Moments that do not fit into memory together are kept in the journal from the first pass, which
@@ -238,7 +270,7 @@ def _work(job: Job, journal: Journal) -> tuple[Job, Journal, Layers]:
     """
     sizes = {path: job.sizes[path] for path in job.plan}
     groups = calibrate.batches(sizes, job.division.moments)
-    visited = _trajectories(job, journal)
+    visited = trajectories(job, journal)
     weights_T = timesteps.weights_of_run(job, journal, visited)
     outlooks: dict[str, planning.Outlook] = {}
     for index, paths in enumerate(groups):
@@ -268,22 +300,29 @@ def _work(job: Job, journal: Journal) -> tuple[Job, Journal, Layers]:
         with journal.stage("scalar baseline"):
             done.scalar.update(_baseline(job, journal, moments, part))
     jax.clear_caches()  # the searches' programs, one set for each shape, are most of the memory
-    return job, journal, done
+    return job, done
 
 
-def _finish(job: Job, journal: Journal, done: Layers) -> None:
-    """What one process does alone: saves, samples, reports."""
+def assembled(job: Job, done: Layers) -> tuple[Model, Model]:
+    """The compressed model and its scalar baseline; what is not quantized is float16 in both."""
     flat = tree.flatten(job.model.params)
     half = {
         path: np.asarray(leaf, np.float16) for path, leaf in flat.items() if path not in job.plan
     }
-    model = Model(
-        config=job.model.config, params=tree.unflatten(half | done.biases | done.quantized)
-    )
+    dense = {path: layer.kernel for path, layer in done.scalar.items()}
+    ours, rival = (half | done.biases | done.quantized), half | dense
+    config = job.model.config
+    return Model(config, tree.unflatten(ours)), Model(config, tree.unflatten(rival))
+
+
+def _finish(journal: Journal, job: Job, done: Layers) -> None:
+    """What one process does alone: tunes, saves, samples, reports."""
+    model, rival = assembled(job, done)
+    model = tuning.tuned(job, journal, model, trajectories(job, journal))
+    if job.settings.tune_steps:
+        done = _tuned_layers(job, journal, done, model)
     with journal.stage("save"):
         orbax_model.save_model_folder(journal.folder / "model", model)
-    dense = {path: layer.kernel for path, layer in done.scalar.items()}
-    rival = Model(config=job.model.config, params=tree.unflatten(half | dense))
     twins = {"full_precision": job.model, "quantized": model, "scalar_baseline": rival}
     pictures = {name: _samples(job, journal, name, twin) for name, twin in twins.items()}
     with journal.stage("held-out errors"):
@@ -292,7 +331,40 @@ def _finish(job: Job, journal: Journal, done: Layers) -> None:
         results.write(job, journal, done, held_out, model, pictures)
 
 
-def _trajectories(job: Job, journal: Journal) -> list[tuple]:
+def _tuned_layers(job: Job, journal: Journal, done: Layers, model: Model) -> Layers:
+    """What became of the layers in tuning: their errors are measured again."""
+    flat = tree.flatten(model.params)
+    biases = {path: np.asarray(leaf) for path, leaf in flat.items() if path.endswith("/bias")}
+    done = done._replace(
+        quantized={path: flat[path] for path in job.plan},
+        biases=biases,
+        stats=dict(done.stats),
+        search=dict(done.search),
+    )
+    visited = trajectories(job, journal)
+    weights_T = timesteps.weights_of_run(job, journal, visited)
+    sizes = {path: job.sizes[path] for path in job.plan}
+    for index, paths in enumerate(calibrate.batches(sizes, job.division.moments)):
+        moments = _moments(job, journal, visited, weights_T, index, paths, "")
+        for path in paths:
+            tensor, stats, search = done.quantized[path], done.stats[path], done.search[path]
+            entropy = layer_figures.codes_entropy(tensor, job.plan[path].stored(job.shapes[path]))
+            done.search[path] = search._replace(codes_entropy=entropy)
+            done.stats[path] = stats._replace(
+                rel_weight_mse=_weight_error(job, path, tensor),
+                rel_output_mse=layer_figures.errors(job, done, path, moments[path]).quantized,
+            )
+    return done
+
+
+def _weight_error(job: Job, path: str, tensor: VQTensor) -> float:
+    w_ON = grouping.to_matrix(np.asarray(tree.flatten(job.model.params)[path], np.float32))
+    change = float(np.sum((w_ON - np.asarray(tensor.decode_matrix())) ** 2))
+    whole = float(np.sum(w_ON**2))
+    return change / whole if whole > 0 else change
+
+
+def trajectories(job: Job, journal: Journal) -> list[tuple]:
     """The full-precision model's own sampling trajectories, kept across interruptions."""
     found = journal.shared("trajectories")
     wanted = job.settings.calibration

@@ -17,6 +17,7 @@ from vqjax.core.tensor import VQTensor
 from vqjax.eval import digits, fidelity, figures, report
 from vqjax.pipeline import environment, layer_figures, timesteps
 from vqjax.pipeline.journal import Journal, peak_memory_bytes
+from vqjax.settings import FLOAT_BITS
 
 if TYPE_CHECKING:
     from vqjax.pipeline.quantize import Job, Layers
@@ -43,7 +44,7 @@ def write(
     job: "Job",
     journal: Journal,
     done: "Layers",
-    held_out: dict[str, layer_figures.HeldOut],
+    held_out: dict[str, layer_figures.LayerErrors],
     model: Model,
     pictures: dict[str, Samples],
 ) -> None:
@@ -53,7 +54,8 @@ def write(
     content: dict[str, Any] = {
         "model": {"name": job.model.config.name, "parameters": _unet_weights(job)},
         "weights": _weights(job, model),
-        "activations": {"bits": 32},
+        "activations": {"bits": job.settings.act_bits},
+        "tuning": {"steps": job.settings.tune_steps},
         "layers": [_layer(job, path, done, held_out[path]) for path in job.plan],
         "metrics": {
             name: digits.evaluate_images(pictures[name].images, labels) if embedded else None
@@ -97,6 +99,8 @@ def _weights(job: "Job", model: Model) -> dict[str, Any]:
     flat = {p: leaf for p, leaf in tree.flatten(model.params).items() if p.startswith("unet/")}
     packed = [leaf for leaf in flat.values() if isinstance(leaf, VQTensor)]
     stored = sum(int(leaf.nbytes) for leaf in flat.values())
+    if "activations" in model.params:
+        stored += model.params["activations"].nbytes
     return {
         "bits_target": job.bits,
         "bits_per_weight": 8 * sum(t.nbytes for t in packed) / sum(t.size for t in packed),
@@ -107,7 +111,7 @@ def _weights(job: "Job", model: Model) -> dict[str, Any]:
 
 
 def _layer(
-    job: "Job", path: str, done: "Layers", held_out: layer_figures.HeldOut
+    job: "Job", path: str, done: "Layers", held_out: layer_figures.LayerErrors
 ) -> dict[str, Any]:
     spec, stats = job.plan[path], done.stats[path]
     search, scalar = done.search[path], done.scalar[path]
@@ -156,6 +160,11 @@ def _warnings(job: "Job", scalar: dict[str, ScalarLayer]) -> list[str]:
         f"The scalar baseline stores {bits:.2f} bits per weight: {job.scalar_bits} bits a code, "
         "and a step and an offset per row."
     )
+    if job.settings.tune_steps or job.settings.act_bits < FLOAT_BITS:
+        warnings.append(
+            "The scalar baseline is as its search left it: not tuned, activations in floating "
+            "point. `python -m vqjax.bench ablation` compares it tuned, with 8-bit activations."
+        )
     if job.model.config.name == "digits":
         warnings.append(
             "The embedded model tests the pipeline and relative damage on 8x8-pixel digits; it "
@@ -197,6 +206,7 @@ def show(content: dict[str, Any], folder: pathlib.Path) -> None:
     table.add_row("U-Net, MB", f"{weights['bytes_before'] / 1e6:.2f}",
                   f"{weights['bytes_after'] / 1e6:.2f} ({factor:.1f}x less)", "")  # fmt: skip
     table.add_row("bits per weight", "32", f"{weights['bits_per_weight']:.3f}", "")
+    table.add_row("bits per activation", "32", str(content["activations"]["bits"]), "32")
     scores = {"fd": "digit-FD", "accuracy": "class accuracy", "is": "inception score"}
     for key, name in scores.items():
         if content["metrics"]["quantized"] is not None:

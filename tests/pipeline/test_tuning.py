@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Between what is stored and what is trained, and what is refused before work starts."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.io import models as small
+from vqjax.core import grouping, scalar, tree
+from vqjax.core.activations import Activations
+from vqjax.core.model import Model
+from vqjax.core.plan import LayerSpec, Plan, kernel_shapes, make_plan
+from vqjax.errors import QualityGateError, VqjaxError
+from vqjax.io import native
+from vqjax.pipeline import quantize, tuning
+from vqjax.settings import QuantizeSettings, Tuning
+
+
+@functools.cache
+def compressed() -> Model:
+    """Every kernel rounded, everything else in float16, ranges of two timesteps."""
+    flat = tree.flatten(small.dense(small.TINY, np.float16).params)
+    kernels = kernel_shapes({path: leaf.shape for path, leaf in flat.items()})
+    for path, shape in kernels.items():
+        flat[path] = scalar.round_to_grid(grouping.to_matrix(np.asarray(flat[path])), shape, 16)
+    activations = Activations(
+        timesteps_T=jnp.array([1, 501], jnp.int32),
+        log2_steps={path: jnp.array([-4.0, -3.5]) for path in kernels},
+        zeros={path: jnp.array([100.0, 30.0]) for path in kernels},
+        bits=8,
+    )
+    return Model(small.TINY, {**tree.unflatten(flat), "activations": activations})
+
+
+def test_what_was_not_trained_is_stored_as_before():
+    before = compressed()
+    small.assert_equal(
+        *(
+            dataclasses.replace(m, params={k: v for k, v in m.params.items() if k != "activations"})
+            for m in (tuning.model_of(tuning.student_of(before), before), before)
+        )
+    )
+    after = tuning.model_of(tuning.student_of(before), before).params["activations"]
+    for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(before.params["activations"])):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_without_ranges_there_are_none_to_train():
+    plain = dataclasses.replace(
+        compressed(), params={k: v for k, v in compressed().params.items() if k != "activations"}
+    )
+    student = tuning.student_of(plain)
+    assert student.ranges is None
+    assert "activations" not in tuning.model_of(student, plain).params
+    optimizer: Any = tuning.ranges_optimizer(3, 1.0)
+    assert optimizer.update(None, optimizer.init(None), None)[0] is None
+
+
+def test_numbers_beyond_float16_are_cut_off_not_lost():
+    student = tuning.student_of(compressed())
+    bias = student.weights["unet"]["out"]["conv"]["bias"]
+    student.weights["unet"]["out"]["conv"]["bias"] = bias + 1e6
+    stored = tuning.model_of(student, compressed()).params["unet"]["out"]["conv"]["bias"]
+    assert np.isfinite(np.asarray(stored)).all()
+
+
+@pytest.fixture
+def source(tmp_path):
+    path = tmp_path / "small.safetensors"
+    native.save_model(path, small.dense(small.TINY))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"act_bits": 9}, "--act-bits 9: expected 2 to 8, or 32"),
+        ({"tune_steps": -1}, "--tune-steps -1: expected 0 or more"),
+        ({"tuning": Tuning(rate=0.0)}, "a rate above 0"),
+        ({"tuning": Tuning(batch=0)}, "1 or more of batch"),
+    ],
+)
+def test_unusable_settings_are_refused(source, settings, message):
+    with pytest.raises(VqjaxError, match=message):
+        quantize.prepare(QuantizeSettings(source=source, **settings))
+
+
+def test_a_plan_that_integers_cannot_run_is_refused(source, tmp_path):
+    job = quantize.prepare(QuantizeSettings(source=source, bits=3))
+    assert all(spec.decodes_to_int8 for spec in job.plan.values())
+    path = "unet/time_embed/dense2/kernel"
+    layers = job.plan.layers | {path: LayerSpec("time", "linear", 8, 4, 16, 16)}
+    file = tmp_path / "plan.json"
+    file.write_text(Plan(layers).to_json())
+    with pytest.raises(VqjaxError, match="--act-bits 32") as error:
+        quantize.prepare(QuantizeSettings(source=source, plan=file))
+    assert f"{path}: codebook_bits 16" in str(error.value)
+    quantize.prepare(QuantizeSettings(source=source, plan=file, act_bits=32))
+
+
+def test_many_bits_are_spent_on_single_weights():
+    shapes = {"unet/a/conv1/kernel": (3, 3, 64, 64), "unet/out/conv/kernel": (3, 3, 64, 3)}
+    spec = make_plan(shapes, bits=8.2, integer=True)["unet/a/conv1/kernel"]
+    assert (spec.grouping, spec.entries) == ("scalar", 256)
+
+
+def test_a_missed_quality_gate_has_its_own_exit_code(tmp_path):
+    wanted = QuantizeSettings(out=tmp_path, least_psnr=30.0)
+    quantize._check_quality(wanted, {"fidelity": {"psnr": 30.5}})
+    with pytest.raises(QualityGateError, match=r"PSNR 29.50 dB .* --least-psnr 30") as error:
+        quantize._check_quality(wanted, {"fidelity": {"psnr": 29.5}})
+    assert error.value.exit_code == 4
