@@ -18,6 +18,14 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+METHOD_COLOURS = {
+    "none": "#8b929b",
+    "codebooks": "#2a9d9d",
+    "straight_through": "#5b9a4a",
+    "pv": "#dd8a2f",
+    "semi_pv": "#3f78c4",
+    "scalar": "#cf5650",
+}
 KIND_COLOURS = {
     "conv3x3": "#3f78c4",
     "conv1x1": "#2a9d9d",
@@ -161,6 +169,53 @@ def sizes(
             axes.spines["bottom"].set_visible(False)
 
     return _picture(draw, (9.3, max(1.7, 0.75 + 0.26 * len(kinds))))
+
+
+def ablation(rows: Sequence[dict[str, Any]]) -> Picture:
+    """Rise of digit-FD and PSNR by bits per weight, a bar for each way of tuning.
+
+    Args:
+      rows: "bits", "method", "rise", "spread" and "psnr" of each pair of bits and method.
+
+    Raises:
+      ValueError: if there are none.
+    """
+    if not rows:
+        raise ValueError("no cells to draw")
+    bits = sorted({row["bits"] for row in rows}, reverse=True)
+    methods = [name for name in METHOD_COLOURS if any(row["method"] == name for row in rows)]
+    width = 0.8 / len(methods)
+
+    def bars(axes: Axes, value: str, spread: str | None) -> None:
+        for number, method in enumerate(methods):
+            chosen = [row for row in rows if row["method"] == method]
+            at = [bits.index(row["bits"]) + (number - len(methods) / 2) * width for row in chosen]
+            axes.bar(
+                at,
+                [row[value] for row in chosen],
+                width=0.9 * width,
+                align="edge",
+                color=METHOD_COLOURS[method],
+                yerr=[2 * row[spread] for row in chosen] if spread else None,
+                ecolor=_OTHER_KIND,
+                label=method.replace("_", " "),
+            )
+        axes.set_xticks(range(len(bits)), [f"{value:g} bits" for value in bits])
+
+    def draw(figure: Figure, ink: str) -> None:
+        left, right = _row(figure, 2)
+        bars(left, "rise", "spread")
+        left.set_yscale("symlog", linthresh=1)
+        left.axhline(0, color=ink, linewidth=0.6)
+        left.set_title("Rise of digit-FD over full precision (2 standard errors)", color=ink)
+        bars(right, "psnr", None)
+        right.set_title("PSNR to full precision, dB", color=ink)
+        right.set_ylim(bottom=0.8 * min(row["psnr"] for row in rows))
+        for axes in (left, right):
+            axes.grid(axis="y", color=ink, alpha=0.13, linewidth=0.6)
+        right.legend(loc="upper right", labelcolor=ink, fontsize=7.5)
+
+    return _picture(draw, (9.3, 2.9))
 
 
 def _picture(draw: Callable[[Figure, str], None], inches: tuple[float, float]) -> Picture:

@@ -51,7 +51,7 @@ def small():
         patch.setattr(
             results, "REDUCED", Effort(start_steps=4, feedback_rounds=1, descent_rounds=1)
         )
-        patch.setattr(results, "source_digest", lambda: "as it is")
+        patch.setattr(results, "source_digest", lambda *packages: "as it is")
         patch.setattr(reference, "limit", lambda shape, nominal: nominal + 0.05)
         yield patch
 

@@ -5,27 +5,39 @@ import sys
 
 import tyro
 
-from vqjax.settings import BenchAqSettings
+from vqjax.settings import BenchAblationSettings, BenchAqSettings, BenchTuneSettings
+
+Settings = BenchAqSettings | BenchTuneSettings | BenchAblationSettings
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parses the arguments and measures; returns the exit code."""
     settings = tyro.extras.subcommand_cli_from_dict(
-        {"aq": BenchAqSettings}, args=argv, prog="python -m vqjax.bench"
+        {"aq": BenchAqSettings, "tune": BenchTuneSettings, "ablation": BenchAblationSettings},
+        args=argv,
+        prog="python -m vqjax.bench",
     )
     from vqjax.pipeline import command
 
     return command.run(lambda: _work(settings))
 
 
-def _work(settings: BenchAqSettings) -> None:
+def _work(settings: Settings) -> None:
     from vqjax.errors import VqjaxError
 
-    if (settings.inputs is None) == (settings.model is None):
+    if isinstance(settings, BenchTuneSettings):
+        from vqjax.bench import tune
+
+        tune.run(settings)
+    elif isinstance(settings, BenchAblationSettings):
+        from vqjax.bench import ablation
+
+        ablation.run(settings)
+    elif (settings.inputs is None) == (settings.model is None):
         raise VqjaxError(
             "give either --inputs DIR, a folder of matrix files, or --model NAME, such as cin256-v2"
         )
-    if settings.inputs is not None:
+    elif settings.inputs is not None:
         from vqjax.bench import matrices
 
         matrices.run(settings)

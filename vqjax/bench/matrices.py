@@ -95,7 +95,7 @@ def run(wanted: BenchAqSettings) -> None:
         for matrix in found
         for case in cases.get(matrix.name, [])
     }
-    kept = results.Results(wanted, [*of_reference, *keys.values()])
+    kept = results.Results(wanted.json, results.about(wanted), [*of_reference, *keys.values()])
     for key, (matrix, case) in of_reference.items():
         kept.add(key, _reference_record(matrix, case))
     bench = _Bench(results.effort_of(wanted), wanted.seed, CompileClock())

@@ -65,7 +65,7 @@ def run(wanted: BenchAqSettings) -> None:
     pieces = pieces_of(config_lib.PRESETS[wanted.model]())
     identity = results.identity(wanted)
     keys = [fingerprint(identity, wanted.model, rows, repr(piece)) for piece in pieces]
-    kept = results.Results(wanted, keys)
+    kept = results.Results(wanted.json, results.about(wanted), keys)
     console.print(
         f"{wanted.model} at {BITS:g} bits, effort {wanted.effort}: {rows:,} input rows per layer, "
         f"{effort.start_steps} start steps, up to {effort.feedback_rounds} feedback and "

@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
+import types
 from collections.abc import Iterable
 from typing import Any
 
@@ -28,18 +29,32 @@ def effort_of(settings: BenchAqSettings) -> Effort:
 
 def identity(settings: BenchAqSettings) -> list[Any]:
     """What all records depend on: versions, device, the quantizer's source, effort, seed."""
+    return [*here(), source_digest(core), repr(effort_of(settings)), settings.seed]
+
+
+def here() -> list[Any]:
+    """Versions and device."""
     described = environment.describe()
-    device = [described[name] for name in ("device", "backend", "devices")]
-    effort = repr(effort_of(settings))
-    return [environment.versions(), device, source_digest(), effort, settings.seed]
+    return [environment.versions(), [described[n] for n in ("device", "backend", "devices")]]
 
 
-def source_digest() -> str:
-    """SHA-256 of the quantizer's source: results of other code are not continued."""
+def source_digest(*packages: types.ModuleType) -> str:
+    """SHA-256 of the source of packages: results of other code are not continued."""
     digest = hashlib.sha256()
-    for path in sorted(pathlib.Path(core.__path__[0]).glob("*.py")):
-        digest.update(path.read_bytes())
+    for package in packages:
+        for path in sorted(pathlib.Path(package.__path__[0]).glob("*.py")):
+            digest.update(path.read_bytes())
     return digest.hexdigest()
+
+
+def about(settings: BenchAqSettings) -> dict[str, Any]:
+    """What the file of `bench aq` says beside its records."""
+    return {
+        "command": command_line("vqjax.bench", settings, "aq"),
+        "seed": settings.seed,
+        "effort": {"name": settings.effort, **dataclasses.asdict(effort_of(settings))},
+        "environment": environment.describe(),
+    }
 
 
 class Results:
@@ -49,24 +64,22 @@ class Results:
       content: everything in the file but the records.
     """
 
-    def __init__(self, settings: BenchAqSettings, wanted: Iterable[str]) -> None:
+    def __init__(
+        self, path: pathlib.Path | None, content: dict[str, Any], wanted: Iterable[str]
+    ) -> None:
         """Takes over the finished records of an earlier run.
 
         Args:
+          path: of the file; None keeps nothing.
+          content: what the file says beside the records.
           wanted: fingerprints of all records of this run, in order. Others are dropped.
 
         Raises:
           VqjaxError: if the file holds something else, or cannot be written.
         """
-        self._path, self._order = settings.json, list(wanted)
-        known = _load(settings.json) if settings.json is not None else {}
+        self._path, self._order, self.content = path, list(wanted), content
+        known = _load(path) if path is not None else {}
         self._records = {key: known[key] for key in self._order if key in known}
-        self.content: dict[str, Any] = {
-            "command": command_line("vqjax.bench", settings, "aq"),
-            "seed": settings.seed,
-            "effort": {"name": settings.effort, **dataclasses.asdict(effort_of(settings))},
-            "environment": environment.describe(),
-        }
         self.save()  # before hours of work: is the place writable?
 
     def get(self, key: str) -> Record | None:

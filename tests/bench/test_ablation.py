@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`bench ablation`: its cells, what is summed up, and the picture; tuning itself is replaced."""
+
+import json
+
+import numpy as np
+import pytest
+
+from vqjax.bench import ablation, results
+from vqjax.bench.__main__ import main
+from vqjax.pipeline import quantize
+from vqjax.settings import BenchAblationSettings, QuantizeSettings
+
+NAMES = ("fd", "sfd", "is", "precision", "recall", "accuracy")
+
+
+def record(bits, method, seed, rise=0.0, sd=0.1):
+    scores = dict.fromkeys(NAMES, 1.0) | {"n": 8, "psnr": 20.0, "ssim": 0.9}
+    difference = {} if bits is None else {"fd_difference": rise, "fd_difference_sd": sd}
+    return {"bits": bits, "method": method, "seed": seed, **scores, **difference}
+
+
+def test_seeds_come_one_after_the_other_and_full_precision_first():
+    wanted = BenchAblationSettings(bits=(2.0,), methods=("none", "pv"), seeds=2)
+    assert ablation.cells(wanted) == [
+        (None, "full_precision", 0),
+        (2.0, "none", 0),
+        (2.0, "pv", 0),
+        (None, "full_precision", 1),
+        (2.0, "none", 1),
+        (2.0, "pv", 1),
+    ]
+
+
+def test_errors_are_those_of_the_bootstrap_or_of_the_seeds_whichever_is_larger():
+    rows = [record(None, "full_precision", 0)]
+    rows += [record(2.0, "pv", seed, rise=1.0, sd=0.3) for seed in range(4)]
+    rows += [record(2.0, "none", seed, rise=float(seed), sd=0.0) for seed in range(4)]
+    full, pv, none = ablation.summary(rows)
+    assert "rise" not in full
+    assert (pv["rise"], pv["spread"]) == (1.0, pytest.approx(0.15))
+    assert none["rise"] == 1.5
+    assert none["spread"] == pytest.approx(np.std(range(4), ddof=1) / 2)
+
+
+def test_a_whole_ablation_is_kept_shown_and_drawn(tmp_path, monkeypatch, capsys):
+    model = quantize.prepare(QuantizeSettings()).model
+    measured = []
+
+    def tuned(wanted, cell, start):
+        measured.append(cell)
+        return model
+
+    def sample(wanted, model, seed, name):
+        images = np.random.default_rng(seed).integers(0, 255, (wanted.count, 32, 32, 3), np.uint8)
+        return images if name == ablation.FULL else np.minimum(images + 1, 254)
+
+    monkeypatch.setattr(ablation, "_compressed", lambda wanted, bits: None)
+    monkeypatch.setattr(ablation, "_tuned", tuned)
+    monkeypatch.setattr(ablation, "_sample", sample)
+    monkeypatch.setattr(results, "source_digest", lambda *packages: "as it is")
+    file, figure = tmp_path / "ablation.json", tmp_path / "ablation.png"
+    words = ["ablation", "--bits", "2", "--methods", "none", "semi_pv", "--seeds", "1"]
+    words += ["--count", "12", "--work", str(tmp_path / "w"), "--json", str(file)]
+    assert main([*words, "--figure", str(figure)]) == 0
+    content = json.loads(file.read_text())
+    assert [r["method"] for r in content["records"]] == ["full_precision", "none", "semi_pv"]
+    assert content["records"][1]["psnr"] > 40
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    assert "semi pv" in capsys.readouterr().out
+    assert main(words) == 0
+    assert len(measured) == 2  # the second run measured nothing

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`bench tune`: what a step of tuning costs, part by part.
+
+Codes and codebooks are random: neither the networks nor the searches take another path for them.
+
+Dimension key:  O outputs   J vectors of a row   M codebooks   K entries   G weights of a vector
+"""
+
+import dataclasses
+import functools
+import json
+import statistics
+import time
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from vqjax import config as config_lib
+from vqjax import models
+from vqjax.core import folding, grouping, tree
+from vqjax.core.coded import CodedWeight
+from vqjax.core.model import Model
+from vqjax.core.plan import LayerSpec, make_plan
+from vqjax.io import native
+from vqjax.pipeline import environment, tuning
+from vqjax.pipeline.journal import peak_memory_bytes
+from vqjax.settings import BenchTuneSettings, command_line
+from vqjax.train import distill, pv
+
+PARTS = ("teacher", "forward", "backward", "P step", "V step")
+_STEPS = 1000  # of the schedules, which do not run
+
+
+def run(wanted: BenchTuneSettings) -> None:
+    """Measures, prints and writes."""
+    config = config_lib.PRESETS[wanted.model]()
+    key = jax.random.key(wanted.seed)
+    params = models.init_params(config, key)
+    model = Model(config, folding.fold(config, params).params)
+    del params
+    student = random_student(model, wanted.bits, wanted.seed)
+    found = {
+        "command": command_line("vqjax.bench", wanted, "tune"),
+        "environment": environment.describe(),
+        "model": wanted.model,
+        "weights": sum(leaf.size for leaf in jax.tree.leaves(model.params["unet"])),
+        "batch": wanted.tuning.batch,
+        "seconds": measure(wanted, model, student),
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+    found["v_step_share"] = share_of_v_step(found["seconds"])
+    if wanted.json is not None:
+        native.write_atomically(wanted.json, (json.dumps(found, indent=2) + "\n").encode())
+    show(found)
+
+
+def random_student(model: Model, bits: float, seed: int) -> distill.Student:
+    """The trainable form of a model quantized at `bits`, without its search."""
+    flat = tree.flatten(model.params)
+    shapes = {path: tuple(leaf.shape) for path, leaf in flat.items()}
+    plan = make_plan(shapes, bits=bits, integer=True)
+    weights = {
+        path: random_weight(shapes[path], plan[path], (seed, zlib.crc32(path.encode())))
+        if path in plan
+        else leaf
+        for path, leaf in flat.items()
+        if path.partition(tree.SEPARATOR)[0] in tuning.TRAINED
+    }
+    return distill.Student(tree.unflatten(weights), None)
+
+
+def random_weight(shape: tuple[int, ...], spec: LayerSpec, seed: tuple[int, ...]) -> CodedWeight:
+    """A kernel of random codes, of about the size of an untrained one."""
+    rng = np.random.default_rng(seed)
+    outputs, fan_in = grouping.matrix_shape(shape)
+    groups = grouping.groups_per_row(fan_in, spec.group)
+    codes_OJM = rng.integers(0, spec.entries, (outputs, groups, spec.codebooks), np.uint8)
+    books_MKG = rng.normal(size=(spec.codebooks, spec.entries, spec.group))
+    return CodedWeight(
+        codes_OJM=jnp.asarray(codes_OJM),
+        codebooks_MKG=jnp.asarray(books_MKG / spec.codebooks**0.5, jnp.float32),
+        scales_O=jnp.full(outputs, fan_in**-0.5, jnp.float32),
+        shape=shape,
+        grouping=spec.grouping,
+        codebook_bits=spec.codebook_bits,
+    )
+
+
+def measure(wanted: BenchTuneSettings, model: Model, student: distill.Student) -> dict[str, float]:
+    """Median seconds of each part of a step, compilation apart."""
+    recipe = distill.Recipe(
+        steps=_STEPS,
+        batch=wanted.tuning.batch,
+        trajectories=wanted.tuning.batch,
+        guidance=model.config.guidance,
+        remat=tuning.needs_remat(model),
+    )
+    teach = jax.jit(distill.teacher_of(model.config, recipe))
+    ids = jnp.zeros(recipe.batch, jnp.int32) if model.config.n_classes else None
+    noise = jax.random.normal(jax.random.key(0), (recipe.batch, *model.config.latent_shape))
+    taught = jax.tree.map(lambda rows: rows[0], teach(model.params, ids, noise))
+    weight_T = jnp.ones(model.config.timesteps)
+
+    @jax.jit
+    def forward(weights):
+        dense = distill.decoded(weights)
+        error = distill.guided_error(model.config, dense, taught, recipe.guidance)
+        return jnp.mean(error**2)
+
+    both = jax.jit(
+        functools.partial(
+            distill.loss_and_gradients,
+            model.config,
+            activations=None,
+            guidance=recipe.guidance,
+            weight_T=weight_T,
+            remat=recipe.remat,
+        )
+    )
+    gradients = both(student, taught)[1].weights
+    seconds = {
+        # Every pair that the teacher made is used once.
+        "teacher": median(teach, wanted.repeat, model.params, ids, noise)
+        / len(distill.schedule_for(model.config, recipe).timesteps),
+        "forward": median(forward, wanted.repeat, student.weights),
+    }
+    seconds["backward"] = median(both, wanted.repeat, student, taught) - seconds["forward"]
+    plain = dataclasses.replace(pv.SEMI_PV, train_codes=False)
+    seconds["P step"] = _update_seconds(wanted, plain, gradients, student.weights)
+    whole = _update_seconds(wanted, pv.SEMI_PV, gradients, student.weights)
+    seconds["V step"] = whole - seconds["P step"]
+    return seconds
+
+
+def _update_seconds(wanted: BenchTuneSettings, variant: pv.PVConfig, gradients, weights) -> float:
+    optimizer = tuning.weights_optimizer(_STEPS, wanted.tuning.rate, variant)
+    state = jax.jit(optimizer.init)(weights)
+    return median(optimizer.update, wanted.repeat, gradients, state, weights)
+
+
+def median(work: Callable[..., Any], repeat: int, *arguments: Any) -> float:
+    """Median seconds of calls, after one that compiles."""
+    jax.block_until_ready(work(*arguments))
+    seconds = []
+    for _ in range(repeat):
+        start = time.perf_counter()
+        jax.block_until_ready(work(*arguments))
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def share_of_v_step(seconds: Mapping[str, float]) -> float:
+    """Seconds of the V step over those of the student's forward and backward."""
+    return seconds["V step"] / (seconds["forward"] + seconds["backward"])
+
+
+def show(found: Mapping[str, Any]) -> None:
+    """Prints the parts of a step."""
+    whole = sum(found["seconds"].values())
+    title = f"One step of tuning {found['model']}, {found['batch']} pairs"
+    table = Table(title=title, title_justify="left")
+    for name in ("part", "ms", "share"):
+        table.add_column(name, justify="left" if name == "part" else "right")
+    for part in PARTS:
+        seconds = found["seconds"][part]
+        table.add_row(part, f"{1e3 * seconds:,.1f}", f"{seconds / whole:.1%}")
+    table.add_row("step", f"{1e3 * whole:,.1f}", "", style="bold")
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(
+        f"V step: {found['v_step_share']:.1%} of the student's forward and backward; "
+        f"memory {found['peak_memory_bytes'] / 1e9:.2f} GB"
+    )
