@@ -25,6 +25,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from vqjax.core import cores, grouping
 from vqjax.core.coded import CodedWeight
@@ -201,14 +202,16 @@ def semi_pv(
             raise VqjaxError("semi_pv searches codes for the present weights: pass params")
         leaves, treedef = _leaves(params)
         grads, owned = treedef.flatten_up_to(updates), treedef.flatten_up_to(state.leaves)
-        rates = [jnp.asarray(_at(rate, state.count), float) for rate in (config.lr, config.code_lr)]
-        now = _Now(*rates, state.count + 1, state.key)
+        lr, code_lr = (
+            jnp.asarray(_at(rate, state.count), float) for rate in (config.lr, config.code_lr)
+        )
+        now = _Now(lr, code_lr, state.count + 1, state.key)
         fixed = dataclasses.replace(config, lr=0.0, code_lr=0.0)  # schedules share programs
         triples = list(zip(leaves, grads, owned, strict=True))
         plain = [index for index, leaf in enumerate(leaves) if not _is_coded(leaf)]
         found = dict(zip(plain, _of_plain(fixed, now, [triples[index] for index in plain])))
         coded = [index for index in range(len(leaves)) if index not in found]
-        if isinstance(now.count, jax.core.Tracer):
+        if isinstance(now.count, Tracer):
             step = _Step(fixed, now)
             found |= {index: step.of_weight(*triples[index], index) for index in coded}
         else:
@@ -331,7 +334,7 @@ class _Step:
         return self._ordinary(param, grad, moments, lamb=False)
 
     def of_weight(
-        self, weight: CodedWeight, grad: jax.Array, own: WeightState, index: jax.Array
+        self, weight: CodedWeight, grad: jax.Array, own: WeightState, index: Any
     ) -> tuple[CodedWeight, WeightState]:
         if grad.shape != weight.shape:
             raise VqjaxError(
