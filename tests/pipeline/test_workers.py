@@ -14,7 +14,7 @@ from tests.pipeline import commands
 from vqjax.core.plan import LayerSpec, Plan, kernel_shapes
 from vqjax.io import native
 from vqjax.pipeline import quantize
-from vqjax.settings import Calibration, QuantizeSettings, Tuning
+from vqjax.settings import Calibration, QuantizeSettings
 
 pytestmark = pytest.mark.slow
 SAMPLES = 4
@@ -48,8 +48,7 @@ def plan(source) -> pathlib.Path:
 def options(source, plan) -> list[object]:
     # As in test_quantize, which compiles for these tests then.
     calibration = ["--calibration.images=2", "--calibration.steps=3", "--calibration.batch=2"]
-    tuning = ["--tune-steps=2", "--tuning.batch=2", "--tuning.trajectories=2"]
-    return [source, "--plan", plan, "--samples", SAMPLES, *calibration, *tuning]
+    return [source, "--plan", plan, "--samples", SAMPLES, *calibration]
 
 
 @pytest.fixture(scope="module")
@@ -57,15 +56,7 @@ def expected(source, plan, tmp_path_factory) -> dict[str, str]:
     """Contents of a run in this process, on one device, never interrupted."""
     out = tmp_path_factory.mktemp("run") / "out"
     calibration = Calibration(images=2, steps=3, batch=2)
-    vqjax.quantize(
-        source,
-        plan=plan,
-        out=out,
-        samples=SAMPLES,
-        calibration=calibration,
-        tuning=Tuning(batch=2, trajectories=2),
-        tune_steps=2,
-    )
+    vqjax.quantize(source, plan=plan, out=out, samples=SAMPLES, calibration=calibration)
     return commands.contents(out)
 
 
