@@ -93,7 +93,7 @@ def divide(
     least = sum(parts(1, 1).values())
     if least > limit:
         raise DoesNotFitError(
-            f"--memory {limit / 1e9:g}: one layer at a time takes {least / 1e9:.2f} GB; "
+            f"--memory {limit / 1e9:g}: {_what(parts(1, 1))} takes {least / 1e9:.2f} GB; "
             f"ask for {math.ceil(least / 1e8) / 10:g} or more"
         )
     # Passes must not depend on the machine's cores: moments get their half before layers that are
@@ -108,6 +108,11 @@ def divide(
 
 def _squares(sizes: Mapping[str, LayerInput]) -> list[int]:
     return [size.fan_in**2 for size in sizes.values()]
+
+
+def _what(parts: Mapping[str, int]) -> str:
+    """What needs the memory that cannot be divided any further."""
+    return "a step of tuning" if "tuning" in parts else "one layer at a time"
 
 
 def _kept(sizes: Mapping[str, LayerInput], pairs: int) -> int:

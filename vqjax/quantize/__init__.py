@@ -15,7 +15,7 @@ def quantize(source: str | os.PathLike = "digits", **config: Any) -> "Report":
     Args:
       source: a checkpoint file, a diffusers folder, or "digits" (`vqjax.load`).
       **config: fields of `vqjax.settings.QuantizeSettings`, the options of the command: `bits`,
-        `plan`, `out`, `export`, `dry_run`, `samples`, `config`, `calibration`, `seed`.
+        `act_bits`, `tune_steps`, `plan`, `out`, `export`, `samples`, and the others.
 
     Returns:
       The run folder and the content of its report.json.
