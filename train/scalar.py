@@ -43,12 +43,12 @@ class ScalarWeight:
     bits: int
 
     @classmethod
-    def of(cls, kernel: jax.typing.ArrayLike, quantized: Any, bits: int) -> "ScalarWeight":
+    def of(cls, quantized: jax.typing.ArrayLike, bits: int) -> "ScalarWeight":
         """Starts from a quantized kernel on such a grid, for example `core.scalar_baseline`'s.
 
         Args:
-          kernel: in full precision, Linen layout.
-          quantized: of the same shape; tells each row's step and offset, and the first levels.
+          quantized: Linen layout; tells each row's step and offset, and the first levels.
+          bits: 1 to 8.
         """
         q_ON = grouping.to_matrix(np.asarray(quantized, np.float64))
         low_O, high_O = q_ON.min(axis=1), q_ON.max(axis=1)
@@ -60,7 +60,7 @@ class ScalarWeight:
             levels_ON=jnp.asarray(q_ON / step_O[:, None] - offset_O[:, None], jnp.float32),
             log2_steps_O=jnp.asarray(np.log2(step_O), jnp.float32),
             offsets_O=jnp.asarray(offset_O, jnp.float32),
-            shape=tuple(np.shape(kernel)),
+            shape=tuple(np.shape(quantized)),
             bits=bits,
         )
 

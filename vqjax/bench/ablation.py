@@ -161,7 +161,7 @@ def _pupil(
     weights = tree.flatten(student.weights)
     for path, layer in start.scalar.items():
         eight = start.job.plan[path].kind == "first_last"
-        weights[path] = scalar.ScalarWeight.of(flat[path], layer.kernel, 8 if eight else bits)
+        weights[path] = scalar.ScalarWeight.of(layer.kernel, 8 if eight else bits)
     for path, leaf in weights.items():  # corrected biases belong to our kernels
         if path.endswith("/bias"):
             weights[path] = jnp.asarray(flat[path], leaf.dtype)
