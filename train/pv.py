@@ -33,7 +33,7 @@ from vqjax.core.scales import LEVELS
 from vqjax.errors import VqjaxError
 from vqjax.train import adam
 from vqjax.train.adam import Moments
-from vqjax.train.v_step import Limits, Move, grouped, v_step
+from vqjax.train.v_step import Limits, Move, v_step
 
 Rate = float | Callable[[Any], Any]
 """Step size, or an optax schedule: a function of the number of steps done."""
@@ -273,7 +273,7 @@ def _weight_state(weight: CodedWeight, config: PVConfig) -> WeightState:
         codebooks = adam.no_moments(weight.codebooks_MKG, mass_shape)
         scales = adam.no_moments(weight.scales_O)
     if config.train_codes:
-        start_OJG = grouped(weight.plain_matrix(), weight.codebooks_MKG.shape[-1])
+        start_OJG = weight.vectors()
         moments = adam.no_moments(start_OJG, (*start_OJG.shape[:2], 1))
         target = None if config.delta_decay == 1 else start_OJG
         codes = CodeState(target, moments, jnp.zeros((), jnp.float32))
@@ -342,9 +342,12 @@ class _Step:
                 f"weight"
             )
         grad_ON = grouping.to_matrix(grad).astype(weight.codebooks_MKG.dtype)
+        if weight.input_scales_N is not None:
+            grad_ON *= weight.input_scales_N[None]
+        grad_OJG = grouping.to_vectors(grad_ON, weight.codebooks_MKG.shape[-1])
         updates = jax.tree.map(jnp.zeros_like, weight)
         if own.codebooks is not None and own.scales is not None:
-            updates, own = self._p_step(weight, grad_ON, own, updates)
+            updates, own = self._p_step(weight, grad_OJG, own, updates)
         if own.codes is None:
             return updates, own
         present = weight
@@ -353,13 +356,13 @@ class _Step:
             codebooks_MKG=weight.codebooks_MKG + updates.codebooks_MKG,
             scales_O=weight.scales_O + updates.scales_O,
         )
-        target_OJG, moments = self._target(present, grad_ON, own.codes)
+        target_OJG, moments = self._target(present, grad_OJG, own.codes)
         key = self.now.key
         if key is not None:
             key = jax.random.fold_in(jax.random.fold_in(key, self.now.count), index)
         move = v_step(weight, target_OJG, self.config.limits, key)
         weight = dataclasses.replace(weight, codes_OJM=move.codes_OJM)
-        own = own._replace(codes=self._after_move(weight, target_OJG, moments, move))
+        own = own._replace(codes=self._after_move(target_OJG, moments, move))
         if own.codebooks is not None and self.config.codebook_moments == "decay":
             kept_MK1 = _kept_members(present.codes_OJM, move, weight.codebooks_MKG.shape[1])
             own = own._replace(codebooks=adam.forgotten(own.codebooks, kept_MK1, kept_MK1))
@@ -367,14 +370,15 @@ class _Step:
         change_OJM = move.codes_OJM - present.codes_OJM
         return dataclasses.replace(updates, codes_OJM=change_OJM), own
 
-    def _p_step(self, weight: CodedWeight, grad_ON, own: WeightState, updates: CodedWeight):
+    def _p_step(self, weight: CodedWeight, grad_OJG, own: WeightState, updates: CodedWeight):
         """Returns updates of codebooks and scales, and the state with their moments."""
 
-        def matrix(books_MKG, scales_O):
-            return dataclasses.replace(weight, codebooks_MKG=books_MKG, scales_O=scales_O).matrix()
+        def sums(books_MKG):
+            return dataclasses.replace(weight, codebooks_MKG=books_MKG).sums()
 
-        _, back = jax.vjp(matrix, weight.codebooks_MKG, weight.scales_O)
-        books_grad, scales_grad = back(grad_ON)
+        sums_OJG, back = jax.vjp(sums, weight.codebooks_MKG)
+        (books_grad,) = back(grad_OJG * weight.rounded_scales()[:, None, None])
+        scales_grad = jnp.sum(grad_OJG * sums_OJG, axis=(1, 2))
         lamb = self.config.lamb
         books, book_moments = self._ordinary(
             weight.codebooks_MKG, books_grad, own.codebooks, lamb=lamb
@@ -385,30 +389,23 @@ class _Step:
         )
         return updates, own._replace(codebooks=book_moments, scales=scale_moments)
 
-    def _target(self, weight: CodedWeight, grad_ON, own: CodeState) -> tuple[jax.Array, Moments]:
+    def _target(self, weight: CodedWeight, grad_OJG, own: CodeState) -> tuple[jax.Array, Moments]:
         """Returns the target after its step, and its moments."""
-        scales_N = weight.input_scales_N
-        if scales_N is not None:
-            grad_ON = grad_ON * scales_N[None]
-        grad_ON = jnp.where(weight.scales_O[:, None] > 0, grad_ON, 0.0)
-        group = weight.codebooks_MKG.shape[-1]
-        moments = adam.advanced(own.moments, grouped(grad_ON, group), self.config.code_betas)
-        target_OJG = own.target_OJG
-        if target_OJG is None:
-            target_OJG = grouped(weight.plain_matrix(), group)
+        grad_OJG = jnp.where(weight.scales_O[:, None, None] > 0, grad_OJG, 0.0)
+        moments = adam.advanced(own.moments, grad_OJG, self.config.code_betas)
+        target_OJG = weight.vectors() if own.target_OJG is None else own.target_OJG
         target_OJG += self._adam(
             moments, target_OJG, self.now.code_lr, self.config.code_betas, lamb=self.config.lamb
         )
         return target_OJG, moments
 
-    def _after_move(self, weight: CodedWeight, target_OJG, moments: Moments, move: Move):
+    def _after_move(self, target_OJG, moments: Moments, move: Move) -> CodeState:
         """Returns the state of the codes for the next step."""
         decay = self.config.delta_decay
         if decay == 1:
             target_OJG = None
         elif decay > 0:
-            moved_OJG = grouped(weight.plain_matrix(), target_OJG.shape[-1])
-            target_OJG = decay * moved_OJG + (1 - decay) * target_OJG
+            target_OJG = decay * move.weights_OJG + (1 - decay) * target_OJG
         if self.config.invalidate != "none":
             kept_OJ1 = jnp.where(move.moved_OJ, 0.0, 1.0)[..., None].astype(moments.first.dtype)
             both = self.config.invalidate == "both"

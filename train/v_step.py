@@ -42,21 +42,17 @@ class Move(NamedTuple):
     Attributes:
       codes_OJM: of the type that they came in.
       moved_OJ: bool, vectors of which any code changed.
+      weights_OJG: what the codes stand for, as `weight.vectors()`.
       places_V: searched vectors, o * J + j.
       before_VM, after_VM: their codes, int32.
     """
 
     codes_OJM: jax.Array
     moved_OJ: jax.Array
+    weights_OJG: jax.Array
     places_V: jax.Array
     before_VM: jax.Array
     after_VM: jax.Array
-
-
-def grouped(matrix_ON: jax.Array, group: int) -> jax.Array:
-    """Returns the vectors of a matrix, [O, J, G], the last of each row zero-padded."""
-    rows, columns = matrix_ON.shape
-    return jnp.pad(matrix_ON, ((0, 0), (0, -columns % group))).reshape(rows, -1, group)
 
 
 def v_step(
@@ -65,7 +61,7 @@ def v_step(
     """Moves codes towards a target, codebooks and scales held.
 
     Args:
-      target_OJG: in units of `weight.plain_matrix()`, zero-padded.
+      target_OJG: as `weight.vectors()`.
       key: needed where `limits.temperature` is a number.
 
     Raises:
@@ -74,20 +70,19 @@ def v_step(
     rows, groups, books = weight.codes_OJM.shape
     group = weight.codebooks_MKG.shape[-1]
     codes_XM = weight.codes_OJM.reshape(-1, books)
-    present_OJG = grouped(weight.plain_matrix(), group)
-    scales_O = weight.rounded_scales()
+    books_MKG, scales_O = weight.rounded_codebooks(), weight.rounded_scales()
+    present_OJG = weight.vectors()
+    present_XG = present_OJG.reshape(-1, group)
 
     error_OJ = jnp.sum((target_OJG - present_OJG) ** 2, axis=-1)
     # Rows of zeros stay what they are: any code would do, so none need change.
     error_OJ = jnp.where(scales_O[:, None] > 0, error_OJ, -1.0)
     places_V = _places(error_OJ.reshape(-1), limits, key)
-    row_V = places_V // groups
-    alive_V = scales_O[row_V] > 0
-    scales_V1 = jnp.where(alive_V, scales_O[row_V], 1.0)[:, None]
+    alive_V = scales_O[places_V // groups] > 0
+    scales_V1 = jnp.where(alive_V, scales_O[places_V // groups], 1.0)[:, None]
     before_VM = codes_XM[places_V].astype(jnp.int32)
     tail = weight.fan_in - (groups - 1) * group
     short_V = places_V % groups == groups - 1 if tail < group else None
-    books_MKG = weight.rounded_codebooks()
     found_VM = nearest_codes(
         target_OJG.reshape(-1, group)[places_V] / scales_V1,
         before_VM,
@@ -97,25 +92,25 @@ def v_step(
         tail=tail,
         differ=limits.force_change,
     )
+    found_VG = scales_V1 * entry_sum(found_VM, books_MKG)
+    if short_V is not None:
+        found_VG = jnp.where(short_V[:, None] & (jnp.arange(group)[None] >= tail), 0.0, found_VG)
     accepted_V = alive_V
     if limits.trust_ratio is not None:
-        change_VG = scales_V1 * (entry_sum(found_VM, books_MKG) - entry_sum(before_VM, books_MKG))
-        if short_V is not None:
-            padding_VG = short_V[:, None] & (jnp.arange(group)[None] >= tail)
-            change_VG = jnp.where(padding_VG, 0.0, change_VG)
-        change_V = jnp.where(alive_V, jnp.sum(change_VG**2, axis=-1), 0.0)
+        change_V = jnp.sum((found_VG - present_XG[places_V]) ** 2, axis=-1)
+        change_V = jnp.where(alive_V, change_V, 0.0)
         # The norm that all vectors before each one have changed by; the first always goes.
         so_far_V = jnp.sqrt(jnp.cumsum(change_V)).at[-1].set(0.0)
         so_far_V = jnp.roll(so_far_V, 1)
-        allowed = limits.trust_ratio * jnp.linalg.norm(present_OJG.reshape(-1))
+        allowed = limits.trust_ratio * jnp.linalg.norm(present_XG.reshape(-1))
         accepted_V &= (so_far_V < allowed).at[0].set(True)
     after_VM = jnp.where(accepted_V[:, None], found_VM, before_VM)
     moved_V = jnp.any(after_VM != before_VM, axis=-1)
-    codes_XM = codes_XM.at[places_V].set(after_VM.astype(codes_XM.dtype))
-    moved_X = jnp.zeros(rows * groups, bool).at[places_V].set(moved_V)
+    after_VG = jnp.where(moved_V[:, None], found_VG, present_XG[places_V])
     return Move(
-        codes_XM.reshape(rows, groups, books),
-        moved_X.reshape(rows, groups),
+        codes_XM.at[places_V].set(after_VM.astype(codes_XM.dtype)).reshape(rows, groups, books),
+        jnp.zeros(rows * groups, bool).at[places_V].set(moved_V).reshape(rows, groups),
+        present_XG.at[places_V].set(after_VG).reshape(rows, groups, group),
         places_V,
         before_VM,
         after_VM,

@@ -35,8 +35,7 @@ def integer_codebooks(
     """Rounds codebooks to int8 so that the sum of every vector in use fits into int8, too.
 
     Each of M roundings moves a sum by up to half a step, so the largest sum in use takes
-    127 - M/2 steps; nor may an entry in use exceed 127 of them, or cutting it off would move its
-    sums. Entries that no vector uses are cut off. The last vector of a row counts with its padding.
+    127 - M/2 steps, the largest entry at most 127. Rows count with their padding.
 
     Args:
       books_MKG: float.
@@ -48,37 +47,34 @@ def integer_codebooks(
       books_MKG: int8, within -127 ... 127.
       step: scalar of the type of the codebooks; an entry is its integer times the step.
     """
-    books, entries, group = books_MKG.shape
-    codes_OJM = codes_OJM.astype(jnp.int32)
-    used_MK1 = _used(codes_OJM, entries)[..., None]
+    books = books_MKG.shape[0]
     room = LARGEST - books / 2
-
-    def largest(values: jax.Array) -> jax.Array:
-        return jnp.max(jnp.abs(values), initial=0.0)
+    largest_entry = _largest(books_MKG)
+    largest_sum = _largest(decode_lib.sum_entries(codes_OJM.astype(jnp.int32), books_MKG))
 
     def rounded(step: jax.Array) -> jax.Array:
         return jnp.clip(jnp.round(books_MKG / step), -LARGEST, LARGEST)
 
-    given = jnp.ones((), books_MKG.dtype) if step is None else step.astype(books_MKG.dtype)
-    # Both kinds of sums from one gather: it is what the whole function costs.
-    both_MKX = jnp.concatenate([books_MKG, rounded(given)], axis=-1)
-    sums_OJX = decode_lib.sum_entries(codes_OJM, both_MKX)
-    largest_entry = largest(jnp.where(used_MK1, books_MKG, 0.0))
-    due = jnp.maximum(largest(sums_OJX[..., :group]) / room, largest_entry / LARGEST)
-    due = jnp.maximum(due, _TINY)
-    if step is not None:
-        fits = largest(sums_OJX[..., group:]) <= LARGEST
-        fits &= largest_entry <= (LARGEST + 0.49) * given
-        # Rounded sums are up to M/2 below the real ones: so much larger is still the same step.
-        due = jnp.where(fits & (given <= due * room / (room - books / 2 - 0.1)), given, due)
-    return rounded(due).astype(jnp.int8), due
+    def stored(step: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return rounded(step).astype(jnp.int8), step
+
+    due = jnp.maximum(jnp.maximum(largest_sum / room, largest_entry / LARGEST), _TINY)
+    if step is None:
+        return stored(due)
+    given = step.astype(books_MKG.dtype)
+    # How far the roundings of one vector can move its sum: not at all where nothing is rounded.
+    moves_MKG = jnp.abs(jnp.clip(books_MKG / given, -LARGEST, LARGEST) - rounded(given))
+    moved = jnp.sum(jnp.max(moves_MKG, axis=(1, 2)))
+    keep = largest_sum / given + moved < LARGEST + 0.5
+    keep &= largest_entry <= (LARGEST + 0.49) * given
+    # Rounded sums are up to M/2 below the real ones: so much larger is still the same step.
+    keep &= given <= due * room / (room - books / 2 - 0.1)
+    # Not `where`: XLA would round each entry anew for every vector that uses it.
+    return jax.lax.cond(keep, lambda: stored(given), lambda: stored(due))
 
 
-def _used(codes_OJM: jax.Array, entries: int) -> jax.Array:
-    """Returns which entries any vector uses, bool [M, K]."""
-    books = codes_OJM.shape[-1]
-    book_11M = jnp.arange(books, dtype=jnp.int32).reshape(1, 1, books)
-    return jnp.zeros((books, entries), bool).at[book_11M, codes_OJM].set(True)
+def _largest(values: jax.Array) -> jax.Array:
+    return jnp.max(jnp.abs(values), initial=0.0)
 
 
 @functools.partial(
@@ -215,17 +211,23 @@ class CodedWeight:
         codes_O = scales_lib.nearest_codes(self.scales_O, self.scale_range)
         return _straight_through(self.scales_O, scales_lib.sizes(codes_O, self.scale_range))
 
-    def plain_matrix(self) -> jax.Array:
-        """Returns the matrix view without input scales, float [O, N]: what codes are chosen for."""
-        codes_OJM = self.codes_OJM.astype(jnp.int32)
-        sums_OJG = decode_lib.sum_entries(codes_OJM, self.rounded_codebooks())
-        matrix_OP = sums_OJG.reshape(len(self.scales_O), -1) * self.rounded_scales()[:, None]
-        return matrix_OP[:, : self.fan_in]
+    def sums(self) -> jax.Array:
+        """Returns the sums of the chosen entries, float [O, J, G], 0 where a row is padded."""
+        books_MKG = self.rounded_codebooks()
+        sums_OJG = decode_lib.sum_entries(self.codes_OJM.astype(jnp.int32), books_MKG)
+        if self.fan_in == sums_OJG[0].size:
+            return sums_OJG
+        rows_ON = grouping_lib.to_rows(sums_OJG, self.fan_in)
+        return grouping_lib.to_vectors(rows_ON, sums_OJG.shape[2])
+
+    def vectors(self) -> jax.Array:
+        """Returns the weights without input scales, float [O, J, G]: what codes are chosen for."""
+        return self.sums() * self.rounded_scales()[:, None, None]
 
     def matrix(self) -> jax.Array:
         """Returns the matrix view, float [O, N], differentiable in codebooks and scales."""
         scales_N = self.input_scales_N
-        matrix_ON = self.plain_matrix()
+        matrix_ON = grouping_lib.to_rows(self.vectors(), self.fan_in)
         return matrix_ON if scales_N is None else matrix_ON * scales_N[None]
 
     def decode(self, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:

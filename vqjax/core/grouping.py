@@ -13,6 +13,7 @@ import math
 from typing import TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from vqjax.errors import VqjaxError
@@ -79,6 +80,17 @@ def from_matrix(matrix_ON: Matrix, shape: tuple[int, ...]) -> Matrix:
 def groups_per_row(fan_in: int, group: int) -> int:
     """Returns J: vectors needed for one row, the last one zero-padded where G does not divide N."""
     return -(-fan_in // group)
+
+
+def to_vectors(matrix_ON: jax.Array, group: int) -> jax.Array:
+    """Returns the vectors of a matrix, [O, J, G], the last of each row zero-padded."""
+    rows, columns = matrix_ON.shape
+    return jnp.pad(matrix_ON, ((0, 0), (0, -columns % group))).reshape(rows, -1, group)
+
+
+def to_rows(vectors_OJG: jax.Array, columns: int) -> jax.Array:
+    """The inverse of `to_vectors`, [O, N]."""
+    return vectors_OJG.reshape(len(vectors_OJG), -1)[:, :columns]
 
 
 def padded(array: jax.typing.ArrayLike, shape: tuple[int, ...]) -> np.ndarray:
