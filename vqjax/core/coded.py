@@ -130,11 +130,11 @@ class CodedWeight:
         name = str(tensor.codebooks.dtype)
         if name not in bits:
             raise VqjaxError(f"codebooks in {name}: only {', '.join(bits)} can be trained")
-        entries = tensor.codebooks.shape[1]
+        codes_OJM, codebooks_MKG, scales_O = _numbers(tensor)
         return cls(
-            codes_OJM=tensor.unpack().astype(jnp.uint8 if entries <= 256 else jnp.uint16),
-            codebooks_MKG=decode_lib.real_codebooks(tensor.codebooks, tensor.codebook_scale),
-            scales_O=tensor.scales.values(),
+            codes_OJM=codes_OJM,
+            codebooks_MKG=codebooks_MKG,
+            scales_O=scales_O,
             scale_range=tensor.scales.range,
             input_scales=tensor.input_scales,
             codebook_scale=tensor.codebook_scale,
@@ -149,7 +149,7 @@ class CodedWeight:
         Raises:
           VqjaxError: if the parts do not fit together; see `VQTensor.pack`.
         """
-        stored, step = self._stored_codebooks()
+        stored, step = _stored(self)
         scales = LogScales.of(self.scales_O)
         if self.scale_range is not None:
             scales = LogScales.on_grid(self.scales_O, self.scale_range)
@@ -233,6 +233,21 @@ class CodedWeight:
     def decode(self, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
         """Returns the kernel in its own shape, as `VQTensor.decode` will."""
         return grouping_lib.from_matrix(self.matrix(), self.shape).astype(dtype)
+
+
+# Compiled as wholes: operation by operation, every shape of weight would compile each of them.
+@jax.jit
+def _numbers(tensor: VQTensor) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns codes [O, J, M], codebooks [M, K, G] and scales [O] of a tensor."""
+    entries = tensor.codebooks.shape[1]
+    codes_OJM = tensor.unpack().astype(jnp.uint8 if entries <= 256 else jnp.uint16)
+    books_MKG = decode_lib.real_codebooks(tensor.codebooks, tensor.codebook_scale)
+    return codes_OJM, books_MKG, tensor.scales.values()
+
+
+@jax.jit
+def _stored(weight: CodedWeight) -> tuple[jax.Array, jax.Array | None]:
+    return weight._stored_codebooks()
 
 
 def _straight_through(values: jax.Array, rounded: jax.Array) -> jax.Array:
