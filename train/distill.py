@@ -126,6 +126,7 @@ def distill(
     activations: Activations | None = None,
     weight_of_t: Callable[[np.ndarray], np.ndarray] = np.ones_like,
     metrics: Callable[[Any], loop.Metrics] = lambda state: {},
+    on_restart: Callable[[Any], Any] | None = None,
     devices: Sequence[Any] | None = None,
     name: str = "tune",
 ) -> Student:
@@ -140,6 +141,7 @@ def distill(
       activations: what the student's ranges are the tables of.
       weight_of_t: weights of timesteps, in the order of the sampler; mean 1.
       metrics: of the weights optimizer's state, shown beside the loss.
+      on_restart: what becomes of that state where new trajectories begin.
       devices: batches are split over them, as many as divide the batch; parameters are on all.
         Default: this process's accelerators, or one CPU, whose simulated devices share its cores.
       name: of the progress line.
@@ -174,9 +176,14 @@ def distill(
     apply: Any = jax.jit(optax.apply_updates)
     update_ranges, show = jax.jit(ranges_optimizer.update), jax.jit(metrics)
 
-    def step(state, taught: Taught):
+    def lesson(index: int) -> tuple[bool, Taught]:
+        return index > 0 and index % lessons.steps_per_round == 0, lessons(index)
+
+    def step(state, lesson: tuple[bool, Taught]):
         # Not one program: the weights' optimizer has programs of its own, shared by their shapes.
-        student, weights_state, ranges_state = state
+        (student, weights_state, ranges_state), (restarted, taught) = state, lesson
+        if restarted and on_restart is not None:
+            weights_state = on_restart(weights_state)
         loss, gradients = compute(student, taught)
         updates, weights_state = weights_optimizer.update(
             gradients.weights, weights_state, student.weights
@@ -193,7 +200,7 @@ def distill(
         step,
         recipe.steps,
         folder,
-        inputs=lessons,
+        inputs=lesson,
         most=_MOST,
         advice=ADVICE,
     )[0]

@@ -159,7 +159,9 @@ class BenchAqSettings:
     """Of the search, and of a model's weights and inputs."""
 
 
-Method = Literal["none", "codebooks", "straight_through", "pv", "semi_pv", "scalar"]
+Method = Literal[
+    "none", "codebooks", "straight_through", "pv", "pv_restart", "semi_pv", "scalar"
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -199,12 +201,13 @@ class BenchAblationSettings:
         "semi_pv",
         "scalar",
     )
-    """Ways of tuning; "scalar" is uniform quantization with learned steps, the bits rounded up."""
+    """Ways of tuning; "scalar" is uniform quantization with learned steps, the bits rounded up.
+    "pv_restart" forgets the moments of all codes where new trajectories begin."""
     seeds: int = 3
     """Of tuning and of the samples, from 0 on."""
     count: int = 10_000
     """Samples of each cell."""
-    tune_steps: int = 150
+    tune_steps: int = 100
     """Steps of each tuning."""
     order: Literal["mixed", "trajectory"] = "mixed"
     """Batches of all timesteps, or one timestep after the other."""

@@ -2,7 +2,6 @@
 """A quantized copy learns from the full-precision model, and does so the same way every time."""
 
 import dataclasses
-import functools
 import pathlib
 from typing import Any
 
@@ -107,16 +106,30 @@ def test_batches_in_order_of_the_trajectory_have_one_timestep_each():
     assert timesteps == [{667}, {334}, {1}, {667}]
 
 
+def compiled(activations: Activations | None, remat: bool = False) -> Any:
+    """`loss_and_gradients` of student, batch and weights of timesteps."""
+
+    @jax.jit
+    def compute(student, batch, weight_T):
+        return distill.loss_and_gradients(
+            TEACHER.config,
+            student,
+            batch,
+            activations=activations,
+            guidance=RECIPE.guidance,
+            weight_T=weight_T,
+            remat=remat,
+        )
+
+    return compute
+
+
+EQUAL = jnp.ones(TEACHER.config.timesteps)
+
+
 def test_what_equals_the_teacher_has_no_loss():
     itself, _ = student(bits=None, ranges=False)
-    loss, gradients = distill.loss_and_gradients(
-        TEACHER.config,
-        itself,
-        lessons(RECIPE)(0),
-        activations=None,
-        guidance=RECIPE.guidance,
-        weight_T=jnp.ones(TEACHER.config.timesteps),
-    )
+    loss, gradients = compiled(None)(itself, lessons(RECIPE)(0), EQUAL)
     assert float(loss) < 1e-8
     assert gradients.ranges is None
 
@@ -124,15 +137,7 @@ def test_what_equals_the_teacher_has_no_loss():
 def test_remat_changes_no_gradient():
     coded, activations = student(bits=3)
     batch = lessons(RECIPE)(0)
-    found = [
-        jax.jit(
-            lambda s, b, remat=remat: distill.loss_and_gradients(
-                TEACHER.config, s, b, activations=activations, guidance=1.5,
-                weight_T=jnp.ones(1000), remat=remat,
-            )
-        )(coded, batch)
-        for remat in (False, True)
-    ]  # fmt: skip
+    found = [compiled(activations, remat)(coded, batch, EQUAL) for remat in (False, True)]
     assert float(found[0][0]) == pytest.approx(float(found[1][0]), rel=1e-5)
     plain, remade = (jax.tree.leaves(gradients) for _, gradients in found)
     # Biases before a norm have no gradient but rounding.
@@ -171,17 +176,8 @@ def test_weights_of_timesteps_scale_the_loss():
     coded, activations = student(bits=3)
     batch = lessons(RECIPE)(0)
     t = int(batch.t_B[0])
-    losses = [
-        distill.loss_and_gradients(
-            TEACHER.config,
-            coded,
-            batch,
-            activations=activations,
-            guidance=1.5,
-            weight_T=weight_T,
-        )[0]
-        for weight_T in (jnp.ones(1000), jnp.ones(1000).at[t].set(0.0), jnp.full(1000, 2.0))
-    ]
+    compute, weights = compiled(activations), (EQUAL, EQUAL.at[t].set(0.0), 2 * EQUAL)
+    losses = [compute(coded, batch, weight_T)[0] for weight_T in weights]
     assert losses[1] < losses[0]
     assert float(losses[2]) == pytest.approx(2 * float(losses[0]), rel=1e-5)
 
@@ -190,18 +186,10 @@ def test_steps_lower_the_loss_of_their_batch():
     coded, activations = student(bits=2)
     batch = lessons(RECIPE)(0)
     optimizer: Any = pv.semi_pv(dataclasses.replace(FAST, lr=1e-2, code_lr=0.05))
-    compute = jax.jit(
-        functools.partial(
-            distill.loss_and_gradients,
-            TEACHER.config,
-            activations=activations,
-            guidance=1.5,
-            weight_T=jnp.ones(1000),
-        )
-    )
+    compute = compiled(activations)
     state, losses = optimizer.init(coded.weights), []
     for _ in range(20):
-        loss, gradients = compute(coded, batch)
+        loss, gradients = compute(coded, batch, EQUAL)
         updates, state = optimizer.update(gradients.weights, state, coded.weights)
         weights: Any = optax.apply_updates(coded.weights, updates)
         coded = coded._replace(weights=weights)

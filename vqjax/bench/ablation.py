@@ -39,6 +39,7 @@ VARIANTS = {
     "codebooks": pv.CODEBOOKS_ONLY,
     "straight_through": pv.STRAIGHT_THROUGH,
     "pv": pv.PV,
+    "pv_restart": pv.PV,
     "semi_pv": pv.SEMI_PV,
 }
 _BATCH = 100  # samples of one compiled call
@@ -137,6 +138,7 @@ def _tuned(wanted: BenchAblationSettings, cell: Cell, start: Compressed) -> Mode
         activations=start.model.params["activations"],
         weight_of_t=lambda t_T: timesteps.at(start.journal, t_T),
         metrics=metrics,
+        on_restart=pv.invalidate_all if cell.method == "pv_restart" else None,
         name=f"{cell.method} {cell.bits:g}",
     )
     if cell.method != "scalar":
