@@ -58,8 +58,8 @@ class QuantizeSettings:
     --bits."""
     act_bits: int = 8
     """Bits of what goes into each layer, 2 to 8; 32 leaves it in floating point."""
-    tune_steps: int = 0
-    """Steps of distillation after compression."""
+    tune_steps: int | None = None
+    """Steps of distillation after compression; default: 100 for digits, 0 for larger models."""
     plan: pathlib.Path | None = None
     """A plan.json, perhaps edited, in place of the one made for --bits or --size."""
     out: pathlib.Path = pathlib.Path("vqjax-out")

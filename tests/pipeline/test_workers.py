@@ -48,7 +48,7 @@ def plan(source) -> pathlib.Path:
 def options(source, plan) -> list[object]:
     # As in test_quantize, which compiles for these tests then.
     calibration = ["--calibration.images=2", "--calibration.steps=3", "--calibration.batch=2"]
-    return [source, "--plan", plan, "--samples", SAMPLES, *calibration]
+    return [source, "--plan", plan, "--samples", SAMPLES, "--tune-steps", 0, *calibration]
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,9 @@ def expected(source, plan, tmp_path_factory) -> dict[str, str]:
     """Contents of a run in this process, on one device, never interrupted."""
     out = tmp_path_factory.mktemp("run") / "out"
     calibration = Calibration(images=2, steps=3, batch=2)
-    vqjax.quantize(source, plan=plan, out=out, samples=SAMPLES, calibration=calibration)
+    vqjax.quantize(
+        source, plan=plan, out=out, samples=SAMPLES, tune_steps=0, calibration=calibration
+    )
     return commands.contents(out)
 
 

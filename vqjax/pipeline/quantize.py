@@ -41,6 +41,7 @@ from vqjax.pipeline.processes import Team
 
 CALIBRATION_SEED = 1_000_003  # added to the seed, so that no report image was calibrated on
 SMALL_MODEL_SAMPLES, LARGE_MODEL_SAMPLES = 256, 4
+SMALL_MODEL_STEPS = 100
 
 
 class Report(NamedTuple):
@@ -84,8 +85,12 @@ class Job:
         """Images per model in the report."""
         if self.settings.samples is not None:
             return self.settings.samples
-        small = self.model.config.first_stage.resolution <= 64
-        return SMALL_MODEL_SAMPLES if small else LARGE_MODEL_SAMPLES
+        return SMALL_MODEL_SAMPLES if _small(self.model) else LARGE_MODEL_SAMPLES
+
+    @property
+    def tune_steps(self) -> int:
+        """Steps of distillation."""
+        return _tune_steps(self.settings, self.model)
 
     @property
     def bits(self) -> float:
@@ -96,6 +101,17 @@ class Job:
     def scalar_bits(self) -> int:
         """Whole bits of the scalar baseline: the budget, rounded up in its favour."""
         return min(max(math.ceil(self.bits), 1), 8)
+
+
+def _small(model: Model) -> bool:
+    """Whether a CPU samples and trains the model in minutes."""
+    return model.config.first_stage.resolution <= 64
+
+
+def _tune_steps(wanted: settings.QuantizeSettings, model: Model) -> int:
+    if wanted.tune_steps is not None:
+        return wanted.tune_steps
+    return SMALL_MODEL_STEPS if _small(model) else 0
 
 
 class Layers(NamedTuple):
@@ -133,7 +149,7 @@ def run(wanted: settings.QuantizeSettings) -> Report:
         job.samples,
         job.folded.weights,
         job.division,
-        tune_pairs=job.settings.tune_steps * wanted.tuning.batch,
+        tune_pairs=job.tune_steps * wanted.tuning.batch,
         ranges=wanted.act_bits < settings.FLOAT_BITS,
     )
     team = Team.current()
@@ -193,7 +209,7 @@ def prepare(wanted: settings.QuantizeSettings) -> Job:
             f"--act-bits {wanted.act_bits}: expected 2 to 8, or {settings.FLOAT_BITS} for floating "
             "point"
         )
-    if wanted.tune_steps < 0:
+    if wanted.tune_steps is not None and wanted.tune_steps < 0:
         raise VqjaxError(f"--tune-steps {wanted.tune_steps}: expected 0 or more")
     if wanted.tuning.batch < 1 or wanted.tuning.trajectories < 1 or not wanted.tuning.rate > 0:
         raise VqjaxError(
@@ -229,7 +245,7 @@ def prepare(wanted: settings.QuantizeSettings) -> Job:
         wanted.calibration,
         limit=limit,
         workers=layers.side_by_side(),
-        tuned=wanted.tuning.batch if wanted.tune_steps else 0,
+        tuned=wanted.tuning.batch if _tune_steps(wanted, model) else 0,
     )
     return Job(wanted, model, folded, plan, sizes, division)
 
@@ -249,7 +265,7 @@ def record_of(job: Job) -> dict[str, Any]:
     shown = {name: str(v) if isinstance(v, pathlib.Path) else v for name, v in asked.items()}
     names = ("calibration", "memory", "seed", "act_bits", "tuning")
     matters: dict[str, Any] = {name: shown[name] for name in names}
-    matters["tune_steps"] = job.settings.tune_steps
+    matters["tune_steps"] = job.tune_steps
     matters["budget"] = planning.budget(job.settings) if job.settings.plan is None else None
     versions = environment.versions()
     return {
@@ -319,7 +335,7 @@ def _finish(journal: Journal, job: Job, done: Layers) -> None:
     """What one process does alone: tunes, saves, samples, reports."""
     model, rival = assembled(job, done)
     model = tuning.tuned(job, journal, model, trajectories(job, journal))
-    if job.settings.tune_steps:
+    if job.tune_steps:
         done = _tuned_layers(job, journal, done, model)
     with journal.stage("save"):
         orbax_model.save_model_folder(journal.folder / "model", model)

@@ -55,7 +55,7 @@ def write(
         "model": {"name": job.model.config.name, "parameters": _unet_weights(job)},
         "weights": _weights(job, model),
         "activations": {"bits": job.settings.act_bits},
-        "tuning": {"steps": job.settings.tune_steps},
+        "tuning": {"steps": job.tune_steps},
         "layers": [_layer(job, path, done, held_out[path]) for path in job.plan],
         "metrics": {
             name: digits.evaluate_images(pictures[name].images, labels) if embedded else None
@@ -160,7 +160,7 @@ def _warnings(job: "Job", scalar: dict[str, ScalarLayer]) -> list[str]:
         f"The scalar baseline stores {bits:.2f} bits per weight: {job.scalar_bits} bits a code, "
         "and a step and an offset per row."
     )
-    if job.settings.tune_steps or job.settings.act_bits < FLOAT_BITS:
+    if job.tune_steps or job.settings.act_bits < FLOAT_BITS:
         warnings.append(
             "The scalar baseline is as its search left it: not tuned, activations in floating "
             "point. `python -m vqjax.bench ablation` compares it tuned, with 8-bit activations."

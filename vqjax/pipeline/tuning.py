@@ -49,7 +49,7 @@ def tuned(job: "Job", journal: Journal, model: Model, visited: list[tuple]) -> M
     bits = job.settings.act_bits
     if bits < settings.FLOAT_BITS:
         model = _kept(journal, "ranges", lambda: _ranged(job, journal, model, visited, bits))
-    if job.settings.tune_steps:
+    if job.tune_steps:
         before = model
         model = _kept(journal, "tuned", lambda: _distilled(job, journal, before))
     return model
@@ -73,7 +73,7 @@ def _ranged(job: "Job", journal: Journal, model: Model, visited: list[tuple], bi
 
 
 def _distilled(job: "Job", journal: Journal, model: Model) -> Model:
-    """The model after `job.settings.tune_steps` of SeMI-PV."""
+    """The model after `job.tune_steps` of SeMI-PV."""
     recipe, rate = recipe_of(job), job.settings.tuning.rate
     with journal.stage("tune"):
         taught = distill.distill(
@@ -94,7 +94,7 @@ def recipe_of(job: "Job") -> distill.Recipe:
     """How a job distils."""
     wanted, config = job.settings, job.model.config
     return distill.Recipe(
-        steps=job.settings.tune_steps,
+        steps=job.tune_steps,
         batch=wanted.tuning.batch,
         trajectories=wanted.tuning.trajectories,
         timesteps=wanted.calibration.steps,
