@@ -159,9 +159,7 @@ class BenchAqSettings:
     """Of the search, and of a model's weights and inputs."""
 
 
-Method = Literal[
-    "none", "codebooks", "straight_through", "pv", "pv_restart", "semi_pv", "scalar"
-]
+Method = Literal["none", "codebooks", "straight_through", "pv", "pv_restart", "semi_pv", "scalar"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

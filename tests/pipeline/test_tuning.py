@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import vqjax
 from tests.io import models as small
 from vqjax.core import grouping, scalar, tree
 from vqjax.core.activations import Activations
@@ -18,7 +19,7 @@ from vqjax.core.plan import LayerSpec, Plan, kernel_shapes, make_plan
 from vqjax.errors import QualityGateError, VqjaxError
 from vqjax.io import native
 from vqjax.pipeline import quantize, tuning
-from vqjax.settings import QuantizeSettings, Tuning
+from vqjax.settings import Calibration, QuantizeSettings, Tuning
 
 
 @functools.cache
@@ -101,6 +102,35 @@ def test_a_plan_that_integers_cannot_run_is_refused(source, tmp_path):
         quantize.prepare(QuantizeSettings(source=source, plan=file))
     assert f"{path}: codebook_bits 16" in str(error.value)
     quantize.prepare(QuantizeSettings(source=source, plan=file, act_bits=32))
+
+
+@pytest.mark.slow
+def test_tuning_is_a_stage_of_a_run(tmp_path, monkeypatch):
+    source, file = tmp_path / "tiny.safetensors", tmp_path / "plan.json"
+    native.save_model(source, small.dense(small.TINY))
+    kernels = kernel_shapes(quantize.prepare(QuantizeSettings(source=str(source))).shapes)
+    layers = dict.fromkeys(kernels, LayerSpec("first_last", "scalar", 1, 1, 256, 8))
+    searched, bias = "unet/middle_block/res1/conv1/kernel", "unet/out/conv/bias"
+    layers[searched] = LayerSpec("conv3x3", "conv3x3", 9, 2, 16, 8)
+    file.write_text(Plan(layers).to_json())
+    untuned, student_of = [], tuning.student_of
+    monkeypatch.setattr(tuning, "student_of", lambda m: (untuned.append(m), student_of(m))[1])
+    run = vqjax.quantize(
+        source,
+        plan=file,
+        out=tmp_path / "out",
+        samples=4,
+        calibration=Calibration(images=2, steps=3, batch=2),
+        tuning=Tuning(batch=2, trajectories=2),
+        tune_steps=2,
+    )
+    assert run.report["tuning"] == {"steps": 2}
+    assert run.report["seconds"]["tune"] > 0
+    old, new = (tree.flatten(model.params) for model in (*untuned, vqjax.load(run.out)))
+    assert np.any(np.asarray(old[bias]) != np.asarray(new[bias]))
+    moved = [np.any(np.asarray(old[path].codes) != np.asarray(new[path].codes)) for path in layers]
+    assert 0 < sum(moved)
+    assert old[searched].nbytes == new[searched].nbytes
 
 
 def test_many_bits_are_spent_on_single_weights():

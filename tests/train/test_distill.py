@@ -50,13 +50,15 @@ def student(*, bits: int | None, ranges: bool = True) -> tuple[distill.Student, 
     return distill.Student(weights, distill.Ranges.of(activations)), activations
 
 
-def taught(folder: pathlib.Path, steps: int = RECIPE.steps, **settings) -> distill.Student:
+def taught(
+    folder: pathlib.Path, steps: int = RECIPE.steps, variant: pv.PVConfig = FAST, **settings
+) -> distill.Student:
     """A student of 3 bits after some steps of a run of six."""
     before, activations = student(bits=3)
     return distill.distill(
         TEACHER,
         before,
-        tuning.weights_optimizer(RECIPE.steps, 1.0, FAST),
+        tuning.weights_optimizer(RECIPE.steps, 1.0, variant),
         tuning.ranges_optimizer(RECIPE.steps, 1.0),
         dataclasses.replace(RECIPE, steps=steps),
         folder,

@@ -25,9 +25,12 @@ def watched(name, state, step, *rest, **more):
         return state, metrics
     return real(name, state, kept, *rest, **more)
 t.loop.train = watched
+variant = t.dataclasses.replace(t.pv.CODEBOOKS_ONLY, lr=1e-5)
 for count in (1, 8):
     t.RECIPE = t.dataclasses.replace(t.RECIPE, batch=8)
-    t.taught(pathlib.Path(sys.argv[1]) / str(count), steps=3, devices=jax.devices()[:count])
+    folder = pathlib.Path(sys.argv[1]) / str(count)
+    # Small steps, and codes stay: what a rounding error moves would be another run from there on.
+    t.taught(folder, 3, variant, devices=jax.devices()[:count])
 jax.effects_barrier()
 print(*seen)
 """
@@ -47,6 +50,6 @@ def test_eight_devices_have_the_losses_of_one(tmp_path):
     assert found.returncode == 0, found.stderr
     losses = [float(word) for word in found.stdout.split()]
     assert len(losses) == 6
-    # Sums of eight parts round differently, and a code that rounding moves stays moved.
+    # Sums of eight parts round differently, and so may int8 entries of codebooks, then.
     np.testing.assert_allclose(losses[0], losses[3], rtol=1e-5)
-    np.testing.assert_allclose(losses[:3], losses[3:], rtol=1e-2)
+    np.testing.assert_allclose(losses[:3], losses[3:], rtol=1e-3)
