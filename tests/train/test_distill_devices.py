@@ -50,6 +50,6 @@ def test_eight_devices_have_the_losses_of_one(tmp_path):
     assert found.returncode == 0, found.stderr
     losses = [float(word) for word in found.stdout.split()]
     assert len(losses) == 6
-    # Sums of eight parts round differently, and so may int8 entries of codebooks, then.
+    # Sums of eight parts round differently, and so do some 8-bit activations from the next step on.
     np.testing.assert_allclose(losses[0], losses[3], rtol=1e-5)
-    np.testing.assert_allclose(losses[:3], losses[3:], rtol=1e-3)
+    np.testing.assert_allclose(losses[:3], losses[3:], rtol=1e-2)
