@@ -18,6 +18,7 @@ DEFAULT_MOMENTS = 4_000_000_000  # bytes of moments side by side where nobody se
 
 _RUNTIME = 0.7e9  # interpreter, libraries, and the programs that every run compiles
 _PROGRAMS = 85e6  # of one shape of kernel: code, traces, and what compiling them left behind
+_STEP_PROGRAMS = 40e6  # more, of one shape of kernel, where it is tuned
 _WEIGHT_COPIES = 3  # full precision, quantized, and the scalar baseline
 _MOMENT_COPIES = 2  # sums or what was read, and what is written
 _SEARCH_MATRICES = 8  # of one layer, fan-in by fan-in: moment, metric, factors, their workspace
@@ -74,7 +75,10 @@ def divide(
     activations = _activations(config, sizes, calibration)
     tuning = {}
     if tuned:
-        tuning = {"tuning": 4 * (_TUNING_COPIES * weights + _kept(sizes, tuned))}
+        kept = 4 * (_TUNING_COPIES * weights + _kept(sizes, tuned))
+        # Programs of the search are gone by then, but their memory is not given back.
+        more = int(_STEP_PROGRAMS) * len({shapes[path] for path in sizes})
+        tuning = {"programs": programs + more, "tuning": kept}
 
     def parts(moments: int, count: int) -> dict[str, int]:
         """Of the search or of the tuning that follows it, whichever takes more."""
