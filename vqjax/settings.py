@@ -117,26 +117,41 @@ class SampleSettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluateSettings:
-    """Samples the embedded model, or a quantized copy of it, and scores the samples."""
+    """Scores a model's samples, or given pictures, as the literature does.
+
+    Scores whose files are not given are left out, and it is said where people get the files."""
 
     source: Annotated[str, tyro.conf.Positional] = "digits"
-    """A run folder, an exported file, or "digits"."""
+    """A model to sample (a run folder, a model file, a diffusers folder, "digits"), or pictures: a
+    folder of 8-bit RGB files or an .npz with arr_0."""
     against: str | None = None
-    """A second model, sampled from the same noise and classes: the difference is printed too."""
-    count: int = 10_000
-    """Images per model; compare scores at equal counts only."""
+    """What each picture is compared with: the full-precision model, sampled from the same noise and
+    classes, or its pictures in the same order."""
+    reference: pathlib.Path | None = None
+    """Real pictures: an .npz such as VIRTUAL_imagenet256_labeled.npz, or a folder."""
+    inception: pathlib.Path | None = None
+    """The FID network, such as pt_inception-2015-12-05-6726825d.pth: FID, sFID, inception score,
+    precision and recall, with --reference; without it, the inception score."""
+    lpips: tuple[pathlib.Path, ...] | None = None
+    """The weights of LPIPS, such as vgg16-397923af.pth and vgg.pth."""
+    count: int | None = None
+    """Images per model; compare scores at equal counts only. Default: 10,000 for digits, 50,000
+    for other models; of given pictures, all."""
     steps: int = 20
     """DDIM steps."""
     guidance: float | None = None
-    """Classifier-free guidance, 1 is none; default: the model's own, 1.5 for digits."""
+    """Classifier-free guidance, 1 is none; default: the model's own, 1.5 for digits, else 3."""
     eta: float = 0.0
     """Noise of DDIM: 0 is deterministic, 1 as much as DDPM."""
     seed: int = 0
-    """Image i depends on the seed and i alone."""
-    batch: int = 100
-    """Images in one compiled call."""
-    out: pathlib.Path = pathlib.Path("evaluation.json")
-    """The scores, with settings and versions."""
+    """Noise and class of image i depend on the seed and i alone."""
+    batch: int | None = None
+    """Images in one compiled call, and in one file; default: 100 up to 64 pixels, else 16."""
+    config: Preset | None = None
+    """What a checkpoint was trained as, where its shapes do not tell."""
+    out: pathlib.Path = pathlib.Path("vqjax-evaluation")
+    """Folder of samples, scores and report. The same command continues an unfinished one; samples
+    that are there serve again when other scores are asked for."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -159,9 +174,7 @@ class BenchAqSettings:
     """Of the search, and of a model's weights and inputs."""
 
 
-Method = Literal[
-    "none", "codebooks", "straight_through", "pv", "pv_restart", "semi_pv", "scalar"
-]
+Method = Literal["none", "codebooks", "straight_through", "pv", "pv_restart", "semi_pv", "scalar"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -225,6 +238,19 @@ def command_line(module: str, settings: Any, subcommand: str = "") -> str:
     """The command that repeats a call with these settings, defaults left out."""
     words = [word for word in (subcommand, getattr(settings, "source", "")) if word]
     return shlex.join(["python", "-m", module, *words, *_options(settings, "")])
+
+
+def plain(settings: Any) -> dict[str, Any]:
+    """The same as JSON values: paths as text, tuples as lists, nested settings as dicts."""
+    return {name: _plain(value) for name, value in dataclasses.asdict(settings).items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(inner) for name, inner in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(inner) for inner in value]
+    return str(value) if isinstance(value, pathlib.Path) else value
 
 
 def _options(settings: Any, prefix: str) -> Iterator[str]:

@@ -21,7 +21,6 @@ from vqjax.core.model import Model
 from vqjax.errors import gathered
 from vqjax.pipeline import calibrate
 
-
 THINNING = 4
 """One of so many images decides between ranges: the candidates cost more than the model itself."""
 
