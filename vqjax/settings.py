@@ -8,9 +8,13 @@ import dataclasses
 import pathlib
 import shlex
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
+
+from vqjax.errors import VqjaxError
+
+Settings = TypeVar("Settings")
 
 FLOAT_BITS = 32
 """`act_bits` that leave activations in floating point."""
@@ -155,6 +159,27 @@ class EvaluateSettings:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ReproduceSettings:
+    """Repeats a run from its file: quantize, evaluate, and compare with what the file recorded.
+
+    Files that are missing are named, with where people get them and what the run will cost here."""
+
+    run: Annotated[str | None, tyro.conf.Positional] = None
+    """A run file, one in the package by name (such as digits_w2a8), the reproduction.json of an
+    earlier run, or the run.json of a quantization or an evaluation."""
+    table: bool = False
+    """Print our results beside the literature's; runs nothing."""
+    results: tuple[pathlib.Path, ...] = ()
+    """Folders of finished runs, for --table; those in the package are shown anyway."""
+    files: pathlib.Path = pathlib.Path(".")
+    """Folder of the files that a run names."""
+    out: pathlib.Path | None = None
+    """Folder of the run, continued if unfinished; default: vqjax-runs/ and the name of the run."""
+    seed: int | None = None
+    """In place of the run's own seeds, to see how much they matter; nothing is compared then."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class BenchAqSettings:
     """Measures the quantizer: error, bits and time on given matrices, or time on a whole U-Net.
 
@@ -243,6 +268,32 @@ def command_line(module: str, settings: Any, subcommand: str = "") -> str:
 def plain(settings: Any) -> dict[str, Any]:
     """The same as JSON values: paths as text, tuples as lists, nested settings as dicts."""
     return {name: _plain(value) for name, value in dataclasses.asdict(settings).items()}
+
+
+def from_plain(settings: type[Settings], values: dict[str, Any], where: str) -> Settings:
+    """The inverse of `plain`; fields that are absent keep their defaults.
+
+    Args:
+      where: names the file that the values are from, in errors.
+
+    Raises:
+      VqjaxError: naming every field that these settings do not have.
+    """
+    fields = {field.name: field for field in dataclasses.fields(settings)}
+    unknown = sorted(values.keys() - fields.keys())
+    if unknown:
+        raise VqjaxError(f"{where}: unknown settings {unknown}; expected some of {sorted(fields)}")
+    made = {}
+    for name, value in values.items():
+        kind = str(fields[name].type)
+        if dataclasses.is_dataclass(fields[name].default):
+            value = from_plain(type(fields[name].default), value, f"{where}: {name}")
+        elif isinstance(value, list):
+            value = tuple(pathlib.Path(item) if "Path" in kind else item for item in value)
+        elif value is not None and "Path" in kind:
+            value = pathlib.Path(value)
+        made[name] = value
+    return settings(**made)
 
 
 def _plain(value: Any) -> Any:

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vqjax import settings
+from vqjax.config import LatentDiffusionConfig
 from vqjax.errors import VqjaxError
 from vqjax.eval import adm, digits, scores_report
 from vqjax.io import images, inception, lpips, published
@@ -150,6 +151,11 @@ def prepare(wanted: settings.EvaluateSettings) -> Evaluation:
     )
 
 
+def default_count(config: LatentDiffusionConfig) -> int:
+    """Images per model where nobody says how many."""
+    return EMBEDDED_COUNT if config.name == sources.EMBEDDED else adm.PUBLISHED_COUNT
+
+
 def record_of(job: Evaluation) -> dict[str, Any]:
     """What a run's record starts with; its fingerprint says which samples belong to it."""
     wanted, here = job.settings, environment.describe()
@@ -227,7 +233,9 @@ def _count(wanted: settings.EvaluateSettings, opened: dict[str, Source]) -> int:
         return given[0]
     if wanted.count is not None:
         return wanted.count
-    return EMBEDDED_COUNT if opened["source"].embedded else adm.PUBLISHED_COUNT
+    model = opened["source"].model
+    assert model is not None  # else pictures were given
+    return default_count(model.config)
 
 
 def _batch(wanted: settings.EvaluateSettings, opened: dict[str, Source]) -> int:

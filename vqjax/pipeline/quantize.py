@@ -82,10 +82,7 @@ class Job:
     @property
     def samples(self) -> int:
         """Images per model in the report."""
-        if self.settings.samples is not None:
-            return self.settings.samples
-        small = self.model.config.first_stage.resolution <= 64
-        return SMALL_MODEL_SAMPLES if small else LARGE_MODEL_SAMPLES
+        return samples_of(self.model.config, self.settings)
 
     @property
     def bits(self) -> float:
@@ -114,6 +111,14 @@ class Layers(NamedTuple):
     biases: dict[str, np.ndarray]
     scalar: dict[str, ScalarLayer]
     search: dict[str, layer_figures.Search]
+
+
+def samples_of(config: config_lib.LatentDiffusionConfig, wanted: settings.QuantizeSettings) -> int:
+    """Images per model in the report of a run."""
+    if wanted.samples is not None:
+        return wanted.samples
+    small = config.first_stage.resolution <= 64
+    return SMALL_MODEL_SAMPLES if small else LARGE_MODEL_SAMPLES
 
 
 @jax.default_matmul_precision("highest")  # TF32 would cost the third digit of every figure
