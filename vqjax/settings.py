@@ -279,7 +279,8 @@ def from_plain(settings: type[Settings], values: dict[str, Any], where: str) -> 
     Raises:
       VqjaxError: naming every field that these settings do not have.
     """
-    fields = {field.name: field for field in dataclasses.fields(settings)}
+    known: Any = settings  # a dataclass
+    fields = {field.name: field for field in dataclasses.fields(known)}
     unknown = sorted(values.keys() - fields.keys())
     if unknown:
         raise VqjaxError(f"{where}: unknown settings {unknown}; expected some of {sorted(fields)}")
