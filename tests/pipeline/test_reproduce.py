@@ -10,8 +10,8 @@ from tests.io import models
 from vqjax import reproduce as command
 from vqjax import settings as lib
 from vqjax.errors import QualityGateError, VqjaxError
-from vqjax.io import native, published
-from vqjax.pipeline import reproduce, run_cost, run_file, run_results
+from vqjax.io import native, orbax_model, published
+from vqjax.pipeline import quantize, reproduce, run_cost, run_file, run_results
 
 NAMES = list(run_file.packaged())
 
@@ -123,6 +123,7 @@ def recorded(tmp_path, monkeypatch):
     """A record, and a way to say what its repetition finds."""
     found = {"psnr": 25.0, "model_sha256": "a"}
     monkeypatch.setattr(reproduce, "_made", lambda run, out: out.mkdir(parents=True) or found)
+    monkeypatch.setattr(run_cost, "predict", lambda run: None)
     run = lib.ReproduceSettings(run="digits_w2a8", out=tmp_path / "first")
     reproduce.run(run)
     return tmp_path / "first" / run_file.RECORD, found
@@ -161,35 +162,62 @@ def test_the_table_shows_ours_and_what_is_not_measured(recorded, tmp_path):
     assert "reproduce digits_w2a8" not in text  # it was measured
 
 
-@pytest.mark.slow
-def test_a_small_model_is_reproduced_to_the_same_bits(tmp_path, capsys):
+@pytest.fixture
+def small_run(tmp_path, monkeypatch):
+    """A run of a small model by its file, whose quantization is at hand already."""
+
+    def quantized(wanted: lib.QuantizeSettings) -> None:
+        assert wanted.bits == 1.2
+        orbax_model.save_model_folder(wanted.out / "model", models.quantized(models.TINY))
+        names = ("bits_per_weight", "bits_per_weight_model", "bytes_before", "bytes_after")
+        report = {"weights": dict.fromkeys(names, 1), "fidelity": {"psnr": 20.0}}
+        (wanted.out / "report.json").write_text(json.dumps(report))
+        about = {"command": "python -m vqjax.quantize", "fingerprint": "", "environment": {}}
+        (wanted.out / "run.json").write_text(json.dumps(about | {"settings": lib.plain(wanted)}))
+
+    monkeypatch.setattr(quantize, "run", quantized)
     native.save_model(tmp_path / "small.safetensors", models.dense(models.TINY))
     run = {
         "name": "small",
-        "quantize": {
-            "source": "small.safetensors",
-            "bits": 1.2,
-            "samples": 4,
-            "calibration": {"images": 2, "steps": 3, "batch": 2},
-        },
+        "quantize": {"source": "small.safetensors", "bits": 1.2},
         "evaluate": {"count": 4, "steps": 2, "batch": 2},
     }
-    (tmp_path / "run.json").write_text(json.dumps(run))
+    (tmp_path / "small.json").write_text(json.dumps(run))
+    return tmp_path / "small.json"
+
+
+def test_a_run_and_its_parts_are_repeated_to_the_same_bits(small_run, capsys):
+    folder = small_run.parent
 
     def again(path: pathlib.Path, name: str) -> dict:
-        wanted = lib.ReproduceSettings(run=str(path), files=tmp_path, out=tmp_path / name)
-        return reproduce.run(wanted)
+        wanted = lib.ReproduceSettings(run=str(path), files=folder, out=folder / name)
+        return reproduce.run(wanted)["results"]
 
-    first = again(tmp_path / "run.json", "first")
-    assert first["results"]["bits_per_weight"] <= 1.2
-    assert first["results"]["psnr"] > 0
-    again(tmp_path / "first" / run_file.RECORD, "second")
-    assert "all numbers and bits are equal" in capsys.readouterr().out
-    # Run folders carry what is needed, too.
-    evaluated = tmp_path / "first" / "evaluation" / "run.json"
-    again(evaluated, "third")
-    assert "all numbers and bits are equal" in capsys.readouterr().out
-    assert (
-        run_file.load(str(tmp_path / "first" / "quantized" / "run.json")).recorded["model_sha256"]
-        == first["results"]["model_sha256"]
-    )
+    first = again(small_run, "first")
+    assert first["psnr"] > 0
+    assert {"model_sha256", "samples_sha256", "report.psnr"} <= first.keys()
+    record = json.loads((folder / "first" / run_file.RECORD).read_text())
+    assert record["run"]["quantize"]["source"] == "small.safetensors"  # no path of this machine
+    about = json.loads((folder / "first" / "evaluation" / "run.json").read_text())
+    assert about["settings"]["against"] == str(folder / "small.safetensors")
+    for path, name in (
+        (pathlib.Path(run_file.RECORD), "second"),
+        (pathlib.Path("evaluation/run.json"), "third"),
+        (pathlib.Path("quantized/run.json"), "fourth"),
+    ):
+        again(folder / "first" / path, name)
+        assert "all numbers and bits are equal" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_digits_go_through_the_whole_run(tmp_path):
+    run = run_file.load("digits_w2a8").to_dict()
+    run["quantize"] |= {"bits": 1.5, "samples": 16, "calibration": {"images": 4, "steps": 5}}
+    run["evaluate"]["count"] = 16
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    wanted = lib.ReproduceSettings(run=str(tmp_path / "run.json"), out=tmp_path / "out")
+    found = reproduce.run(wanted)["results"]
+    assert found["bits_per_weight"] <= 1.5
+    assert found["n"] == 16
+    assert found["full.digits.accuracy"] > 0.8
+    assert found["psnr"] > 10

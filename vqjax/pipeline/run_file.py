@@ -168,6 +168,8 @@ def _of_command(content: Mapping[str, Any], path: pathlib.Path) -> Run:
     there = content.get("environment", {})
     if "vqjax.quantize" in command:
         wanted.pop("export", None)
+        if wanted.get("plan") is not None:  # the folder carries a copy
+            wanted["plan"] = str(folder / "plan.json")
         quantize = lib.from_plain(lib.QuantizeSettings, wanted, str(path))
         return Run(command, quantize, None, run_results.of_quantization(folder), there)
     if "vqjax.evaluate" in command:
