@@ -74,7 +74,10 @@ def run(wanted: settings.EvaluateSettings) -> dict[str, Any]:
         with journal.stage(f"sample {side}"):
             sampled.sample(source.model, labels, shards, job.protocol, f"sample {source.where}")
     with journal.stage("score"):
-        models = {side: _about(job, side) | _scores(job, side) for side in job.sources}
+        real = None
+        if job.weights is not None and job.reference is not None:
+            real = _look(job, job.reference, job.reference_sha256, "reference")
+        models = {side: _about(job, side) | _scores(job, side, real) for side in job.sources}
     difference, worst = None, []
     if "against" in job.sets:
         with journal.stage("compare"):
@@ -272,7 +275,7 @@ def _about(job: Evaluation, side: str) -> dict[str, Any]:
     }
 
 
-def _scores(job: Evaluation, side: str) -> dict[str, Any]:
+def _scores(job: Evaluation, side: str, real: adm.Seen | None) -> dict[str, Any]:
     found: dict[str, Any] = {}
     pictures = job.sets[side]
     if job.sources[side].embedded:
@@ -284,9 +287,6 @@ def _scores(job: Evaluation, side: str) -> dict[str, Any]:
         }
     if job.weights is not None:
         seen = _look(job, pictures, job.sources[side].sha256, side)
-        real = None
-        if job.reference is not None:
-            real = _look(job, job.reference, job.reference_sha256, "reference")
         found["adm"] = adm.scores(pictures, seen, job.weights, job.reference, real)
     return found
 
