@@ -210,14 +210,22 @@ def test_a_run_and_its_parts_are_repeated_to_the_same_bits(small_run, capsys):
 
 
 @pytest.mark.slow
-def test_digits_go_through_the_whole_run(tmp_path):
-    run = run_file.load("digits_w2a8").to_dict()
-    run["quantize"] |= {"bits": 1.5, "samples": 16, "calibration": {"images": 4, "steps": 5}}
-    run["evaluate"]["count"] = 16
-    (tmp_path / "run.json").write_text(json.dumps(run))
-    wanted = lib.ReproduceSettings(run=str(tmp_path / "run.json"), out=tmp_path / "out")
-    found = reproduce.run(wanted)["results"]
-    assert found["bits_per_weight"] <= 1.5
-    assert found["n"] == 16
-    assert found["full.digits.accuracy"] > 0.8
-    assert found["psnr"] > 10
+def test_a_quantization_and_its_evaluation_make_one_record(tmp_path):
+    native.save_model(tmp_path / "small.safetensors", models.dense(models.TINY))
+    wanted = {
+        "source": "small.safetensors",
+        "bits": 1.2,
+        "samples": 4,
+        "calibration": {"images": 2, "steps": 3, "batch": 2},
+    }
+    run = {"name": "small", "quantize": wanted, "evaluate": {"count": 4, "steps": 2, "batch": 2}}
+    (tmp_path / "small.json").write_text(json.dumps(run))
+    asked = lib.ReproduceSettings(
+        run=str(tmp_path / "small.json"), files=tmp_path, out=tmp_path / "out"
+    )
+    found = reproduce.run(asked)["results"]
+    assert found["bits_per_weight"] <= 1.2
+    assert found["report.psnr"] > 0
+    assert found["psnr"] > 0
+    repeated = run_file.load(str(tmp_path / "out" / "quantized" / "run.json"))
+    assert repeated.recorded["model_sha256"] == found["model_sha256"]
