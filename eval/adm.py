@@ -9,7 +9,7 @@ Dimension key:  N samples   B batch   H W C picture   F pooled features (2048)  
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +24,7 @@ from vqjax.models import inception
 NAME = "ADM evaluator"
 SCORES = ("fid", "sfid", "is", "precision", "recall")
 PUBLISHED_COUNT = 50_000
-_BATCH = 64
+BATCH = 64
 _FLUSH = 1024  # rows at once into the moments, whose cost is that of a matrix of 2048 x 2048
 
 
@@ -73,39 +73,61 @@ def evaluate(
       advance: called with the number of pictures after every batch of either set.
 
     Returns:
+      What `scores` does.
+
+    Raises:
+      VqjaxError: before any work as `check` says; if a file is damaged.
+    """
+    check(samples, reference)
+    real, found = (look(s, weights, advance=advance) for s in (reference, samples))
+    return scores(samples, found, weights, reference, real)
+
+
+def scores(
+    samples: ImageSet,
+    found: Seen,
+    weights: Weights,
+    reference: ImageSet | None = None,
+    real: Seen | None = None,
+) -> dict[str, Any]:
+    """Scores of what the network saw.
+
+    Args:
+      samples, found: the set and what `look` returned for it.
+      reference, real: the same for real pictures; None leaves only the inception score.
+
+    Returns:
       `fid, sfid, is, precision, recall`; how far they spread: `fid_se` (standard error by the
       delta method, None where N <= 2048), `is_sd` (over splits, None for one split),
       `precision_se` and `recall_se` (binomial); `n`, `reference_n`, `reference_statistics`
       ("stored" or "pictures"), `inception_sha256`, `published_weights`, `name`, and `notes`:
-      sentences that belong beside the numbers.
-
-    Raises:
-      VqjaxError: before any work if a set is too small, stored statistics have other dimensions
-        than the features, or the samples' labels are sorted by class; if a file is damaged.
+      sentences that belong beside the numbers. Without a reference, what needs one is absent.
     """
-    _check(samples, reference)
-    real, found = (look(s, weights, advance=advance) for s in (reference, samples))
-    real_pooled, real_spatial = _moments(reference, real)
-    pooled, spatial = _moments(samples, found)
-    precision, recall = metrics.precision_recall(real.rows_NF, found.rows_NF)
     splits = found.splits.scores()
-    return {
-        "fid": metrics.frechet_distance(real_pooled, pooled),
-        "sfid": metrics.frechet_distance(real_spatial, spatial),
+    content = {
         "is": float(splits.mean()),
-        "precision": precision,
-        "recall": recall,
-        "fid_se": metrics.frechet_error(found.rows_NF, found.pooled, real_pooled),
         "is_sd": float(splits.std(ddof=1)) if len(splits) > 1 else None,
-        "precision_se": float(np.sqrt(precision * (1 - precision) / samples.count)),
-        "recall_se": float(np.sqrt(recall * (1 - recall) / reference.count)),
         "n": samples.count,
-        "reference_n": reference.count,
-        "reference_statistics": "stored" if reference.statistics else "pictures",
         "inception_sha256": weights.sha256,
         "published_weights": weights.published,
         "name": NAME,
         "notes": _notes(samples.count, reference, weights, found.classes_N),
+    }
+    if reference is None or real is None:
+        return content
+    real_pooled, real_spatial = _moments(reference, real)
+    pooled, spatial = _moments(samples, found)
+    precision, recall = metrics.precision_recall(real.rows_NF, found.rows_NF)
+    return content | {
+        "fid": metrics.frechet_distance(real_pooled, pooled),
+        "sfid": metrics.frechet_distance(real_spatial, spatial),
+        "precision": precision,
+        "recall": recall,
+        "fid_se": metrics.frechet_error(found.rows_NF, found.pooled, real_pooled),
+        "precision_se": float(np.sqrt(precision * (1 - precision) / samples.count)),
+        "recall_se": float(np.sqrt(recall * (1 - recall) / reference.count)),
+        "reference_n": reference.count,
+        "reference_statistics": "stored" if reference.statistics else "pictures",
     }
 
 
@@ -120,31 +142,56 @@ def look(
     Raises:
       VqjaxError: if the pictures cannot be read or are fewer than two.
     """
+
+    def seen() -> Iterator[Rows]:
+        for batch in images.batches(BATCH):
+            yield rows_of(batch, weights)
+            advance(len(batch))
+
+    return gather(seen(), images.count)
+
+
+def gather(rows: Iterable[Rows], count: int) -> Seen:
+    """Reduces features to what scores need.
+
+    Args:
+      rows: features of batches of any size, of `count` pictures in all. Sums do not depend on the
+        sizes beyond rounding.
+
+    Raises:
+      VqjaxError: if there are fewer than two pictures.
+    """
     pooled, spatial = metrics.Accumulator(), metrics.Accumulator()
     splits = metrics.SplitScores()
-    rows_NF = np.empty((images.count, inception.POOLED), np.float32)
-    classes_N = np.empty(images.count, np.int32)
+    rows_NF = np.empty((count, inception.POOLED), np.float32)
+    classes_N = np.empty(count, np.int32)
     waiting: list[np.ndarray] = []
     done = flushed = 0
-    for batch in images.batches(_BATCH):
-        seen = _features(weights.params, batch)
-        rows_NF[done : done + len(batch)] = seen.pooled
-        classes_N[done : done + len(batch)] = np.argmax(seen.logits, 1)
+    for seen in rows:
+        size = len(seen.pooled)
+        rows_NF[done : done + size] = seen.pooled
+        classes_N[done : done + size] = np.argmax(seen.logits, 1)
         splits.add(seen.logits)
         waiting.append(seen.spatial)
-        done += len(batch)
-        if done - flushed >= _FLUSH or done == images.count:
+        done += size
+        if done - flushed >= _FLUSH or done == count:
             spatial.add(np.concatenate(waiting))
             pooled.add(rows_NF[flushed:done])
             waiting, flushed = [], done
-        advance(len(batch))
     return Seen(pooled.moments(), spatial.moments(), rows_NF, splits, classes_N)
+
+
+def rows_of(images_NHWC: np.ndarray, weights: Weights) -> Rows:
+    """Features of uint8 pictures [N, H, W, 3], `BATCH` at a time."""
+    starts = range(0, len(images_NHWC), BATCH)
+    parts = [_features(weights.params, images_NHWC[start : start + BATCH]) for start in starts]
+    return Rows(*(np.concatenate(arrays) for arrays in zip(*parts)))
 
 
 def _features(params: dict[str, jax.Array], images_BHWC: np.ndarray) -> Rows:
     """Features of one batch; a short one is filled up with black and cut off."""
     count = len(images_BHWC)
-    filler = np.zeros((_BATCH - count, *images_BHWC.shape[1:]), np.uint8)
+    filler = np.zeros((BATCH - count, *images_BHWC.shape[1:]), np.uint8)
     resized = _resize(np.concatenate([images_BHWC, filler]))
     return Rows(*(np.asarray(rows)[:count] for rows in _network(params, resized)))
 
@@ -162,15 +209,22 @@ def _moments(images: ImageSet, seen: Seen) -> tuple[metrics.Moments, metrics.Mom
     return metrics.Moments(mu, sigma, 0), metrics.Moments(mu_s, sigma_s, 0)
 
 
-def _check(samples: ImageSet, reference: ImageSet) -> None:
-    for images in (samples, reference):
+def check(samples: ImageSet, reference: ImageSet | None) -> None:
+    """Refuses what would make scores meaningless, before any work.
+
+    Raises:
+      VqjaxError: if a set is too small, stored statistics have other dimensions than the features,
+        or the samples' labels are sorted by class.
+    """
+    sets = [samples] if reference is None else [samples, reference]
+    for images in sets:
         if images.count <= metrics.NEIGHBOURS:
             raise VqjaxError(
                 f"{images.where}: {images.count} pictures are too few: a covariance needs 2, "
                 f"precision and recall {metrics.NEIGHBOURS + 1}, comparable scores "
                 f"{PUBLISHED_COUNT:,}"
             )
-    for images in (samples, reference):
+    for images in sets:
         if images.statistics is None:
             continue
         found = images.statistics.mu.size, images.statistics.mu_s.size
@@ -188,19 +242,21 @@ def _check(samples: ImageSet, reference: ImageSet) -> None:
         )
 
 
-def _notes(count: int, reference: ImageSet, weights: Weights, classes_N: np.ndarray) -> list[str]:
+def _notes(
+    count: int, reference: ImageSet | None, weights: Weights, classes_N: np.ndarray
+) -> list[str]:
     notes = []
-    if count != PUBLISHED_COUNT:
+    if reference is not None and count != PUBLISHED_COUNT:
         notes.append(
             f"N = {count:,}: FID and sFID are biased upwards by about 1/N, so they compare only "
             f"with values of the same N; published ones have {PUBLISHED_COUNT:,}"
         )
-    if count <= inception.POOLED:
+    if reference is not None and count <= inception.POOLED:
         notes.append(
             f"{count:,} samples do not fill {inception.POOLED:,} dimensions: the covariance is "
             f"singular, FID and sFID are mostly bias"
         )
-    if reference.statistics is None:
+    if reference is not None and reference.statistics is None:
         notes.append(
             f"the reference holds no stored statistics: FID and sFID are against its "
             f"{reference.count:,} pictures"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page that `vqjax.eval.report` fills in: one file, no script, no request to anywhere."""
+"""The page that reports fill in: one file, no script, no request to anywhere."""
 
 import string
 
@@ -54,6 +54,9 @@ h2 { font-size: 18px; margin: 40px 0 4px; letter-spacing: -.005em; }
 figure { margin: 10px 0 0; }
 figure.card { padding: 18px; text-align: center; }
 figure img { max-width: 100%; height: auto; image-rendering: auto; }
+.pixels img { image-rendering: pixelated; }
+.pairs { display: grid; grid-template-columns: repeat(auto-fill, minmax(220px, 1fr)); gap: 12px; }
+.pairs figure { margin: 0; padding: 12px; }
 figcaption { color: var(--soft); font-size: 13.5px; margin-top: 8px; text-align: left; }
 table { border-collapse: collapse; width: 100%; }
 th, td { padding: 8px 10px; text-align: right; border-bottom: 1px solid var(--line); }
@@ -92,7 +95,7 @@ footer { color: var(--soft); font-size: 13px; margin-top: 44px; }
 <body>
 <main>
 <header>
-<p class="over">vqjax · quantization report</p>
+<p class="over">vqjax · $kind</p>
 <h1>$heading</h1>
 <p class="lead">$lead</p>
 </header>

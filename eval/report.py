@@ -104,7 +104,7 @@ def build(
       VqjaxError: listing every field that is missing.
     """
     check(report)
-    text = json.dumps(_plain(report), indent=2, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(plain(report), indent=2, ensure_ascii=False, allow_nan=False)
     return {
         "report.json": (text + "\n").encode(),
         "report.md": _markdown(report).encode(),
@@ -282,17 +282,19 @@ def _markdown(report: Mapping[str, Any]) -> str:
         parts.append("\n".join([f"> **{title}**", *(f"> - {line}" for line in lines)]))
     parts.append("![Samples before and after](samples.png)")
     for table in tables(report):
-        parts += [f"## {table.heading}", table.note, _markdown_rows(table.columns, table.rows)]
+        parts += [f"## {table.heading}", table.note, markdown_rows(table.columns, table.rows)]
     layers = report["layers"]
     if layers:
         rows = [*map(layer_table.cells, layers), *layer_table.summary(layers)]
-        table = _markdown_rows(layer_table.COLUMNS, rows)
+        table = markdown_rows(layer_table.COLUMNS, rows)
         parts += ["## Every layer", layer_table.note(layers), table]
-    parts += ["## How it was made", _markdown_rows(["", ""], _made(report))]
+    parts += ["## How it was made", markdown_rows(["", ""], _made(report))]
     return "\n\n".join(parts) + "\n"
 
 
-def _markdown_rows(columns: Sequence[str], rows: Sequence[Sequence[str | tuple[str, str]]]) -> str:
+def markdown_rows(columns: Sequence[str], rows: Sequence[Sequence[str | tuple[str, str]]]) -> str:
+    """A Markdown table; every column but the first is aligned to the right."""
+
     def line(cells):
         texts = (cell if isinstance(cell, str) else cell[0] for cell in cells)
         return "| " + " | ".join(text.replace("|", "\\|") for text in texts) + " |"
@@ -305,12 +307,12 @@ def _page(report: Mapping[str, Any], pictures: Mapping[str, tuple[bytes, bytes]]
     gained, *rest = tables(report)
     sections = [
         _figure("samples", pictures),
-        _html_table(gained),
+        html_table(gained),
         _figure("sizes", pictures),
-        *(_html_table(table) for table in rest),
+        *(html_table(table) for table in rest),
         _figure("layers", pictures),
         _layers_table(report["layers"]),
-        _html_table(Table("How it was made", "", ["", ""], _made(report)), style="facts"),
+        html_table(Table("How it was made", "", ["", ""], _made(report)), style="facts"),
     ]
     banners = [
         f'<div class="banner {"bad" if index == 0 else "warn"}" role="alert">'
@@ -326,6 +328,7 @@ def _page(report: Mapping[str, Any], pictures: Mapping[str, tuple[bytes, bytes]]
         for label, value, detail in _tiles(report)
     ]
     return PAGE.substitute(
+        kind="quantization report",
         title=html.escape(f"{report['model']['name']} · vqjax report"),
         heading=html.escape(_heading(report)),
         lead=html.escape(_lead(report)),
@@ -336,7 +339,8 @@ def _page(report: Mapping[str, Any], pictures: Mapping[str, tuple[bytes, bytes]]
     )
 
 
-def _html_table(table: Table, *, style: str = "scores") -> str:
+def html_table(table: Table, *, style: str = "scores") -> str:
+    """A section of a page: heading, note, table."""
     head = "".join(f'<th scope="col">{html.escape(column)}</th>' for column in table.columns)
     body = "\n".join(
         "<tr>"
@@ -560,12 +564,12 @@ def _missing(where: str, found: Any, fields: Sequence[str]) -> list[str]:
     return [f"{where}.{field} is missing" for field in fields if field not in found]
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """The same data in what strict JSON has: numpy scalars unwrapped, NaN and infinity as None."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(inner) for key, inner in value.items()}
+        return {str(key): plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
+        return [plain(inner) for inner in value]
     if hasattr(value, "item") and not isinstance(value, str):
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):

@@ -20,7 +20,9 @@ CASES = [
         calibration=lib.Calibration(images=4, guidance=1.5),
     ),
     lib.SampleSettings(source="run", classes=(3, 7), count=4, eta=0.5, integer=True),
-    lib.EvaluateSettings(against="digits", guidance=2.0),
+    lib.EvaluateSettings(
+        against="digits", guidance=2.0, lpips=(pathlib.Path("vgg16.pth"), pathlib.Path("vgg.pth"))
+    ),
 ]
 
 

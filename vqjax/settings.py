@@ -8,9 +8,13 @@ import dataclasses
 import pathlib
 import shlex
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
+
+from vqjax.errors import VqjaxError
+
+Settings = TypeVar("Settings")
 
 FLOAT_BITS = 32
 """`act_bits` that leave activations in floating point."""
@@ -117,26 +121,62 @@ class SampleSettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluateSettings:
-    """Samples the embedded model, or a quantized copy of it, and scores the samples."""
+    """Scores a model's samples, or given pictures, as the literature does.
+
+    Scores whose files are not given are left out, and it is said where people get the files."""
 
     source: Annotated[str, tyro.conf.Positional] = "digits"
-    """A run folder, an exported file, or "digits"."""
+    """A model to sample (a run folder, a model file, a diffusers folder, "digits"), or pictures: a
+    folder of 8-bit RGB files or an .npz with arr_0."""
     against: str | None = None
-    """A second model, sampled from the same noise and classes: the difference is printed too."""
-    count: int = 10_000
-    """Images per model; compare scores at equal counts only."""
+    """What each picture is compared with: the full-precision model, sampled from the same noise and
+    classes, or its pictures in the same order."""
+    reference: pathlib.Path | None = None
+    """Real pictures: an .npz such as VIRTUAL_imagenet256_labeled.npz, or a folder."""
+    inception: pathlib.Path | None = None
+    """The FID network, such as pt_inception-2015-12-05-6726825d.pth: FID, sFID, inception score,
+    precision and recall, with --reference; without it, the inception score."""
+    lpips: tuple[pathlib.Path, ...] | None = None
+    """The weights of LPIPS, such as vgg16-397923af.pth and vgg.pth."""
+    count: int | None = None
+    """Images per model; compare scores at equal counts only. Default: 10,000 for digits, 50,000
+    for other models; of given pictures, all."""
     steps: int = 20
     """DDIM steps."""
     guidance: float | None = None
-    """Classifier-free guidance, 1 is none; default: the model's own, 1.5 for digits."""
+    """Classifier-free guidance, 1 is none; default: the model's own, 1.5 for digits, else 3."""
     eta: float = 0.0
     """Noise of DDIM: 0 is deterministic, 1 as much as DDPM."""
     seed: int = 0
-    """Image i depends on the seed and i alone."""
-    batch: int = 100
-    """Images in one compiled call."""
-    out: pathlib.Path = pathlib.Path("evaluation.json")
-    """The scores, with settings and versions."""
+    """Noise and class of image i depend on the seed and i alone."""
+    batch: int | None = None
+    """Images in one compiled call, and in one file; default: 100 up to 64 pixels, else 16."""
+    config: Preset | None = None
+    """What a checkpoint was trained as, where its shapes do not tell."""
+    out: pathlib.Path = pathlib.Path("vqjax-evaluation")
+    """Folder of samples, scores and report. The same command continues an unfinished one; samples
+    that are there serve again when other scores are asked for."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReproduceSettings:
+    """Repeats a run from its file: quantize, evaluate, and compare with what the file recorded.
+
+    Files that are missing are named, with where people get them and what the run will cost here."""
+
+    run: Annotated[str | None, tyro.conf.Positional] = None
+    """A run file, one in the package by name (such as digits_w2a8), the reproduction.json of an
+    earlier run, or the run.json of a quantization or an evaluation."""
+    table: bool = False
+    """Print our results beside the literature's; runs nothing."""
+    results: tuple[pathlib.Path, ...] = ()
+    """Folders of finished runs, for --table; those in the package are shown anyway."""
+    files: pathlib.Path = pathlib.Path(".")
+    """Folder of the files that a run names."""
+    out: pathlib.Path | None = None
+    """Folder of the run, continued if unfinished; default: vqjax-runs/ and the name of the run."""
+    seed: int | None = None
+    """In place of the run's own seeds, to see how much they matter; nothing is compared then."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -223,6 +263,46 @@ def command_line(module: str, settings: Any, subcommand: str = "") -> str:
     """The command that repeats a call with these settings, defaults left out."""
     words = [word for word in (subcommand, getattr(settings, "source", "")) if word]
     return shlex.join(["python", "-m", module, *words, *_options(settings, "")])
+
+
+def plain(settings: Any) -> dict[str, Any]:
+    """The same as JSON values: paths as text, tuples as lists, nested settings as dicts."""
+    return {name: _plain(value) for name, value in dataclasses.asdict(settings).items()}
+
+
+def from_plain(settings: type[Settings], values: dict[str, Any], where: str) -> Settings:
+    """The inverse of `plain`; fields that are absent keep their defaults.
+
+    Args:
+      where: names the file that the values are from, in errors.
+
+    Raises:
+      VqjaxError: naming every field that these settings do not have.
+    """
+    known: Any = settings  # a dataclass
+    fields = {field.name: field for field in dataclasses.fields(known)}
+    unknown = sorted(values.keys() - fields.keys())
+    if unknown:
+        raise VqjaxError(f"{where}: unknown settings {unknown}; expected some of {sorted(fields)}")
+    made = {}
+    for name, value in values.items():
+        kind = str(fields[name].type)
+        if dataclasses.is_dataclass(fields[name].default):
+            value = from_plain(type(fields[name].default), value, f"{where}: {name}")
+        elif isinstance(value, list):
+            value = tuple(pathlib.Path(item) if "Path" in kind else item for item in value)
+        elif value is not None and "Path" in kind:
+            value = pathlib.Path(value)
+        made[name] = value
+    return settings(**made)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(inner) for name, inner in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(inner) for inner in value]
+    return str(value) if isinstance(value, pathlib.Path) else value
 
 
 def _options(settings: Any, prefix: str) -> Iterator[str]:

@@ -39,7 +39,7 @@ def _shares(ref_RF: np.ndarray, gen_NF: np.ndarray, *, margin: float) -> tuple[f
 @pytest.mark.slow
 @pytest.mark.parametrize("path", fixtures.files("evaluator"))
 def test_fixture(path, monkeypatch):
-    monkeypatch.setattr(adm, "_BATCH", 16)  # both sets without filling up
+    monkeypatch.setattr(adm, "BATCH", 16)  # both sets without filling up
     fixture = fixtures.load(path)
     sets = {name[:3]: images for name, images in fixture.items() if "_images_" in name}
     seen, done = {}, []
@@ -103,7 +103,7 @@ def small(monkeypatch):
     for module, name, value in (
         (adm.inception, "POOLED", POOLED),
         (adm.inception, "SPATIAL", SPATIAL),
-        (adm, "_BATCH", 8),
+        (adm, "BATCH", 8),
         (adm, "_FLUSH", 20),
     ):
         monkeypatch.setattr(module, name, value)

@@ -29,7 +29,7 @@ from vqjax.settings import Calibration
 
 _SEARCH_SWEEPS = 13  # feedback and descent rounds of one layer, and their least-squares updates
 _SCORE_SHARE = 0.18  # speed of enumerating sums, relative to a large matrix product
-_NETWORK_SHARE = 0.45  # the same for the networks
+NETWORK_SHARE = 0.45  # the same for the networks
 _BACKWARD = 4  # forward calls that one step takes which is computed, again, and gone back through
 _TRAINED = 3  # forward calls that a step of training takes
 _COMPILE_SECONDS = 75.0  # of all programs together; zero from the second run on one machine
@@ -85,14 +85,13 @@ def estimate(
     followed = min(calibration.images, max(LEAST_IMAGES, POSITIONS // positions))
     weighed = _BACKWARD * followed * calibration.steps * 2
     search = sum(search_flops(unet[path], plan[path]) for path in plan)
-    speed = _flops_per_second()
-    pixels = config.first_stage.resolution**2
-    pictures = 40 * forward + 3e3 * pixels * config.first_stage.ch
+    speed = flops_per_second()
+    pictures = picture_flops(config, forward, calls=40)
 
     def inputs(wanted: Calibration) -> float:
         """Seconds of trajectories and of the moments along them."""
         calls = wanted.images * wanted.steps * 2
-        return calls * (2 * forward / _NETWORK_SHARE + moments) / speed
+        return calls * (2 * forward / NETWORK_SHARE + moments) / speed
 
     observed = 2 * 2 * calibration.images * calibration.steps if ranges else 0
     tuned = 2 * tune_pairs * (1 + _TRAINED)
@@ -102,14 +101,19 @@ def estimate(
         memory=division.parts,
         seconds={
             "compile": _COMPILE_SECONDS,
-            "calibrate": inputs(calibration) + weighed * forward / _NETWORK_SHARE / speed,
+            "calibrate": inputs(calibration) + weighed * forward / NETWORK_SHARE / speed,
             "compress": search / speed / _SCORE_SHARE,
-            "ranges": observed * 2 * forward / _NETWORK_SHARE / speed,
-            "tune": tuned * 2 * forward / _NETWORK_SHARE / speed,
-            "sample": 3 * samples * pictures / speed / _NETWORK_SHARE,
+            "ranges": observed * 2 * forward / NETWORK_SHARE / speed,
+            "tune": tuned * 2 * forward / NETWORK_SHARE / speed,
+            "sample": 3 * samples * pictures / speed / NETWORK_SHARE,
             "held-out errors": inputs(held_out_settings(config, calibration)),
         },
     )
+
+
+def picture_flops(config: LatentDiffusionConfig, forward: float, calls: int) -> float:
+    """Operations of one sample: `calls` of the U-Net, `forward` each, and the first stage."""
+    return calls * forward + 3e3 * config.first_stage.resolution**2 * config.first_stage.ch
 
 
 def search_flops(shape: tuple[int, ...], spec: LayerSpec) -> float:
@@ -122,7 +126,7 @@ def search_flops(shape: tuple[int, ...], spec: LayerSpec) -> float:
     return _SEARCH_SWEEPS * (scores + 4.0 * outputs * fan_in**2)
 
 
-def _flops_per_second(size: int = 768) -> float:
+def flops_per_second(size: int = 768) -> float:
     """Speed of a float32 matrix product on the default device, best of three."""
     a = jnp.asarray(np.ones((size, size), np.float32))
     product = jax.jit(jnp.matmul)

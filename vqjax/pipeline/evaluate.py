@@ -1,107 +1,379 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scores of many samples against the real digits."""
+"""An evaluation from its settings to its report: sample or read, look, score. It resumes."""
 
 import dataclasses
-import json
+import io
+import pathlib
 from typing import Any
 
 import jax
 import numpy as np
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from vqjax import io, progress, sampling, settings
+from vqjax import settings
+from vqjax.config import LatentDiffusionConfig
 from vqjax.errors import VqjaxError
-from vqjax.eval import digits, fidelity
-from vqjax.io import native
-from vqjax.pipeline import environment
+from vqjax.eval import adm, digits, scores_report
+from vqjax.io import images, inception, lpips, published
+from vqjax.io.image_set import ImageSet
+from vqjax.io.image_shards import Shards
+from vqjax.pipeline import environment, features, sampled, sources, twins
+from vqjax.pipeline.journal import Journal, fingerprint, peak_memory_bytes
+from vqjax.pipeline.processes import Team
+from vqjax.pipeline.sources import Source
+from vqjax.sampling import png
 
-SCORES = ("fd", "sfd", "is", "precision", "recall", "accuracy")
+EMBEDDED_COUNT = 10_000
+_SMALL_SIDE, _SMALL_BATCH, _LARGE_BATCH = 64, 100, 16
+_SHOWN, _COLUMNS = 40, 10  # pictures of each side in the report
+_SHOWN_SIDE = 96  # pixels: smaller pictures are shown enlarged
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Evaluation:
+    """Everything that is known before work starts.
+
+    Attributes:
+      sources: "source", and "against" where there is one.
+      sets: their pictures, read when they are asked for; those of models may not be there yet.
+      shards: where the pictures of models are kept.
+      protocol: None where nothing is sampled.
+      weights, reference, lpips_params: None where the user gave none.
+    """
+
+    settings: settings.EvaluateSettings
+    sources: dict[str, Source]
+    sets: dict[str, ImageSet]
+    shards: dict[str, Shards]
+    protocol: sampled.Protocol | None
+    weights: inception.Weights | None
+    reference: ImageSet | None
+    reference_sha256: str
+    lpips_params: dict[str, jax.Array] | None
 
 
 @jax.default_matmul_precision("highest")  # scores must not depend on the device
 def run(wanted: settings.EvaluateSettings) -> dict[str, Any]:
-    """Samples, scores, prints a table and writes the JSON file; returns its content.
+    """Samples or reads, scores, prints a table and writes the report; returns its content.
+
+    Everything that a user could have to fix is looked at before work starts, and samples and
+    features stay in the folder, so that no mistake costs them.
 
     Raises:
-      VqjaxError: if a source is no model of the digits or a setting is unusable.
+      VqjaxError: for unusable settings, sources or files.
     """
-    if wanted.count < 4 or wanted.batch < 1:
-        raise VqjaxError(f"--count {wanted.count} --batch {wanted.batch}: expected 4 and 1 or more")
-    sources = [wanted.source] + ([wanted.against] if wanted.against else [])
-    labels = np.arange(wanted.count) % 10
-    images = [_sample(source, labels, wanted) for source in sources]
-    found = {
-        "command": settings.command_line("vqjax.evaluate", wanted),
-        "settings": dataclasses.asdict(wanted) | {"out": str(wanted.out)},
-        "models": {
-            source: digits.evaluate_images(pictures, labels)
-            | {
-                "memorization": digits.memorization(pictures),
-                "against_held_out": digits.evaluate_images(pictures, labels, reference="held"),
-            }
-            for source, pictures in zip(sources, images)
-        },
-        "real_halves": digits.real_halves(),
+    job = prepare(wanted)
+    journal = Journal.open(wanted.out, record_of(job))
+    for side, shards in job.shards.items():
+        source, labels = job.sources[side], job.sets[side].labels
+        assert source.model is not None
+        assert labels is not None
+        assert job.protocol is not None
+        with journal.stage(f"sample {side}"):
+            sampled.sample(source.model, labels, shards, job.protocol, f"sample {source.where}")
+    with journal.stage("score"):
+        real = None
+        if job.weights is not None and job.reference is not None:
+            real = _look(job, job.reference, job.reference_sha256, "reference")
+        models = {side: _about(job, side) | _scores(job, side, real) for side in job.sources}
+    difference, worst = None, []
+    if "against" in job.sets:
+        with journal.stage("compare"):
+            difference, worst = _compared(job)
+    embedded = any(source.embedded for source in job.sources.values())
+    content = {
+        "command": journal.record["command"],
+        "settings": journal.record["settings"],
+        "protocol": None if job.protocol is None else dataclasses.asdict(job.protocol),
+        "models": models,
+        "difference": difference,
+        "worst": [_about_pair(pair, job.sets["source"].labels) for pair in worst],
+        "real_halves": digits.real_halves() if embedded else None,
+        "missing": missing(job),
+        "notes": _notes(job, models),
+        "seconds": journal.record["seconds"],
+        "peak_memory_bytes": peak_memory_bytes(),
         "environment": environment.describe(),
     }
-    if wanted.against:
-        psnr, identical = fidelity.mean_psnr(fidelity.psnr(images[1], images[0]))
-        found["difference"] = digits.paired_difference(images[1], images[0]) | {
-            "psnr": psnr,
-            "identical": identical,
-            "ssim": float(np.mean(fidelity.ssim(images[1], images[0]))),
-        }
-    native.write_atomically(wanted.out, (json.dumps(found, indent=2) + "\n").encode())
-    _show(found)
+    for name, data in scores_report.build(content, _pictures(job, worst)).items():
+        journal.write(name, data)
+    journal.finish()
+    _show(content, wanted.out)
+    return content
+
+
+def prepare(wanted: settings.EvaluateSettings) -> Evaluation:
+    """Opens all files and checks that they belong together.
+
+    Raises:
+      VqjaxError: for anything the user has to fix.
+    """
+    if Team.current().count > 1:
+        raise VqjaxError(
+            "evaluation runs in one process, on all of its devices; start it once, without "
+            "JAX_COORDINATOR_ADDRESS"
+        )
+    for name, least in (("count", 4), ("batch", 1)):
+        value = getattr(wanted, name)
+        if value is not None and value < least:
+            raise VqjaxError(f"--{name} {value}: expected {least} or more")
+    texts = {"source": wanted.source} | ({"against": wanted.against} if wanted.against else {})
+    opened = {side: sources.open_source(text, wanted.config) for side, text in texts.items()}
+    _check_twins(opened)
+    count, batch = _count(wanted, opened), _batch(wanted, opened)
+    sets, shards = {}, {}
+    for side, source in opened.items():
+        if source.pictures is not None:
+            sets[side] = source.pictures
+        elif source.model is not None:
+            config = source.model.config
+            side_length = config.first_stage.resolution
+            folder = wanted.out / "samples" / side
+            shards[side] = Shards(folder, count, min(batch, count), (side_length, side_length))
+            labels = sources.class_ids(config, count, wanted.seed)
+            sets[side] = shards[side].image_set(source.where, labels)
+    if "against" in sets:
+        twins.check(sets["source"], sets["against"])
+    weights = None if wanted.inception is None else inception.load(wanted.inception)
+    reference = None if wanted.reference is None else images.open_images(wanted.reference)
+    if weights is not None:
+        for pictures in sets.values():
+            adm.check(pictures, reference)
+    return Evaluation(
+        settings=wanted,
+        sources=opened,
+        sets=sets,
+        shards=shards,
+        protocol=_protocol(wanted, opened),
+        weights=weights,
+        reference=reference,
+        reference_sha256=sources.hash_of_pictures(wanted.reference) if wanted.reference else "",
+        lpips_params=None if wanted.lpips is None else lpips.load(*wanted.lpips),
+    )
+
+
+def default_count(config: LatentDiffusionConfig) -> int:
+    """Images per model where nobody says how many."""
+    return EMBEDDED_COUNT if config.name == sources.EMBEDDED else adm.PUBLISHED_COUNT
+
+
+def record_of(job: Evaluation) -> dict[str, Any]:
+    """What a run's record starts with; its fingerprint says which samples belong to it."""
+    wanted, here = job.settings, environment.describe()
+    hashes = {side: source.sha256 for side, source in job.sources.items()}
+    sampled_as = {side: [shards.count, shards.shard] for side, shards in job.shards.items()}
+    protocol = None if job.protocol is None else dataclasses.asdict(job.protocol)
+    # Another kind of device rounds differently: its samples would not be this run's.
+    kind = [here["device"], here["backend"], environment.versions()]
+    return {
+        "command": settings.command_line("vqjax.evaluate", wanted),
+        "settings": settings.plain(wanted),
+        "sha256": hashes
+        | ({"reference": job.reference_sha256} if job.reference is not None else {})
+        | ({"inception": job.weights.sha256} if job.weights is not None else {}),
+        "fingerprint": fingerprint(hashes, sampled_as, protocol, kind),
+        "environment": here,
+    }
+
+
+def missing(job: Evaluation) -> list[str]:
+    """What was not computed, one sentence each: why, and where people get what it needs.
+
+    Nothing is missing for the embedded digits, whose evaluation networks are in the package.
+    """
+    if all(source.embedded for source in job.sources.values()):
+        return []
+    found = []
+    if job.weights is None:
+        found.append(
+            "FID, sFID, inception score, precision and recall: give the FID network with "
+            f"--inception. {published.INCEPTION.describe()}"
+        )
+    if job.reference is None:
+        found.append(
+            "FID, sFID, precision and recall: give real pictures with --reference. Those of "
+            f"ImageNet: {published.IMAGENET_REFERENCE.describe()}"
+        )
+    if "against" not in job.sources:
+        found.append("PSNR, SSIM and LPIPS: give the full-precision model with --against")
+    elif job.lpips_params is None:
+        found.append(
+            "LPIPS: give its weights with --lpips. "
+            f"{published.VGG16.describe()}. {published.LPIPS.describe()}"
+        )
     return found
 
 
-def _sample(source: str, labels: np.ndarray, wanted: settings.EvaluateSettings) -> np.ndarray:
-    model = io.load_model(source)
-    if model.config.name != "digits":
+def _check_twins(opened: dict[str, Source]) -> None:
+    configs = [source.model.config for source in opened.values() if source.model is not None]
+    if len(configs) < 2:
+        return
+    after, before = configs
+    for what, of in (
+        ("classes", lambda c: c.n_classes),
+        ("latents", lambda c: c.latent_shape),
+        ("pixels", lambda c: c.first_stage.resolution),
+    ):
+        if of(after) != of(before):
+            raise VqjaxError(
+                f"twins share noise and classes: {opened['source'].where} has {what} "
+                f"{of(after)}, {opened['against'].where} {of(before)}; give the model that was "
+                f"quantized"
+            )
+
+
+def _count(wanted: settings.EvaluateSettings, opened: dict[str, Source]) -> int:
+    """Pictures to sample; as many as are given where one side is pictures."""
+    given = [source.pictures.count for source in opened.values() if source.pictures is not None]
+    if given and wanted.count is not None and wanted.count != given[0]:
         raise VqjaxError(
-            f"{source} is {model.config.name!r}: only models of the embedded digits can be scored, "
-            "their evaluation networks are in the package"
+            f"--count {wanted.count}: {given[0]} pictures are given and all of them count; leave "
+            f"--count out"
         )
-    with progress.stage(f"sample {source}", wanted.count) as advance:
-        return sampling.generate(
-            model,
-            labels,
-            steps=wanted.steps,
-            guidance=model.config.guidance if wanted.guidance is None else wanted.guidance,
-            eta=wanted.eta,
-            seed=wanted.seed,
-            batch_size=min(wanted.batch, wanted.count),
-            on_batch=advance,
-        )
+    if given:
+        return given[0]
+    if wanted.count is not None:
+        return wanted.count
+    model = opened["source"].model
+    assert model is not None  # else pictures were given
+    return default_count(model.config)
 
 
-def _show(found: dict[str, Any]) -> None:
-    table = Table(title="Scores, mean over three extractors", title_justify="left")
-    columns = {**found["models"], "real halves": found["real_halves"]}
-    table.add_column("")
-    for name in columns:
-        table.add_column(name, justify="right")
-    table.add_row("N", *(str(scores["n"]) for scores in columns.values()))
-    for score in SCORES:
-        cells = [f"{scores[score]:.3f}" for scores in columns.values()]
-        table.add_row("digit-FD" if score == "fd" else score, *cells)
-    held = [f"{scores['against_held_out']['fd']:.3f}" for scores in found["models"].values()]
-    table.add_row("digit-FD to the held-out half", *held, "")
+def _batch(wanted: settings.EvaluateSettings, opened: dict[str, Source]) -> int:
+    if wanted.batch is not None:
+        return wanted.batch
+    models = [source.model for source in opened.values() if source.model is not None]
+    largest = max((model.config.first_stage.resolution for model in models), default=0)
+    return _SMALL_BATCH if largest <= _SMALL_SIDE else _LARGE_BATCH
+
+
+def _protocol(
+    wanted: settings.EvaluateSettings, opened: dict[str, Source]
+) -> sampled.Protocol | None:
+    models = [source.model for source in opened.values() if source.model is not None]
+    if not models:
+        return None
+    own = models[0].config.guidance
+    return sampled.Protocol(
+        steps=wanted.steps,
+        guidance=own if wanted.guidance is None else wanted.guidance,
+        eta=wanted.eta,
+        seed=wanted.seed,
+    )
+
+
+def _about(job: Evaluation, side: str) -> dict[str, Any]:
+    source = job.sources[side]
+    return {
+        "label": source.where,
+        "model": None if source.model is None else source.model.config.name,
+        "sha256": source.sha256,
+        "n": job.sets[side].count,
+        "size": list(job.sets[side].size),
+    }
+
+
+def _scores(job: Evaluation, side: str, real: adm.Seen | None) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    pictures = job.sets[side]
+    if job.sources[side].embedded:
+        in_memory, labels = _all(pictures), pictures.labels
+        assert labels is not None
+        found["digits"] = digits.evaluate_images(in_memory, labels) | {
+            "memorization": digits.memorization(in_memory),
+            "against_held_out": digits.evaluate_images(in_memory, labels, reference="held"),
+        }
+    if job.weights is not None:
+        seen = _look(job, pictures, job.sources[side].sha256, side)
+        found["adm"] = adm.scores(pictures, seen, job.weights, job.reference, real)
+    return found
+
+
+def _look(job: Evaluation, pictures: ImageSet, sha256: str, title: str) -> adm.Seen:
+    assert job.weights is not None
+    # Samples are told by the model they come from: the folder holds those of one protocol only.
+    folder = job.settings.out / "features" / f"{sha256[:16]}-{job.weights.sha256[:16]}"
+    return features.look(pictures, job.weights, folder, f"features {title}")
+
+
+def _compared(job: Evaluation) -> tuple[dict[str, Any], list[twins.Pair]]:
+    source, against = job.sets["source"], job.sets["against"]
+    difference, worst = twins.compare(source, against, job.lpips_params)
+    if len(job.shards) == 2:
+        latents = job.shards["source"].latents(), job.shards["against"].latents()
+        difference["latent_mse"] = twins.latent_mse(*latents)
+    if all(s.embedded for s in job.sources.values()):
+        difference |= digits.paired_difference(_all(against), _all(source))
+    return difference, worst
+
+
+def _notes(job: Evaluation, models: dict[str, Any]) -> list[str]:
+    notes = [note for scores in models.values() for note in scores.get("adm", {}).get("notes", ())]
+    if len(job.sources) > len(job.shards) and "against" in job.sources:
+        notes.append(
+            "given pictures are compared in their order: that pairs share noise and class is not "
+            "checked"
+        )
+    if any(source.embedded for source in job.sources.values()):
+        notes.append(
+            "the embedded model tests the pipeline and relative damage on 8x8-pixel digits; it "
+            "says nothing about ImageNet"
+        )
+    return list(dict.fromkeys(notes))
+
+
+def _about_pair(pair: twins.Pair, labels_N: np.ndarray | None) -> dict[str, Any]:
+    return {
+        "number": pair.number,
+        "class": None if labels_N is None else int(labels_N[pair.number]),
+        "psnr": pair.psnr,
+        "ssim": pair.ssim,
+    }
+
+
+def _pictures(job: Evaluation, worst: list[twins.Pair]) -> scores_report.Pictures:
+    grids = {
+        side: _png(next(pictures.batches(_SHOWN)), _COLUMNS) for side, pictures in job.sets.items()
+    }
+    pairs = [_png(np.stack([pair.before, pair.after]), 2) for pair in worst]
+    return scores_report.Pictures(grids, pairs)
+
+
+def _png(images_NHWC: np.ndarray, columns: int) -> bytes:
+    enlarged = max(1, _SHOWN_SIDE // images_NHWC.shape[1])
+    shown = images_NHWC.repeat(enlarged, 1).repeat(enlarged, 2)
+    data = io.BytesIO()
+    Image.fromarray(png.tile(shown, columns)).save(data, format="PNG", optimize=True)
+    return data.getvalue()
+
+
+def _all(pictures: ImageSet) -> np.ndarray:
+    """All pictures at once: digits are small."""
+    return np.concatenate(list(pictures.batches(1024)))
+
+
+def _show(content: dict[str, Any], folder: pathlib.Path) -> None:
     console = Console(highlight=False)
-    console.print(table)
-    for name, scores in found["models"].items():
-        memory = scores["memorization"]
-        console.print(
-            f"{name}: {memory['closer_to_train']:.1%} of samples lie nearer to a training digit "
-            f"than to a held-out one, {memory['copies']:.1%} are copies "
-            f"(held-out digits: {memory['held_out']['closer_to_train']:.1%}, "
-            f"{memory['held_out']['copies']:.1%})"
-        )
-    if "difference" in found:
-        d = found["difference"]
-        console.print(
-            f"difference: digit-FD {d['fd_difference']:+.3f} (sd {d['fd_difference_sd']:.3f}), "
-            f"PSNR {d['psnr']:.2f} dB, SSIM {d['ssim']:.4f}"
-        )
+    for table in scores_report.tables(content):
+        shown = Table(title=table.heading, title_justify="left")
+        for index, column in enumerate(table.columns):
+            shown.add_column(column, justify="right" if index else "left")
+        for row in table.rows:
+            shown.add_row(*(cell if isinstance(cell, str) else cell[0] for cell in row))
+        console.print(shown)
+    for about in content["models"].values():
+        if "digits" in about:
+            memory = about["digits"]["memorization"]
+            console.print(
+                f"{about['label']}: {memory['closer_to_train']:.1%} of samples lie nearer to a "
+                f"training digit than to a held-out one, {memory['copies']:.1%} are copies "
+                f"(held-out digits: {memory['held_out']['closer_to_train']:.1%}, "
+                f"{memory['held_out']['copies']:.1%})"
+            )
+    for sentence in content["missing"]:
+        console.print(f"not computed: {sentence}", soft_wrap=True)
+    for sentence in content["notes"]:
+        console.print(f"note: {sentence}", soft_wrap=True)
+    console.print(f"report: {folder / 'evaluation.html'}", soft_wrap=True)

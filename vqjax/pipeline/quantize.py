@@ -83,14 +83,12 @@ class Job:
     @property
     def samples(self) -> int:
         """Images per model in the report."""
-        if self.settings.samples is not None:
-            return self.settings.samples
-        return SMALL_MODEL_SAMPLES if _small(self.model) else LARGE_MODEL_SAMPLES
+        return samples_of(self.model.config, self.settings)
 
     @property
     def tune_steps(self) -> int:
         """Steps of distillation."""
-        return _tune_steps(self.settings, self.model)
+        return tune_steps_of(self.model.config, self.settings)
 
     @property
     def bits(self) -> float:
@@ -101,17 +99,6 @@ class Job:
     def scalar_bits(self) -> int:
         """Whole bits of the scalar baseline: the budget, rounded up in its favour."""
         return min(max(math.ceil(self.bits), 1), 8)
-
-
-def _small(model: Model) -> bool:
-    """Whether a CPU samples and trains the model in minutes."""
-    return model.config.first_stage.resolution <= 64
-
-
-def _tune_steps(wanted: settings.QuantizeSettings, model: Model) -> int:
-    if wanted.tune_steps is not None:
-        return wanted.tune_steps
-    return SMALL_MODEL_STEPS if _small(model) else 0
 
 
 class Layers(NamedTuple):
@@ -130,6 +117,27 @@ class Layers(NamedTuple):
     biases: dict[str, np.ndarray]
     scalar: dict[str, ScalarLayer]
     search: dict[str, layer_figures.Search]
+
+
+def samples_of(config: config_lib.LatentDiffusionConfig, wanted: settings.QuantizeSettings) -> int:
+    """Images per model in the report of a run."""
+    if wanted.samples is not None:
+        return wanted.samples
+    return SMALL_MODEL_SAMPLES if _small(config) else LARGE_MODEL_SAMPLES
+
+
+def tune_steps_of(
+    config: config_lib.LatentDiffusionConfig, wanted: settings.QuantizeSettings
+) -> int:
+    """Steps of distillation of a run."""
+    if wanted.tune_steps is not None:
+        return wanted.tune_steps
+    return SMALL_MODEL_STEPS if _small(config) else 0
+
+
+def _small(config: config_lib.LatentDiffusionConfig) -> bool:
+    """Whether a CPU samples and trains the model in minutes."""
+    return config.first_stage.resolution <= 64
 
 
 @jax.default_matmul_precision("highest")  # TF32 would cost the third digit of every figure
@@ -245,7 +253,7 @@ def prepare(wanted: settings.QuantizeSettings) -> Job:
         wanted.calibration,
         limit=limit,
         workers=layers.side_by_side(),
-        tuned=wanted.tuning.batch if _tune_steps(wanted, model) else 0,
+        tuned=wanted.tuning.batch if tune_steps_of(model.config, wanted) else 0,
     )
     return Job(wanted, model, folded, plan, sizes, division)
 

@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m vqjax.evaluate` on small models and pictures: same numbers after interruptions."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.io import models
+from vqjax import evaluate as command
+from vqjax import settings as lib
+from vqjax.errors import VqjaxError
+from vqjax.eval import adm, fidelity
+from vqjax.io import adm_npz, image_set, inception, native
+from vqjax.models import inception as network
+from vqjax.pipeline import evaluate, features, sources
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def twins(tmp_path_factory):
+    """Files of a small model and its quantized twin."""
+    folder = tmp_path_factory.mktemp("models")
+    native.save_model(folder / "full.safetensors", models.dense(models.TINY))
+    native.save_model(folder / "small.safetensors", models.quantized(models.TINY))
+    return folder / "small.safetensors", folder / "full.safetensors"
+
+
+def wanted(twins, out, **changes):
+    options = {"source": str(twins[0]), "against": str(twins[1]), "count": 10, "batch": 2}
+    return lib.EvaluateSettings(**(options | {"steps": 2, "out": out} | changes))
+
+
+def numbers(folder: pathlib.Path) -> dict:
+    """What must not depend on interruptions."""
+    content = json.loads((folder / "evaluation.json").read_text())
+    return {name: content[name] for name in ("models", "difference", "worst", "protocol")}
+
+
+def shards(folder: pathlib.Path) -> dict[str, bytes]:
+    files = sorted((folder / "samples").rglob("*.npy"))
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+
+
+@pytest.fixture(scope="module")
+def whole(twins, tmp_path_factory):
+    """The folder of an evaluation that nothing disturbed."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    evaluate.run(wanted(twins, out))
+    return out
+
+
+def test_a_killed_run_gives_the_same_numbers_on_any_number_of_devices(twins, whole, tmp_path):
+    settings = wanted(twins, tmp_path / "run")
+    words = lib.command_line("vqjax.evaluate", settings).split()[1:]
+    flags = "--xla_force_host_platform_device_count=2"
+    process = subprocess.Popen(
+        [sys.executable, *words],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    first = settings.out / "samples" / "source"
+    while process.poll() is None and not list(first.glob("images-*.npy")):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    _, errors = process.communicate()
+    assert process.returncode == -signal.SIGKILL, errors
+    assert not (settings.out / "evaluation.json").exists()
+    kept = {file: file.stat().st_mtime_ns for file in first.glob("images-*.npy")}
+    assert kept
+    evaluate.run(settings)
+    assert {file: file.stat().st_mtime_ns for file in kept} == kept
+    assert shards(settings.out) == shards(whole)
+    assert numbers(settings.out) == numbers(whole)
+
+
+def test_the_report_shows_worst_pairs_first_and_stands_alone(whole):
+    found = numbers(whole)
+    psnr = [pair["psnr"] for pair in found["worst"]]
+    assert len(psnr) == 10
+    assert psnr == sorted(psnr)
+    assert found["difference"]["psnr"] == pytest.approx(np.mean(psnr))
+    assert found["difference"]["latent_mse"] > 0
+    page = (whole / "evaluation.html").read_text()
+    assert page.count("<img") == page.count('src="data:image/png') == 12
+    assert "pt_inception-2015-12-05-6726825d.pth" in page  # what is missing, and where it is
+    assert "6726825d" in (whole / "evaluation.md").read_text()
+    assert len(list(whole.glob("worst-*.png"))) == 10
+
+
+def test_classes_of_samples_do_not_depend_on_their_number():
+    few, many = (sources.class_ids(models.TINY, count, seed=5) for count in (10, 1000))
+    np.testing.assert_array_equal(few, many[:10])
+    assert set(many) == {0, 1, 2}  # never "no class"
+    assert np.bincount(many).min() > 250
+
+
+def fake_features(params, images_BHWC):
+    """As the network, from random projections."""
+    rng = np.random.default_rng(0)
+    flat = images_BHWC.reshape(len(images_BHWC), -1)[:, ::16].astype(np.float32) / 255
+    return adm.Rows(
+        *(
+            flat @ rng.standard_normal((flat.shape[1], size)).astype(np.float32)
+            for size in (network.POOLED, network.SPATIAL, network.CLASSES)
+        )
+    )
+
+
+@pytest.fixture
+def fake_network(monkeypatch):
+    # Few features, since the root of a matrix of 2048 x 2048 takes half a minute.
+    monkeypatch.setattr(network, "POOLED", 32)
+    monkeypatch.setattr(network, "SPATIAL", 24)
+    weights = inception.Weights({}, "0" * 64, published=False)
+    monkeypatch.setattr(inception, "load", lambda path: weights)
+    monkeypatch.setattr(adm, "_features", fake_features)
+    return weights
+
+
+def pictures(seed: int, count: int = 12, side: int = 16) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (count, side, side, 3)).astype(np.uint8)
+
+
+def save_folder(folder: pathlib.Path, images: np.ndarray) -> pathlib.Path:
+    folder.mkdir()
+    for index, image in enumerate(images):
+        Image.fromarray(image).save(folder / f"{index:03d}.png")
+    return folder
+
+
+def test_pictures_are_scored_as_the_evaluator_does(tmp_path, fake_network):
+    samples, real = pictures(1), pictures(2, 14)
+    adm_npz.save_npz(tmp_path / "samples.npz", [samples], count=12, labels_N=np.arange(12) % 3)
+    folder = save_folder(tmp_path / "real", real)
+    twin = save_folder(tmp_path / "twin", np.minimum(samples + 1, 255).astype(np.uint8))
+    found = evaluate.run(
+        lib.EvaluateSettings(
+            source=str(tmp_path / "samples.npz"),
+            against=str(twin),
+            reference=folder,
+            inception=pathlib.Path("weights.pth"),
+            out=tmp_path / "run",
+        )
+    )
+    expected = adm.evaluate(image_set.from_array(samples), image_set.from_array(real), fake_network)
+    scores = found["models"]["source"]["adm"]
+    assert {name: scores[name] for name in adm.SCORES} == {
+        name: pytest.approx(expected[name]) for name in adm.SCORES
+    }
+    after = np.minimum(samples + 1, 255).astype(np.uint8)
+    assert found["difference"]["psnr"] == pytest.approx(fidelity.psnr(after, samples).mean())
+    assert found["protocol"] is None
+    assert any("compared in their order" in note for note in found["notes"])
+    assert any("LPIPS" in sentence for sentence in found["missing"])
+
+
+def test_an_inception_score_needs_no_reference(tmp_path, fake_network):
+    adm_npz.save_npz(tmp_path / "samples.npz", [pictures(1)], count=12)
+    found = evaluate.run(
+        lib.EvaluateSettings(
+            source=str(tmp_path / "samples.npz"), inception=tmp_path, out=tmp_path / "run"
+        )
+    )
+    scores = found["models"]["source"]["adm"]
+    assert scores["is"] > 1
+    assert "fid" not in scores
+    assert "VIRTUAL_imagenet256_labeled.npz" in found["missing"][0]
+
+
+def test_features_that_are_there_are_not_computed_again(tmp_path, fake_network, monkeypatch):
+    images = image_set.from_array(pictures(3, 10))
+    whole = features.look(images, fake_network, tmp_path / "whole", "all", block=4)
+    calls, limit = [], 2
+
+    def broken(params, batch):
+        if len(calls) == limit:
+            raise KeyboardInterrupt
+        calls.append(len(batch))
+        return fake_features(params, batch)
+
+    monkeypatch.setattr(adm, "_features", broken)
+    with pytest.raises(KeyboardInterrupt):
+        features.look(images, fake_network, tmp_path / "part", "all", block=4)
+    limit = 3
+    again = features.look(images, fake_network, tmp_path / "part", "all", block=4)
+    assert calls == [4, 4, 2]
+    np.testing.assert_array_equal(again.rows_NF, whole.rows_NF)
+    np.testing.assert_array_equal(again.spatial.covariance, whole.spatial.covariance)
+
+
+def test_a_mistake_costs_no_samples(twins, whole, tmp_path, fake_network):
+    before = shards(whole)
+    adm_npz.save_npz(tmp_path / "two.npz", [pictures(1, 2)], count=2)
+    options = {"reference": tmp_path / "two.npz", "inception": tmp_path}
+    with pytest.raises(VqjaxError, match="2 pictures are too few"):
+        evaluate.run(wanted(twins, whole, **options))
+    adm_npz.save_npz(tmp_path / "some.npz", [pictures(1, 8)], count=8)
+    options["reference"] = tmp_path / "some.npz"
+    found = evaluate.run(wanted(twins, whole, **options))
+    assert found["models"]["source"]["adm"]["fid"] > 0
+    assert shards(whole) == before
+
+
+def test_samples_of_other_settings_are_not_mixed(twins, whole):
+    with pytest.raises(VqjaxError, match="other settings"):
+        evaluate.run(wanted(twins, whole, seed=1))
+
+
+def test_a_damaged_shard_is_named(twins, tmp_path):
+    settings = wanted(twins, tmp_path / "run", count=4)
+    evaluate.run(settings)
+    path = settings.out / "samples" / "source" / "images-00001.npy"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(VqjaxError, match=r"images-00001.npy: unreadable .* delete it"):
+        evaluate.run(settings)
+
+
+def test_twins_must_be_as_many_of_one_size(twins, tmp_path):
+    adm_npz.save_npz(tmp_path / "a.npz", [pictures(1)], count=12)
+    adm_npz.save_npz(tmp_path / "b.npz", [pictures(1, 11)], count=11)
+    settings = wanted(twins, tmp_path / "run", source=str(tmp_path / "a.npz"), count=None)
+    with pytest.raises(VqjaxError, match=r"12 of 16 x 16 and .* 12 of 32 x 32"):
+        evaluate.prepare(settings)
+    other = wanted(twins, tmp_path / "run", **{"source": str(tmp_path / "a.npz"), "count": 5})
+    with pytest.raises(VqjaxError, match="--count 5: 12 pictures are given"):
+        evaluate.prepare(other)
+    pair = {"source": str(tmp_path / "a.npz"), "against": str(tmp_path / "b.npz"), "count": None}
+    with pytest.raises(VqjaxError, match=r"12 of 16 x 16 and .* 11 of 16 x 16"):
+        evaluate.prepare(wanted(twins, tmp_path / "run", **pair))
+
+
+def test_mistakes_end_with_code_2(twins, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    for words, message in (
+        ([tmp_path / "empty"], "neither a model"),
+        ([tmp_path / "absent.npz"], "no such file"),
+        ([tmp_path / "absent"], "no such file or folder"),
+        ([twins[0], "--count", "3"], "--count 3: expected 4 or more"),
+        ([twins[0], "--against", "digits"], "twins share noise and classes"),
+        ([twins[0], "--inception", tmp_path / "absent.pth"], "absent.pth"),
+        ([twins[0], "--reference", tmp_path / "absent.npz"], "no such file"),
+        ([twins[0], "--lpips", tmp_path / "absent.pth"], "absent.pth"),
+    ):
+        assert command.main([*map(str, words), "--out", str(tmp_path / "run")]) == 2, words
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_digits_keep_their_scores(tmp_path):
+    found = evaluate.run(
+        lib.EvaluateSettings(against="digits", count=20, batch=10, out=tmp_path / "run")
+    )
+    scores = found["models"]["source"]["digits"]
+    assert scores["accuracy"] > 0.8
+    assert scores["memorization"]["n"] == 20
+    assert found["difference"]["identical"] == 20
+    assert found["difference"]["fd_difference"] == 0
+    assert found["missing"] == []
+    assert "real half against real half" in (tmp_path / "run" / "evaluation.md").read_text()

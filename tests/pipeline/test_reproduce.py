@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs from files: parsed, found, recorded, repeated, compared."""
+
+import json
+import pathlib
+
+import pytest
+
+from tests.io import models
+from vqjax import reproduce as command
+from vqjax import settings as lib
+from vqjax.errors import QualityGateError, VqjaxError
+from vqjax.io import native, orbax_model, published
+from vqjax.pipeline import quantize, reproduce, run_cost, run_file, run_results
+
+NAMES = list(run_file.packaged())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_runs_of_the_package_are_those_of_the_papers(name):
+    run = run_file.load(name)
+    assert run.quantize is not None
+    assert run.evaluate is not None
+    model, _, bits = name.removesuffix("a8").partition("_w")
+    assert (run.quantize.bits, run.quantize.act_bits) == (float(bits), 8)
+    assert (run.evaluate.steps, run.evaluate.eta) == (20, 0.0)
+    if model == "cin256":
+        assert (run.evaluate.count, run.evaluate.guidance) == (50_000, 3.0)
+        named = (run.quantize.source, run.evaluate.reference, run.evaluate.inception)
+        assert {str(file) for file in named} <= published.FILES.keys()
+    else:
+        assert (run.evaluate.count, run.evaluate.guidance) == (10_000, 1.5)
+    assert run_file.parse(json.loads(json.dumps(run.to_dict())), pathlib.Path("again")) == run
+
+
+def test_both_models_have_three_widths():
+    assert len([name for name in NAMES if name.startswith("cin256_")]) == 3
+    assert len([name for name in NAMES if name.startswith("digits_")]) == 3
+
+
+def test_settings_survive_json():
+    wanted = lib.QuantizeSettings(
+        bits=3.0, plan=pathlib.Path("p.json"), calibration=lib.Calibration(images=4)
+    )
+    text = json.dumps(lib.plain(wanted))
+    assert lib.from_plain(lib.QuantizeSettings, json.loads(text), "here") == wanted
+    sampled = lib.SampleSettings(classes=(1, 2))
+    assert lib.from_plain(lib.SampleSettings, lib.plain(sampled), "here") == sampled
+    with pytest.raises(VqjaxError, match=r"here: unknown settings \['bit'\]"):
+        lib.from_plain(lib.QuantizeSettings, {"bit": 2}, "here")
+
+
+def test_missing_files_are_named_with_where_they_are_and_what_the_run_costs(tmp_path, capsys):
+    words = ["cin256_w2a8", "--files", str(tmp_path), "--out", str(tmp_path / "run")]
+    assert command.main(words) == 2
+    shown = capsys.readouterr().err
+    for file in (published.CIN256_V2, published.IMAGENET_REFERENCE, published.INCEPTION):
+        assert file.describe() in shown
+    assert "cin256-v2 W2A8: about" in shown
+    assert "quantize" in shown
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_cost_grows_with_the_samples():
+    run = run_file.load("digits_w2a8")
+    assert run.evaluate is not None
+    one = run_cost.predict(run)
+    two = run_cost.predict(
+        run_file.parse(
+            run.to_dict() | {"evaluate": lib.plain(run.evaluate) | {"count": 20_000}},
+            pathlib.Path(),
+        )
+    )
+    assert one is not None
+    assert two is not None
+    assert two.disk == 2 * one.disk > 2 * 10_000 * 32 * 32 * 3
+    assert one.seconds.keys() == {"quantize", "sample"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not JSON"),
+        ("[]", "expected a run file"),
+        ("{}", "expected a run"),
+        ('{"name": "a", "quantize": {"bit": 2}}', "unknown settings"),
+        ('{"name": "a", "quantize": {}, "more": 1}', "unknown"),
+        ('{"settings": {}, "fingerprint": "", "command": "ls"}', "cannot be repeated"),
+    ],
+)
+def test_files_that_are_no_runs_are_refused(tmp_path, text, message):
+    path = tmp_path / "run.json"
+    path.write_text(text)
+    with pytest.raises(VqjaxError, match=message):
+        run_file.load(str(path))
+
+
+def test_mistakes_of_the_command(tmp_path, capsys):
+    for words, message in (
+        ([], "give a run file, or the name"),
+        (["nonsense"], "nor a run in the package: cin256"),
+        (["--table", "--results", str(tmp_path / "absent")], "no such folder"),
+    ):
+        assert command.main(words) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_numbers_are_equal_near_or_far():
+    before = {"psnr": 25.0, "fid": 10.0, "full.digits.fd": 3.0, "model_sha256": "a", "n": 8}
+    after = {"psnr": 25.0, "fid": 10.2, "full.digits.fd": 5.0, "model_sha256": "b"}
+    verdicts = {row.name: row.verdict for row in run_results.compare(before, after)}
+    assert verdicts == {
+        "psnr": "equal",
+        "fid": "within tolerance",
+        "full.digits.fd": "outside",
+        "model_sha256": "other bits",
+        "n": "absent",
+    }
+
+
+@pytest.fixture
+def recorded(tmp_path, monkeypatch):
+    """A record, and a way to say what its repetition finds."""
+    found = {"psnr": 25.0, "model_sha256": "a"}
+    monkeypatch.setattr(reproduce, "_made", lambda run, out: out.mkdir(parents=True) or found)
+    monkeypatch.setattr(run_cost, "predict", lambda run: None)
+    run = lib.ReproduceSettings(run="digits_w2a8", out=tmp_path / "first")
+    reproduce.run(run)
+    return tmp_path / "first" / run_file.RECORD, found
+
+
+def test_a_record_is_repeated_and_compared(recorded, tmp_path, capsys):
+    path, found = recorded
+    reproduce.run(lib.ReproduceSettings(run=str(path), out=tmp_path / "second"))
+    assert "all numbers and bits are equal" in capsys.readouterr().out
+    found["model_sha256"] = "b"
+    found["psnr"] = 25.2
+    reproduce.run(lib.ReproduceSettings(run=str(path), out=tmp_path / "third"))
+    assert "within its tolerance" in capsys.readouterr().out
+    found["psnr"] = 24.0
+    with pytest.raises(QualityGateError, match="absent: psnr"):
+        reproduce.run(lib.ReproduceSettings(run=str(path), out=tmp_path / "fourth"))
+    assert (tmp_path / "fourth" / run_file.RECORD).exists()
+    # Other seeds are another run: there is nothing to compare.
+    reproduce.run(lib.ReproduceSettings(run=str(path), out=tmp_path / "fifth", seed=1))
+    again = run_file.load(str(tmp_path / "fifth" / run_file.RECORD))
+    assert again.quantize is not None
+    assert again.quantize.seed == 1
+
+
+def test_a_run_is_not_repeated_in_its_own_folder(recorded):
+    path, _ = recorded
+    with pytest.raises(VqjaxError, match="choose another --out"):
+        reproduce.run(lib.ReproduceSettings(run=str(path), out=path.parent))
+
+
+def test_the_table_shows_ours_and_what_is_not_measured(recorded, tmp_path):
+    text = reproduce.table_text([tmp_path])
+    assert "not found" in text
+    assert "`python -m vqjax.reproduce cin256_w1.5a8`" in text
+    assert str(recorded[0]) in text
+    assert "reproduce digits_w2a8" not in text  # it was measured
+
+
+@pytest.fixture
+def small_run(tmp_path, monkeypatch):
+    """A run of a small model by its file, whose quantization is at hand already."""
+
+    def quantized(wanted: lib.QuantizeSettings) -> None:
+        assert wanted.bits == 1.2
+        orbax_model.save_model_folder(wanted.out / "model", models.quantized(models.TINY))
+        names = ("bits_per_weight", "bits_per_weight_model", "bytes_before", "bytes_after")
+        report = {"weights": dict.fromkeys(names, 1), "fidelity": {"psnr": 20.0}}
+        (wanted.out / "report.json").write_text(json.dumps(report))
+        about = {"command": "python -m vqjax.quantize", "fingerprint": "", "environment": {}}
+        (wanted.out / "run.json").write_text(json.dumps(about | {"settings": lib.plain(wanted)}))
+
+    monkeypatch.setattr(quantize, "run", quantized)
+    native.save_model(tmp_path / "small.safetensors", models.dense(models.TINY))
+    run = {
+        "name": "small",
+        "quantize": {"source": "small.safetensors", "bits": 1.2},
+        "evaluate": {"count": 4, "steps": 2, "batch": 2},
+    }
+    (tmp_path / "small.json").write_text(json.dumps(run))
+    return tmp_path / "small.json"
+
+
+def test_a_run_and_its_parts_are_repeated_to_the_same_bits(small_run, capsys):
+    folder = small_run.parent
+
+    def again(path: pathlib.Path, name: str) -> dict:
+        wanted = lib.ReproduceSettings(run=str(path), files=folder, out=folder / name)
+        return reproduce.run(wanted)["results"]
+
+    first = again(small_run, "first")
+    assert first["psnr"] > 0
+    assert {"model_sha256", "samples_sha256", "report.psnr"} <= first.keys()
+    record = json.loads((folder / "first" / run_file.RECORD).read_text())
+    assert record["run"]["quantize"]["source"] == "small.safetensors"  # no path of this machine
+    about = json.loads((folder / "first" / "evaluation" / "run.json").read_text())
+    assert about["settings"]["against"] == str(folder / "small.safetensors")
+    for path, name in (
+        (pathlib.Path(run_file.RECORD), "second"),
+        (pathlib.Path("evaluation/run.json"), "third"),
+        (pathlib.Path("quantized/run.json"), "fourth"),
+    ):
+        again(folder / "first" / path, name)
+        assert "all numbers and bits are equal" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_quantization_and_its_evaluation_make_one_record(tmp_path):
+    native.save_model(tmp_path / "small.safetensors", models.dense(models.TINY))
+    wanted = {
+        "source": "small.safetensors",
+        "bits": 1.2,
+        "samples": 4,
+        "calibration": {"images": 2, "steps": 3, "batch": 2},
+    }
+    run = {"name": "small", "quantize": wanted, "evaluate": {"count": 4, "steps": 2, "batch": 2}}
+    (tmp_path / "small.json").write_text(json.dumps(run))
+    asked = lib.ReproduceSettings(
+        run=str(tmp_path / "small.json"), files=tmp_path, out=tmp_path / "out"
+    )
+    found = reproduce.run(asked)["results"]
+    assert found["bits_per_weight"] <= 1.2
+    assert found["report.psnr"] > 0
+    assert found["psnr"] > 0
+    repeated = run_file.load(str(tmp_path / "out" / "quantized" / "run.json"))
+    assert repeated.recorded["model_sha256"] == found["model_sha256"]

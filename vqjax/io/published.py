@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files that others publish and vqjax never downloads: where they are, how large, which hash."""
+
+import dataclasses
+import hashlib
+import os
+
+
+@dataclasses.dataclass(frozen=True)
+class PublishedFile:
+    """One file as its authors publish it.
+
+    Attributes:
+      name: of the file.
+      what: it holds, in a few words.
+      url: where people get it.
+      size: in bytes, exact or nearly; in words, since some are known from their contents only.
+      sha256: how it begins, or "" where its authors published none.
+      known_from: what size and hash are taken from.
+    """
+
+    name: str
+    what: str
+    url: str
+    size: str
+    sha256: str
+    known_from: str
+
+    def describe(self) -> str:
+        """One line that a person can act on."""
+        digest = f"sha256 {self.sha256}..." if self.sha256 else "sha256 not published"
+        return f"{self.name}: {self.what}; {self.size}, {digest} ({self.known_from}); {self.url}"
+
+
+INCEPTION = PublishedFile(
+    name="pt_inception-2015-12-05-6726825d.pth",
+    what="the FID network",
+    url="https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+    "pt_inception-2015-12-05-6726825d.pth",
+    size="about 95.6 MB",
+    sha256="6726825d",
+    known_from="23,885,392 float32 numbers; the hash is in the name",
+)
+IMAGENET_REFERENCE = PublishedFile(
+    name="VIRTUAL_imagenet256_labeled.npz",
+    what="10,000 pictures of ImageNet 256 and the statistics of its training set",
+    url="https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/256/"
+    "VIRTUAL_imagenet256_labeled.npz",
+    size="2,037,122,530 bytes",
+    sha256="b32732719497e426",
+    known_from="a mirror, huggingface.co/WindATree/diffusion-data; the authors give neither",
+)
+CIN256_V2 = PublishedFile(
+    name="model.ckpt",
+    what="cin256-v2, the class-conditional LDM-4 of ImageNet 256",
+    url="https://ommer-lab.com/files/latent-diffusion/nitro/cin/model.ckpt",
+    size="at least 1.83 GB, 3.4 GB with EMA weights",
+    sha256="",
+    known_from="906 tensors as configured, 1596 with EMA",
+)
+VGG16 = PublishedFile(
+    name="vgg16-397923af.pth",
+    what="VGG16, the network of LPIPS",
+    url="https://download.pytorch.org/models/vgg16-397923af.pth",
+    size="about 553 MB",
+    sha256="397923af",
+    known_from="138,357,544 float32 numbers; the hash is in the name",
+)
+LPIPS = PublishedFile(
+    name="vgg.pth",
+    what="the channel weights of LPIPS 0.1",
+    url="https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth",
+    size="about 7 KB",
+    sha256="",
+    known_from="1,472 float32 numbers",
+)
+FILES = {file.name: file for file in (INCEPTION, IMAGENET_REFERENCE, CIN256_V2, VGG16, LPIPS)}
+
+
+def sha256_of(path: str | os.PathLike) -> str:
+    """SHA-256 of a file's bytes, as hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

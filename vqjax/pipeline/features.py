@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Features of the FID network, kept on disk block by block: on a CPU they take hours.
+
+Dimension key:  N pictures
+"""
+
+import pathlib
+from collections.abc import Iterator
+
+import safetensors.numpy
+
+from vqjax import progress
+from vqjax.eval import adm
+from vqjax.io import native
+from vqjax.io.image_set import ImageSet
+from vqjax.io.inception import Weights
+
+BLOCK = 512  # pictures in one file: two minutes of two cores
+
+
+def look(
+    images: ImageSet, weights: Weights, folder: pathlib.Path, title: str, *, block: int = BLOCK
+) -> adm.Seen:
+    """What the scores need of a set, from the blocks that are there and the pictures of the rest.
+
+    Args:
+      folder: belongs to these pictures and this network alone.
+      title: for the progress shown.
+
+    Raises:
+      VqjaxError: if the pictures cannot be read or are fewer than two.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    starts = range(0, images.count, block)
+    paths = [folder / f"{number:05d}.safetensors" for number in range(len(starts))]
+    kept = {path for path in paths if path.exists()}
+    done = sum(min(block, images.count - s) for s, path in zip(starts, paths) if path in kept)
+
+    def rows() -> Iterator[adm.Rows]:
+        # Pictures are not even read where all their features are there.
+        batches = iter(()) if len(kept) == len(paths) else images.batches(block)
+        with progress.stage(title, images.count, done=done) as advance:
+            for path in paths:
+                pictures = next(batches, None)
+                if path in kept:
+                    yield adm.Rows(**safetensors.numpy.load_file(path))
+                    continue
+                assert pictures is not None
+                seen = adm.rows_of(pictures, weights)
+                native.write_atomically(path, safetensors.numpy.save(seen._asdict()))
+                advance(len(pictures))
+                yield seen
+
+    return adm.gather(rows(), images.count)

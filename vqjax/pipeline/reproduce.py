@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run from its file: quantize, evaluate, record, compare; and the table of all runs."""
+
+import dataclasses
+import importlib.resources
+import json
+import pathlib
+import re
+import shlex
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from vqjax import settings
+from vqjax.config import PRESETS
+from vqjax.errors import QualityGateError, VqjaxError
+from vqjax.eval import literature, report
+from vqjax.io import native
+from vqjax.pipeline import (
+    environment,
+    evaluate,
+    quantize,
+    run_cost,
+    run_file,
+    run_results,
+)
+from vqjax.pipeline.processes import Team
+from vqjax.pipeline.run_file import RECORD, Run
+
+_FOLDER = pathlib.Path("vqjax-runs")
+
+
+def main(wanted: settings.ReproduceSettings) -> None:
+    """Runs what the command asks for.
+
+    Raises:
+      VqjaxError: if it asks for nothing, or as `run` says.
+    """
+    if wanted.table:
+        print(table_text(wanted.results))
+    elif wanted.run is None:
+        raise VqjaxError(
+            f"give a run file, or the name of a run in the package "
+            f"({', '.join(run_file.packaged())}), or --table"
+        )
+    else:
+        run(wanted)
+
+
+def run(wanted: settings.ReproduceSettings) -> dict[str, Any]:
+    """Makes or continues a run, writes its record and returns it.
+
+    Raises:
+      VqjaxError: if it is no run, or files are missing (all are named).
+      QualityGateError: if a number is farther from the recorded one than its tolerance.
+    """
+    assert wanted.run is not None
+    asked = run_file.load(wanted.run)
+    if wanted.seed is not None:
+        asked = asked.seeded(wanted.seed)
+    if asked.evaluate is not None and Team.current().count > 1:
+        raise VqjaxError("a run with an evaluation is made by one process, on all of its devices")
+    cost = run_cost.predict(asked)
+    # Before files are looked for: who lacks them will want to know whether to get them.
+    told = "unknown: the run does not name its model" if cost is None else cost.describe()
+    console = Console(highlight=False, stderr=True)
+    console.print(f"{asked.name}: {told}", soft_wrap=True)
+    here = run_file.resolved(asked, wanted.files)
+    out = wanted.out or _FOLDER / _slug(asked, wanted)
+    _check_elsewhere(pathlib.Path(wanted.run), out)
+    results = _made(here, out)
+    record = {
+        "name": asked.name,
+        "command": shlex.join(["python", "-m", "vqjax.reproduce", wanted.run]),
+        "run": asked.to_dict(),
+        "results": results,
+        "environment": environment.describe(),
+    }
+    native.write_atomically(out / RECORD, (json.dumps(record, indent=2) + "\n").encode())
+    print(f"record: {out / RECORD}")
+    if asked.recorded:
+        _judge(asked, record)
+    return record
+
+
+def table_text(folders: Iterable[pathlib.Path]) -> str:
+    """Our runs beside the literature, as Markdown.
+
+    Args:
+      folders: of finished runs, looked through with all folders below.
+
+    Raises:
+      VqjaxError: if a folder is not there, or a record is unreadable.
+    """
+    parts = []
+    for table in literature.tables(_ours(folders)):
+        rows = report.markdown_rows(table.columns, table.rows)
+        parts += [f"## {table.heading}", *([table.note] if table.note else []), rows]
+    parts.append("\n".join(["Sources:", *(f"- {line}" for line in literature.sources())]))
+    return "\n\n".join(parts)
+
+
+def _made(wanted: Run, out: pathlib.Path) -> dict[str, Any]:
+    """Does the work, as far as it is not done yet; returns all numbers, flat."""
+    results: dict[str, Any] = {}
+    out.mkdir(parents=True, exist_ok=True)
+    if wanted.quantize is not None:
+        folder = out / "quantized"
+        quantize.run(dataclasses.replace(wanted.quantize, out=folder))
+        results |= run_results.of_quantization(folder)
+    if wanted.evaluate is not None:
+        asked = dataclasses.replace(wanted.evaluate, out=out / "evaluation")
+        if wanted.quantize is not None:
+            source, against = str(out / "quantized"), wanted.quantize.source
+            preset = wanted.quantize.config
+            asked = dataclasses.replace(asked, source=source, against=against, config=preset)
+        evaluate.run(asked)
+        results |= run_results.of_evaluation(asked.out)
+    return results
+
+
+def _judge(asked: Run, record: Mapping[str, Any]) -> None:
+    """Prints every number beside the recorded one; raises QualityGateError if one is too far."""
+    found = run_results.compare(asked.recorded, record["results"])
+    table = Table(title="Recorded and repeated", title_justify="left")
+    for column in ("", "recorded", "repeated", "verdict"):
+        table.add_column(column)
+    for row in found:
+        table.add_row(row.name, _short(row.before), _short(row.after), row.verdict)
+    console = Console(highlight=False)
+    console.print(table)
+    kind = ("device", "backend", *environment.PACKAGES, "vqjax", "python")
+    there, now = asked.environment, record["environment"]
+    changed = [name for name in kind if there.get(name) != now.get(name)]
+    if all(row.verdict == "equal" for row in found):
+        print("all numbers and bits are equal")
+        return
+    why = f"other {', '.join(changed)}" if changed else "the same kind of device and versions"
+    print(f"not all bits are equal, on {why}; tolerances: vqjax.pipeline.run_results.TOLERANCES")
+    far = [row.name for row in found if row.verdict in ("outside", "absent")]
+    if far:
+        raise QualityGateError(f"outside of the tolerance or absent: {', '.join(far)}")
+    print("every number is within its tolerance")
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return str(value)[:16]
+
+
+def _slug(asked: Run, wanted: settings.ReproduceSettings) -> str:
+    name = re.sub(r"[^a-z0-9.]+", "_", asked.name.lower()).strip("_.")
+    seed = "" if wanted.seed is None else f"_seed{wanted.seed}"
+    return name + seed + ("_again" if asked.recorded else "")
+
+
+def _check_elsewhere(record: pathlib.Path, out: pathlib.Path) -> None:
+    """A run in the folder of its own record would find everything done and repeat nothing."""
+    if record.name in (RECORD, "run.json") and record.parent.resolve() == out.resolve():
+        raise VqjaxError(f"{out} holds the run to be repeated; choose another --out")
+
+
+def _ours(folders: Iterable[pathlib.Path]) -> list[dict[str, Any]]:
+    """Finished runs, and the package's runs that nobody finished, without results."""
+    # Only quantized models have a place beside the literature.
+    finished = [_row(run, where) for run, where in _records(folders) if run.quantize is not None]
+    names = {row["name"] for row in finished}
+    for name, file in run_file.packaged().items():
+        run = run_file.parse(json.loads(file.read_text()), pathlib.Path(name))
+        if run.name not in names:
+            finished.append(_row(run, f"`python -m vqjax.reproduce {name}`"))
+    return finished
+
+
+def _records(folders: Iterable[pathlib.Path]) -> Iterator[tuple[Run, str]]:
+    results = importlib.resources.files("vqjax.eval") / "results"
+    packaged = list(results.iterdir()) if results.is_dir() else []
+    for file in sorted(packaged, key=lambda f: f.name):
+        content = json.loads(file.read_text()) if file.name.endswith(".json") else None
+        if isinstance(content, dict) and {"run", "results"} <= content.keys():
+            yield run_file.parse(content, pathlib.Path(file.name)), f"eval/results/{file.name}"
+    for folder in folders:
+        if not folder.is_dir():
+            raise VqjaxError(f"--results {folder}: no such folder")
+        for path in sorted(folder.rglob(RECORD)):
+            yield run_file.load(str(path)), str(path)
+
+
+def _row(run: Run, where: str) -> dict[str, Any]:
+    quantized, evaluated = run.quantize, run.evaluate
+    name = None if quantized is None else quantized.config or quantized.source
+    own = PRESETS[name]().guidance if name in PRESETS else None
+    protocol = {"count": 0, "steps": 0, "guidance": own, "eta": 0.0}
+    if evaluated is not None:
+        protocol = {
+            "count": run.recorded.get("n") or evaluated.count or 0,
+            "steps": evaluated.steps,
+            "guidance": own if evaluated.guidance is None else evaluated.guidance,
+            "eta": evaluated.eta,
+        }
+    return {
+        "name": run.name,
+        "model": name,
+        "weights": 0.0 if quantized is None else quantized.bits,
+        "activations": 0 if quantized is None else quantized.act_bits,
+        "protocol": protocol,
+        "results": run.recorded,
+        "where": where,
+    }

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run will take on this machine, told before its files are there."""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from vqjax import models, settings
+from vqjax.config import PRESETS, LatentDiffusionConfig
+from vqjax.core import folding, tree
+from vqjax.core.flops import layer_flops, total
+from vqjax.core.plan import make_plan
+from vqjax.eval.report import duration, size
+from vqjax.pipeline import calibrate, estimate, evaluate, layers, memory, planning, quantize
+from vqjax.pipeline.run_file import Run
+from vqjax.pipeline.sources import EMBEDDED
+
+_INCEPTION_FLOPS = 1.14e10  # of one picture
+_INCEPTION_SHARE = 0.2  # of the speed of a large matrix product; two cores see four a second
+_FEATURE_BYTES = 4 * (2048 + 2023 + 1008)
+_REFERENCE_PICTURES = 10_000  # of the published reference
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """A prediction.
+
+    Attributes:
+      seconds: by stage.
+      memory: peak resident bytes of the quantization; 0 without one.
+      disk: bytes of samples and features.
+    """
+
+    seconds: dict[str, float]
+    memory: int
+    disk: int
+
+    def describe(self) -> str:
+        """One line."""
+        whole = duration(sum(self.seconds.values()))
+        parts = ", ".join(f"{stage} {duration(s)}" for stage, s in self.seconds.items())
+        memory = f"; about {size(self.memory)} of memory" if self.memory else ""
+        device = jax.devices()[0].device_kind
+        return f"about {whole} on {device} ({parts}){memory}; {size(self.disk)} on disk"
+
+
+def predict(run: Run) -> Cost | None:
+    """Predicts a run of a model in `PRESETS`; None where the run does not say which it is.
+
+    The same measured speed and fitted factors as `--dry-run` of a quantization; evaluation alone
+    is counted work over that speed.
+    """
+    wanted = run.quantize or run.evaluate
+    assert wanted is not None
+    name = wanted.config or (EMBEDDED if wanted.source == EMBEDDED else None)
+    if name is None:
+        return None
+    config = PRESETS[name]()
+    params = folding.fold(config, models.param_shapes(config)).params
+    shapes = {path: tuple(leaf.shape) for path, leaf in tree.flatten(params).items()}
+    sizes = _traced(config, params)
+    budget = planning.budget(run.quantize or settings.QuantizeSettings())
+    plan = make_plan(shapes, **budget)
+    seconds, peak, disk = {}, 0, 0
+    if run.quantize is not None:
+        expected = _quantization(config, shapes, plan, sizes, run.quantize)
+        seconds["quantize"] = sum(expected.seconds.values())
+        peak = sum(expected.memory.values())
+    if run.evaluate is not None:
+        forward = total([layer_flops(shapes[p], plan[p], sizes[p].positions) for p in plan]).dense
+        twins = 2 if run.quantize is not None or run.evaluate.against else 1
+        more, disk = _evaluation(config, run.evaluate, float(forward), twins)
+        seconds |= more
+    return Cost(seconds, peak, disk)
+
+
+def _quantization(config, shapes, plan, sizes, wanted) -> estimate.Estimate:
+    quantized = {path: sizes[path] for path in plan}
+    limit = None if wanted.memory is None else wanted.memory * 1e9
+    steps = quantize.tune_steps_of(config, wanted)
+    division = memory.divide(
+        config,
+        shapes,
+        quantized,
+        wanted.calibration,
+        limit=limit,
+        workers=layers.side_by_side(),
+        tuned=wanted.tuning.batch if steps else 0,
+    )
+    return estimate.estimate(
+        config,
+        shapes,
+        plan,
+        sizes,
+        wanted.calibration,
+        quantize.samples_of(config, wanted),
+        0,
+        division,
+        tune_pairs=steps * wanted.tuning.batch,
+        ranges=wanted.act_bits < settings.FLOAT_BITS,
+    )
+
+
+def _evaluation(
+    config: LatentDiffusionConfig, wanted: settings.EvaluateSettings, forward: float, twins: int
+) -> tuple[dict[str, float], int]:
+    """Seconds by stage and bytes on disk."""
+    count = twins * (wanted.count or evaluate.default_count(config))
+    guided = config.n_classes and wanted.guidance != 1
+    flops = estimate.picture_flops(config, forward, calls=wanted.steps * (2 if guided else 1))
+    speed = estimate.flops_per_second()
+    height, width, channels = config.latent_shape
+    disk = count * (3 * config.first_stage.resolution**2 + 4 * height * width * channels)
+    seconds = {"sample": count * flops / speed / estimate.NETWORK_SHARE}
+    if wanted.inception is not None:
+        seen = count + (_REFERENCE_PICTURES if wanted.reference is not None else 0)
+        seconds["features"] = seen * _INCEPTION_FLOPS / speed / _INCEPTION_SHARE
+        disk += seen * _FEATURE_BYTES
+    return seconds, disk
+
+
+def _traced(config: LatentDiffusionConfig, params: Any) -> dict[str, calibrate.LayerInput]:
+    sizes: dict[str, calibrate.LayerInput] = {}
+
+    def run(tree_of_params):
+        sizes.update(calibrate.trace_layers(config, tree_of_params))
+        return 0
+
+    jax.eval_shape(run, params)
+    return sizes

@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs as files: the settings of a quantization and of the evaluation that follows it.
+
+A file in `eval/runs/`, or a record of a finished run, which holds the same and its results.
+"""
+
+import dataclasses
+import importlib.resources
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from vqjax import settings as lib
+from vqjax.errors import VqjaxError, gathered
+from vqjax.io import published
+from vqjax.pipeline import run_results
+from vqjax.pipeline.sources import EMBEDDED
+
+RECORD = "reproduction.json"
+_FILES = ("source", "against", "reference", "inception")  # settings that name files
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What is to be done.
+
+    Attributes:
+      name: for people.
+      quantize, evaluate: None where the run has no such part. An evaluation that follows a
+        quantization samples its model, against the model it was made from.
+      recorded: results to compare with, flat; empty for a run file.
+      environment: that they were measured in.
+    """
+
+    name: str
+    quantize: lib.QuantizeSettings | None
+    evaluate: lib.EvaluateSettings | None
+    recorded: dict[str, Any]
+    environment: dict[str, str]
+
+    def seeded(self, seed: int) -> "Run":
+        """The same with other seeds, so with no results to compare with."""
+        quantize = self.quantize and dataclasses.replace(self.quantize, seed=seed)
+        evaluate = self.evaluate and dataclasses.replace(self.evaluate, seed=seed)
+        return dataclasses.replace(self, quantize=quantize, evaluate=evaluate, recorded={})
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a run file holds."""
+        parts = {"quantize": self.quantize, "evaluate": self.evaluate}
+        return {"name": self.name} | {
+            part: lib.plain(wanted) for part, wanted in parts.items() if wanted is not None
+        }
+
+
+def packaged() -> dict[str, Any]:
+    """Run files in the package, by name."""
+    folder = importlib.resources.files("vqjax.eval") / "runs"
+    files = (file for file in folder.iterdir() if file.name.endswith(".json"))
+    return {file.name.removesuffix(".json"): file for file in sorted(files, key=lambda f: f.name)}
+
+
+def load(where: str) -> Run:
+    """Reads a run file, a record, or the run.json of a command.
+
+    Args:
+      where: a path, or the name of a run in the package.
+
+    Raises:
+      VqjaxError: if there is no such run, or it is no run.
+    """
+    path = pathlib.Path(where)
+    if path.exists():
+        return parse(_json(path.read_text(), where), path)
+    known = packaged()
+    if where in known:
+        return parse(_json(known[where].read_text(), where), path)
+    raise VqjaxError(f"{where}: no such file, nor a run in the package: {', '.join(known)}")
+
+
+def parse(content: Any, path: pathlib.Path) -> Run:
+    """A run from the content of its file.
+
+    Args:
+      path: of the file; the results of a run.json stand beside it.
+
+    Raises:
+      VqjaxError: if it is no run, or a setting is unknown.
+    """
+    where = str(path)
+    if not isinstance(content, dict):
+        raise VqjaxError(f"{where}: expected a run file (a JSON object), found a list or a value")
+    if "run" in content:
+        run = parse(content["run"], path)
+        recorded, there = content.get("results", {}), content.get("environment", {})
+        return dataclasses.replace(run, recorded=recorded, environment=there)
+    if "settings" in content and "fingerprint" in content:
+        return _of_command(content, path)
+    known = {"name", "quantize", "evaluate"}
+    if "name" not in content or not content.keys() & {"quantize", "evaluate"}:
+        raise VqjaxError(
+            f"{where}: holds {sorted(content)}, expected a run: name, and quantize or evaluate"
+        )
+    if content.keys() - known:
+        raise VqjaxError(f"{where}: unknown {sorted(content.keys() - known)}, expected {known}")
+    kinds = {"quantize": lib.QuantizeSettings, "evaluate": lib.EvaluateSettings}
+    parts = {
+        part: lib.from_plain(kind, content[part], f"{where}: {part}") if part in content else None
+        for part, kind in kinds.items()
+    }
+    return Run(content["name"], parts["quantize"], parts["evaluate"], {}, {})
+
+
+def resolved(run: Run, files: pathlib.Path) -> Run:
+    """The run with its files found, in `files` or where they are named.
+
+    Raises:
+      VqjaxError: naming every file that is not there, where people get it, its size and hash.
+    """
+    problems: list[str] = []
+
+    def place(wanted: Any) -> Any:
+        changes = {}
+        for field in _FILES:
+            named = getattr(wanted, field, None)
+            if named is None or (field in ("source", "against") and str(named) == EMBEDDED):
+                continue
+            path = next((p for p in (files / named, pathlib.Path(named)) if p.exists()), None)
+            if path is None:
+                problems.append(_where_from(str(named)))
+            else:
+                changes[field] = str(path) if isinstance(named, str) else path
+        if isinstance(wanted, lib.EvaluateSettings) and wanted.lpips is not None:
+            found = [_found(files, path, problems) for path in wanted.lpips]
+            changes["lpips"] = tuple(found)
+        return dataclasses.replace(wanted, **changes)
+
+    quantize = run.quantize and place(run.quantize)
+    evaluate = run.evaluate
+    if evaluate is not None:
+        # What follows a quantization samples its model: its sources are no files of the user.
+        kept = {"source": EMBEDDED, "against": None} if quantize is not None else {}
+        evaluate = place(dataclasses.replace(evaluate, **kept))
+    if problems:
+        heading = f"{run.name}: files are missing; put them into {files} (--files):"
+        raise gathered(list(dict.fromkeys(problems)), heading)
+    return dataclasses.replace(run, quantize=quantize, evaluate=evaluate)
+
+
+def _found(files: pathlib.Path, named: pathlib.Path, problems: list[str]) -> pathlib.Path:
+    for path in (files / named, named):
+        if path.exists():
+            return path
+    problems.append(_where_from(str(named)))
+    return named
+
+
+def _where_from(named: str) -> str:
+    known = published.FILES.get(os.path.basename(named))
+    return known.describe() if known is not None else f"{named}: no such file or folder"
+
+
+def _of_command(content: Mapping[str, Any], path: pathlib.Path) -> Run:
+    """The run that a run.json of `vqjax.quantize` or `vqjax.evaluate` tells of."""
+    command, folder = str(content.get("command")), path.parent
+    wanted = {name: value for name, value in content["settings"].items() if name != "out"}
+    there = content.get("environment", {})
+    if "vqjax.quantize" in command:
+        wanted.pop("export", None)
+        if wanted.get("plan") is not None:  # the folder carries a copy
+            wanted["plan"] = str(folder / "plan.json")
+        quantize = lib.from_plain(lib.QuantizeSettings, wanted, str(path))
+        return Run(command, quantize, None, run_results.of_quantization(folder), there)
+    if "vqjax.evaluate" in command:
+        evaluate = lib.from_plain(lib.EvaluateSettings, wanted, str(path))
+        return Run(command, None, evaluate, run_results.of_evaluation(folder), there)
+    raise VqjaxError(f"{path}: the run of {command!r} cannot be repeated")
+
+
+def _json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise VqjaxError(f"{where}: not JSON ({error})") from error

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The numbers of a run, flat, and whether those of two runs agree."""
+
+import hashlib
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from vqjax.errors import VqjaxError
+from vqjax.eval import adm, digits
+from vqjax.io import published
+from vqjax.pipeline import sources
+
+_TWINS = ("psnr", "ssim", "lpips", "latent_mse")
+
+
+class Tolerance(NamedTuple):
+    """How far a number may be from a recorded one: `absolute` + `relative` * |recorded|."""
+
+    absolute: float
+    relative: float
+
+
+TOLERANCES = {
+    "n": Tolerance(0, 0),
+    "bits_per_weight": Tolerance(0, 0.005),
+    "bits_per_weight_model": Tolerance(0, 0.005),
+    "bytes_before": Tolerance(0, 0),
+    "bytes_after": Tolerance(0, 0.005),
+    "psnr": Tolerance(0.3, 0),
+    "ssim": Tolerance(0.01, 0),
+    "lpips": Tolerance(0.01, 0),
+    "latent_mse": Tolerance(0, 0.1),
+    "fid": Tolerance(0.1, 0.02),
+    "sfid": Tolerance(0.1, 0.02),
+    "is": Tolerance(0, 0.02),
+    "precision": Tolerance(0.01, 0),
+    "recall": Tolerance(0.01, 0),
+    "accuracy": Tolerance(0.01, 0),
+    "fd": Tolerance(0.3, 0.1),
+    "sfd": Tolerance(0.3, 0.1),
+}
+"""By the last part of a number's name, for another kind of device or other versions: a code that
+falls to the other side of a tie changes everything after it a little. Chosen from how far seeds
+move the scores of digits at N = 10,000; not measured across devices."""
+
+
+class Agreement(NamedTuple):
+    """One number of two runs; `verdict` is "equal", "within tolerance", "outside", "absent"
+    from the new run, or "other bits" (of a hash)."""
+
+    name: str
+    before: Any
+    after: Any
+    verdict: str
+
+
+def of_quantization(folder: pathlib.Path) -> dict[str, Any]:
+    """Stored bits and bytes, likeness on the report's images, and the hash of the model.
+
+    Raises:
+      VqjaxError: if the folder holds no finished quantization.
+    """
+    report = _read(folder / "report.json")
+    weights, near = report["weights"], report["fidelity"]
+    names = ("bits_per_weight", "bits_per_weight_model", "bytes_before", "bytes_after")
+    found = {name: weights[name] for name in names}
+    found |= {f"report.{name}": near[name] for name in _TWINS if near.get(name) is not None}
+    return found | {"model_sha256": sources.open_source(str(folder)).sha256}
+
+
+def of_evaluation(folder: pathlib.Path) -> dict[str, Any]:
+    """Scores of the source, those of full precision as "full.*", likeness, hash of the samples.
+
+    Raises:
+      VqjaxError: if the folder holds no finished evaluation.
+    """
+    content = _read(folder / "evaluation.json")
+    found: dict[str, Any] = {"n": content["models"]["source"]["n"]}
+    for side, prefix in (("source", ""), ("against", "full.")):
+        scores = content["models"].get(side, {})
+        for kind, fields, more in (("adm", adm.SCORES, ""), ("digits", digits.SCORES, "digits.")):
+            values = {f"{prefix}{more}{f}": scores.get(kind, {}).get(f) for f in fields}
+            found |= {name: value for name, value in values.items() if value is not None}
+    near = content["difference"] or {}
+    found |= {name: near[name] for name in _TWINS if near.get(name) is not None}
+    samples = sorted((folder / "samples" / "source").glob("images-*.npy"))
+    if samples:
+        hashes = "".join(published.sha256_of(path) for path in samples)
+        found["samples_sha256"] = hashlib.sha256(hashes.encode()).hexdigest()
+    return found
+
+
+def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Agreement]:
+    """Every recorded number beside the new one. Hashes are equal or say nothing about quality."""
+    return [
+        Agreement(name, old, after.get(name), _verdict(name, old, after.get(name)))
+        for name, old in before.items()
+    ]
+
+
+def _verdict(name: str, before: Any, after: Any) -> str:
+    if before == after:
+        return "equal"
+    if after is None:
+        return "absent"
+    tolerance = TOLERANCES.get(name.rpartition(".")[2])
+    if tolerance is None:
+        return "other bits"
+    allowed = tolerance.absolute + tolerance.relative * abs(before)
+    return "within tolerance" if abs(after - before) <= allowed else "outside"
+
+
+def _read(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise VqjaxError(
+            f"{path}: no finished run there ({error}); run it to its end first"
+        ) from error
