@@ -15,6 +15,8 @@ import tyro
 FLOAT_BITS = 32
 """`act_bits` that leave activations in floating point."""
 
+Dtype = Literal["float32", "bfloat16", "float16"]
+
 Preset = Literal["cin256-v2", "celebahq", "ffhq", "lsun_bedrooms", "lsun_churches", "digits"]
 
 
@@ -107,6 +109,11 @@ class SampleSettings:
     """Images in one compiled call."""
     integer: bool = False
     """Run int8 x int8 products (models with 8-bit activations)."""
+    dtype: Dtype = "float32"
+    """What the U-Net computes in."""
+    weight_memory: float | None = None
+    """Most GB of quantized weights that are decoded at load; the others stay packed and are decoded
+    in every step. Default: all are decoded, but those that GPU kernels read as they are stored."""
     columns: int = 8
     """Images in one row of the grid."""
     config: Preset | None = None
@@ -159,9 +166,7 @@ class BenchAqSettings:
     """Of the search, and of a model's weights and inputs."""
 
 
-Method = Literal[
-    "none", "codebooks", "straight_through", "pv", "pv_restart", "semi_pv", "scalar"
-]
+Method = Literal["none", "codebooks", "straight_through", "pv", "pv_restart", "semi_pv", "scalar"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
