@@ -2,6 +2,7 @@
 """Layers with packed weights against the same layers with decoded ones."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +48,7 @@ def test_packed_and_decoded_weights_agree(name, path, dtype, ranges):
         small.integer_tensor(rng, shape),
         input_scales=LogScales.of(rng.uniform(0.5, 2, shape[-2])),
     )
-    leaves = {"bias": jnp.asarray(rng.standard_normal(100), jnp.float32)}
+    leaves: dict[str, Any] = {"bias": jnp.asarray(rng.standard_normal(100), jnp.float32)}
     if ranges:
         read = {"step_B": jnp.array([0.02, 0.03]), "zero_B": jnp.array([100.0, 31.0])}
         leaves["input_range"] = InputRange(**read, bits=8)
@@ -78,7 +79,8 @@ def test_norms_keep_the_dtype_of_their_input():
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 3, 3, 32)), jnp.bfloat16)
     for norm in (group_norm(1e-5, "norm"), layer_norm("norm")):
         params = norm.init(jax.random.key(0), x)
-        found, exact = norm.apply(params, x), norm.apply(params, x.astype(jnp.float32))
+        found: Any = norm.apply(params, x)
+        exact = norm.apply(params, x.astype(jnp.float32))
         assert found.dtype == jnp.bfloat16
         assert relative_rms(found, exact) < 3e-3
 
@@ -97,5 +99,6 @@ def test_weights_are_decoded_inside_a_loop():
         text = jax.jit(run).lower(jnp.ones((2, 64)), kernel).compile().as_text()
     finally:
         jax.config.update("jax_disable_most_optimizations", before)
+    assert text is not None
     assert "gather" in text
     assert "gather" not in text[text.index("ENTRY") :]

@@ -130,7 +130,7 @@ def test_pallas_kernels_agree(monkeypatch):
 
 def test_a_named_kernel_that_cannot_run_is_an_error(monkeypatch):
     monkeypatch.setenv(dispatch.VARIABLE, "pallas")
-    with pytest.raises(VqjaxError, match="VQJAX_KERNELS=pallas, but vq_.* is no CUDA device"):
+    with pytest.raises(VqjaxError, match=r"VQJAX_KERNELS=pallas, but vq_.* is no CUDA device"):
         vqjax.sample(small.integer(CONFIG), [0], steps=1)
 
 

@@ -26,7 +26,9 @@ from vqjax.sampling.weights import place
 BATCH_SIZE = 16
 
 
-def image_noise(seed: int, index_B, shape: tuple[int, ...], step: int | jax.Array = 0) -> jax.Array:
+def image_noise(
+    seed: int | jax.Array, index_B, shape: tuple[int, ...], step: int | jax.Array = 0
+) -> jax.Array:
     """Standard normal noise [B, *shape] of the images with numbers `index_B`.
 
     Image i of a seed is the same picture whatever the batch size or the number of images. Step 0 is

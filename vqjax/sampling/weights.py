@@ -62,7 +62,7 @@ def place(
 
     Args:
       rows: latents that the U-Net sees at a time, both branches of guidance counted.
-      dtype: "float32", "bfloat16" or "float16", which the U-Net computes in and its weights are decoded to.
+      dtype: "float32", "bfloat16" or "float16": of the U-Net's computation and decoded weights.
       limit: most GB (10^9 bytes) of decoded weights, or None. Weights that do not fit stay packed,
         which is logged. The largest are decoded first: a step saves time in proportion to what is
         decoded, and the buffer in which it decodes the others is as large as the largest of them.
@@ -135,8 +135,8 @@ def _say_what_stays(packed: dict[str, VQTensor], stays: list[str], limit: float 
         return
     share = sum(packed[path].size for path in stays) / sum(leaf.size for leaf in packed.values())
     _log.warning(
-        "%d of %d quantized weights (%.0f %% of their numbers) stay packed and are decoded in every "
-        "step: decoded, they exceed the limit of %g GB",
+        "%d of %d quantized weights (%.0f %% of their numbers) stay packed and are decoded in "
+        "every step: decoded, they exceed the limit of %g GB",
         len(stays),
         len(packed),
         100 * share,
