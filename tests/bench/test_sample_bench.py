@@ -21,6 +21,7 @@ CONFIG = dataclasses.replace(
 )
 
 
+@pytest.mark.slow
 def test_every_path_of_a_cpu(tmp_path, monkeypatch, capsys):
     monkeypatch.delenv(dispatch.VARIABLE, raising=False)
     monkeypatch.setitem(config_lib.PRESETS, "digits", lambda: CONFIG)
