@@ -19,7 +19,7 @@ from vqjax.config import LatentDiffusionConfig
 from vqjax.core import tree
 from vqjax.core.tensor import VQTensor
 from vqjax.errors import VqjaxError
-from vqjax.kernels import dispatch
+from vqjax.kernels import device, dispatch
 from vqjax.kernels.problem import FLOATS
 from vqjax.models import packed as packed_layers
 
@@ -102,20 +102,38 @@ def kernel_paths(
     """
     if dispatch.only_xla():
         return {}
-    flat, found = tree.flatten(params), {}
+    leaves, structure = jax.tree.flatten(params)
+    shapes = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
+    asked = dispatch.wanted(), device.current()
+    return dict(_traced_paths(config, structure, shapes, rows, dtype, asked))
 
-    def look(path: str, x: jax.Array, window: dict[str, Any]) -> None:
-        if isinstance(flat[path], VQTensor):
-            found[path] = packed_layers.choice(x, flat[path], **window).path
 
-    x_BHWC = jax.ShapeDtypeStruct((rows, *config.latent_shape), dtype)
-    t_B = ids_B = jax.ShapeDtypeStruct((rows,), jnp.int32)
+@functools.lru_cache(maxsize=32)
+def _traced_paths(
+    config: LatentDiffusionConfig,
+    structure: Any,
+    shapes: tuple[jax.ShapeDtypeStruct, ...],
+    rows: int,
+    dtype: str,
+    asked: tuple[str, device.Device],
+) -> dict[str, str]:
+    """Kept, since tracing a large network takes seconds, and every call of `sample` asks."""
+    del asked  # by the dispatcher, which knows
+    found: dict[str, str] = {}
 
-    def predict(x_BHWC: jax.Array, t_B: jax.Array, ids_B: jax.Array) -> jax.Array:
+    def predict(params: models.Params, x_BHWC: jax.Array, t_B: jax.Array, ids_B: jax.Array) -> Any:
+        flat = tree.flatten(params)
+
+        def look(path: str, x: jax.Array, window: dict[str, Any]) -> None:
+            if isinstance(flat[path], VQTensor):
+                found[path] = packed_layers.choice(x, flat[path], **window).path
+
         context = models.embed_classes(config, params, ids_B)
         return models.capture_inputs(config, params, x_BHWC, t_B, context, look)[0]
 
-    jax.eval_shape(predict, x_BHWC, t_B, ids_B)
+    x_BHWC = jax.ShapeDtypeStruct((rows, *config.latent_shape), dtype)
+    t_B = ids_B = jax.ShapeDtypeStruct((rows,), jnp.int32)
+    jax.eval_shape(predict, structure.unflatten(shapes), x_BHWC, t_B, ids_B)
     return found
 
 
