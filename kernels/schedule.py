@@ -94,3 +94,22 @@ def by_rule(problem: Problem) -> Schedule:
     programs = -(-problem.rows // rows) * -(-problem.outputs // outputs)
     splits = min(_MOST_SPLITS, -(-_PROGRAMS // programs), -(-problem.inputs // depth))
     return Schedule("fused", Tiles(rows, outputs, depth, splits, warps=8 if rows > 64 else 4))
+
+
+def candidates(problem: Problem) -> tuple[Schedule, ...]:
+    """Returns schedules worth timing: that of the rules, and others around it."""
+    tall = min(max(power_of_two(problem.rows), _LEAST), _MOST_ROWS)
+    fused = [
+        Schedule("fused", Tiles(rows, outputs, depth, splits, warps, stages))
+        for rows in sorted({_LEAST, tall})
+        for outputs in (32, 64)
+        for depth in (32, 64)
+        for splits in (1, 4)
+        for warps, stages in ((4, 2), (8, 3))
+    ]
+    staged = [
+        Schedule("staged", Tiles(_LEAST, outputs, depth))
+        for outputs in (16, 32)
+        for depth in (64, 128)
+    ]
+    return tuple(dict.fromkeys([by_rule(problem), *staged, *fused]))

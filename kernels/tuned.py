@@ -8,9 +8,11 @@ schedule: {"path": "pallas", "kind": "fused", "tiles": {"rows": 16, ...}}. Only 
 device belong into it.
 """
 
+import dataclasses
 import functools
 import importlib.resources
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from vqjax.errors import gathered
@@ -64,6 +66,26 @@ def read(text: str) -> dict[tuple[str, str, str], Entry]:
         raise gathered(problems, _HEADING)
     return table
 
+
+def merged(text: str, device_kind: str, found: Mapping[tuple[str, str], Entry]) -> str:
+    """Returns a table with the entries of a device, by (op, key), added or replaced.
+
+    Raises:
+      VqjaxError: if the table was not valid.
+    """
+    read(text)
+    data = json.loads(text)
+    ops = data["devices"].setdefault(device_kind, {})
+    for (op, name), (path, made) in found.items():
+        entry: dict[str, Any] = {"path": path}
+        if made is not None:
+            entry |= {"kind": made.kind, "tiles": dataclasses.asdict(made.tiles)}
+        ops.setdefault(op, {})[name] = entry
+    return json.dumps(data, indent=1, sort_keys=True) + "\n"
+
+
+EMPTY = json.dumps({"version": VERSION, "devices": {}})
+"""A table without measurements."""
 
 _HEADING = "the table of measured tiles cannot be used:"
 

@@ -19,6 +19,8 @@ Settings = TypeVar("Settings")
 FLOAT_BITS = 32
 """`act_bits` that leave activations in floating point."""
 
+Dtype = Literal["float32", "bfloat16", "float16"]
+
 Preset = Literal["cin256-v2", "celebahq", "ffhq", "lsun_bedrooms", "lsun_churches", "digits"]
 
 
@@ -111,6 +113,11 @@ class SampleSettings:
     """Images in one compiled call."""
     integer: bool = False
     """Run int8 x int8 products (models with 8-bit activations)."""
+    dtype: Dtype = "float32"
+    """What the U-Net computes in."""
+    weight_memory: float | None = None
+    """Most GB of quantized weights that are decoded at load; the others stay packed and are decoded
+    in every step. Default: all are decoded, but those that GPU kernels read as they are stored."""
     columns: int = 8
     """Images in one row of the grid."""
     config: Preset | None = None
@@ -257,6 +264,57 @@ class BenchAblationSettings:
     """Results, written after each cell: the same command continues where an earlier one stopped."""
     figure: pathlib.Path | None = None
     """A PNG of the results."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BenchSampleSettings:
+    """Times sampling from one quantized model on every path that runs here, beside dense weights.
+
+    Paths run in turn, round after round, so that they share what else the machine does."""
+
+    source: Annotated[str, tyro.conf.Positional] = "digits"
+    """A quantized model (run folder or exported file), or a preset, which gets random codes: what
+    is timed does not depend on them."""
+    bits: float = 2.0
+    """Of a preset's weights."""
+    batch: tuple[int, ...] = (1, 16)
+    """Images in one compiled call."""
+    steps: int = 20
+    """DDIM steps."""
+    guidance: float | None = None
+    """Classifier-free guidance, 1 is none; default: the model's own."""
+    dtype: Dtype = "float32"
+    """What the U-Net computes in."""
+    repeat: int = 5
+    """Rounds; medians are shown."""
+    json: pathlib.Path | None = None
+    """Results."""
+    seed: int = 0
+    """Of a preset's weights, and of the images."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BenchKernelsSettings:
+    """Times every layer shape of a model with packed weights, beside the same dense layer."""
+
+    model: Literal["cin256-v2", "digits"] = "cin256-v2"
+    """Whose layers."""
+    batch: tuple[int, ...] = (2,)
+    """Latents that a layer sees; guidance doubles the images of a call."""
+    dtype: Dtype = "float32"
+    """Of activations."""
+    path: Literal["auto", "xla", "pallas", "lut"] = "auto"
+    """What multiplies by packed weights; auto is what sampling would take."""
+    repeat: int = 5
+    """Rounds; medians are shown."""
+    tune: bool = False
+    """Also time schedules of GPU kernels, and write the best of each shape to --table."""
+    table: pathlib.Path = pathlib.Path("kernels/tiles.json")
+    """The table of measured choices; entries of other devices and shapes stay."""
+    json: pathlib.Path | None = None
+    """Results."""
+    seed: int = 0
+    """Of weights and inputs."""
 
 
 def command_line(module: str, settings: Any, subcommand: str = "") -> str:

@@ -7,9 +7,9 @@ output adds M table values per vector. Counted over P rows (one multiply-add is 
     tables  2 (J G) M K P        sums  M J O P        dense  2 N O P
 
 The first of the M J values of a sum takes no addition, the scale of the output one multiplication.
-That saves where many outputs share few entries (`core.flops` counts the same for reports). On CPUs
-XLA's gathers take longer than the products that they replace: this is the definition, which counts
-and checks, not a path that the dispatcher takes.
+That saves where many outputs share few entries (`counts` says where, `core.flops` counts the same
+for reports). On CPUs XLA's gathers take longer than the products that they replace: the dispatcher
+takes this path only where it is asked for, to count and to check.
 
 Dimension key:  P rows of x   I inputs   N fan-in   O outputs   J vectors of a row   G weights of a
                 vector   M codebooks   K entries   L table values of a row (J M K)   Y bytes of a

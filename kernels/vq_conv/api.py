@@ -6,18 +6,24 @@ Dimension key:  B batch   H W image   I inputs   O outputs   M codebooks   K ent
 """
 
 import functools
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from vqjax.errors import VqjaxError
 from vqjax.kernels import dispatch
+from vqjax.kernels.lut_matmul import ref as lut
 from vqjax.kernels.problem import Operands, Problem, check
 from vqjax.kernels.transform import Operation, transformable
 from vqjax.kernels.vq_conv import pallas, ref
 from vqjax.kernels.vq_conv.window import Window
-from vqjax.kernels.vq_matmul.api import vq_matmul
+from vqjax.kernels.vq_matmul import api as matmul
+
+POINT = Window(1, (1, 1), ((0, 0), (0, 0)))
+"""Of a 1x1 convolution that is a product."""
 
 
 def vq_conv(
@@ -58,8 +64,8 @@ def vq_conv(
         )
     shape = Window.of(window, strides, padding, x_BHWI.shape[1:3])
     operands = Operands(x_BHWI, packed_OY, codebooks_MKG, scales_O, codebook_scale, bias_O)
-    if shape == Window(1, (1, 1), ((0, 0), (0, 0))):
-        return vq_matmul(*operands)
+    if shape == POINT:
+        return matmul.vq_matmul(*operands)
     check(problem_of(operands, shape), operands)
     return _transformed(shape)(operands)
 
@@ -84,21 +90,45 @@ def problem_of(operands: Operands, window: Window) -> Problem:
     )
 
 
+def choice(operands: Operands, window: Window) -> dispatch.Choice:
+    """Returns how operands whose x is [B, H, W, I] would run, by `vq_matmul` where that serves.
+
+    Their shapes and types are enough.
+    """
+    if window == POINT:
+        x = operands.x
+        rows = jax.ShapeDtypeStruct((math.prod(x.shape[:-1]), x.shape[-1]), x.dtype)
+        return matmul.choice(operands._replace(x=rows))
+    problem = problem_of(operands, window)
+    return dispatch.decide(problem, _ways(problem, window))
+
+
+def _ways(problem: Problem, window: Window) -> dispatch.Implementations:
+    geometry: dict[str, Any] = {
+        "window": window.size,
+        "strides": window.strides,
+        "padding": window.padding,
+    }
+    return dispatch.Implementations(
+        unsupported=pallas.unsupported,
+        compile_small=pallas.compile_small,
+        pallas=lambda operands, schedule: pallas.vq_conv(operands, problem, schedule, window),
+        lookup=lambda operands: lut.lut_conv(*operands, **geometry),
+        reference=lambda operands: ref.vq_conv(*operands, **geometry),
+    )
+
+
 @functools.cache
 def _transformed(window: Window) -> Operation:
-    def reference(operands: Operands) -> jax.Array:
-        return ref.vq_conv(
-            *operands, window=window.size, strides=window.strides, padding=window.padding
-        )
+    def ways_of(operands: Operands) -> tuple[Problem, dispatch.Implementations]:
+        problem = problem_of(operands, window)
+        return problem, _ways(problem, window)
 
     def run(operands: Operands) -> jax.Array:
-        problem = problem_of(operands, window)
-        ways = dispatch.Implementations(
-            unsupported=pallas.unsupported,
-            compile_small=pallas.compile_small,
-            pallas=lambda operands, schedule: pallas.vq_conv(operands, problem, schedule, window),
-            reference=reference,
-        )
+        problem, ways = ways_of(operands)
         return dispatch.run(problem, operands, ways)
+
+    def reference(operands: Operands) -> jax.Array:
+        return ways_of(operands)[1].reference(operands)
 
     return transformable(run, reference)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from vqjax.errors import VqjaxError
 from vqjax.kernels import dispatch
+from vqjax.kernels.lut_matmul import ref as lut
 from vqjax.kernels.problem import Operands, Problem, check
 from vqjax.kernels.transform import transformable
 from vqjax.kernels.vq_matmul import pallas, ref
@@ -67,19 +68,29 @@ def problem_of(operands: Operands) -> Problem:
     )
 
 
+def choice(operands: Operands) -> dispatch.Choice:
+    """Returns how operands whose x is [B, I] would run; their shapes and types are enough."""
+    problem = problem_of(operands)
+    return dispatch.decide(problem, _ways(problem))
+
+
+def _ways(problem: Problem) -> dispatch.Implementations:
+    return dispatch.Implementations(
+        unsupported=pallas.unsupported,
+        compile_small=pallas.compile_small,
+        pallas=lambda operands, schedule: pallas.vq_matmul(operands, problem, schedule),
+        lookup=lambda operands: lut.lut_matmul(*operands),
+        reference=_reference,
+    )
+
+
 def _reference(operands: Operands) -> jax.Array:
     return ref.vq_matmul(*operands)
 
 
 def _run(operands: Operands) -> jax.Array:
     problem = problem_of(operands)
-    ways = dispatch.Implementations(
-        unsupported=pallas.unsupported,
-        compile_small=pallas.compile_small,
-        pallas=lambda operands, schedule: pallas.vq_matmul(operands, problem, schedule),
-        reference=_reference,
-    )
-    return dispatch.run(problem, operands, ways)
+    return dispatch.run(problem, operands, _ways(problem))
 
 
 _transformed = transformable(_run, _reference)

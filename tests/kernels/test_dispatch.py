@@ -83,6 +83,40 @@ def test_names_are_obeyed(monkeypatch):
         dispatch.wanted()
 
 
+def test_lookup_tables_run_where_they_save(monkeypatch, caplog):
+    """K = 256 takes more operations than the dense product with 500 outputs, K = 16 takes fewer."""
+    monkeypatch.setenv(dispatch.VARIABLE, "lut")
+    wide = dataclasses.replace(PROBLEM, books=2, entries=256, outputs=500)
+    with caplog.at_level(logging.INFO, "vqjax.kernels"):
+        paths = [dispatch.choose(problem, refusals(CPU), CPU).path for problem in (PROBLEM, wide)]
+    assert paths == ["lut", "xla"]
+    assert caplog.messages == [
+        "vq_matmul on cpu: lut (tables, then sums): VQJAX_KERNELS=lut",
+        "vq_matmul on cpu: xla (decode, then multiply): lookup tables take 1.15 times the "
+        "operations of the dense product",
+    ]
+
+
+def test_a_path_can_be_asked_for_in_code(monkeypatch):
+    monkeypatch.setenv(dispatch.VARIABLE, "xla")
+    with dispatch.asking("lut"):
+        assert dispatch.wanted() == "lut"
+        assert not dispatch.only_xla()
+    assert dispatch.only_xla()
+    with pytest.raises(VqjaxError, match="expected one of"), dispatch.asking("table"):
+        pass
+    assert dispatch.wanted() == "xla"
+
+
+def test_devices_without_kernels_give_everything_to_xla(monkeypatch):
+    for device, expected in ((CPU, True), (T4, True), (H200, False)):
+        monkeypatch.setattr(dispatch, "current", lambda device=device: device)
+        assert dispatch.only_xla() == expected
+    monkeypatch.setattr(dispatch, "current", lambda: CPU)
+    monkeypatch.setenv(dispatch.VARIABLE, "pallas")
+    assert not dispatch.only_xla()  # what cannot run is then an error, where it is traced
+
+
 def entry(**fields) -> dict:
     tiles = dataclasses.asdict(Tiles(16, 32, 64))
     return {"path": "pallas", "kind": "fused", "tiles": tiles, **fields}
@@ -140,6 +174,7 @@ def test_a_kernel_that_does_not_compile_is_passed_over(monkeypatch, caplog):
         unsupported=lambda problem: [],
         compile_small=fails,
         pallas=lambda operands, schedule: pytest.fail("the kernel ran"),
+        lookup=lambda operands: pytest.fail("the tables ran"),
         reference=lambda operands: operands.x,
     )
     operands = specs.random_operands(PROBLEM, (1, 960))

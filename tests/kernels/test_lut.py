@@ -9,6 +9,7 @@ import pytest
 from vqjax.core.flops import layer_flops
 from vqjax.core.plan import LayerSpec
 from vqjax.kernels import specs
+from vqjax.kernels.lut_matmul import counts
 from vqjax.kernels.lut_matmul import ref as lut
 from vqjax.kernels.problem import Problem
 from vqjax.kernels.vq_conv.ref import vq_conv
@@ -60,3 +61,9 @@ def test_xla_counts_what_the_formula_counts(shape, name, group):
     )
     scaling = outputs * rows  # the one multiplication that stands in for the first addition
     assert tables + sums + scaling == counted.lookup
+    window = 3 if name == "conv3x3" else 1
+    problem = Problem(
+        "any", rows, shape[-2], outputs, books, entries, group, "float32", "float16", window
+    )
+    assert counts.operations(problem) == (counted.dense, counted.lookup)
+    assert counts.refusal(problem) is None

@@ -5,15 +5,33 @@ import sys
 
 import tyro
 
-from vqjax.settings import BenchAblationSettings, BenchAqSettings, BenchTuneSettings
+from vqjax.settings import (
+    BenchAblationSettings,
+    BenchAqSettings,
+    BenchKernelsSettings,
+    BenchSampleSettings,
+    BenchTuneSettings,
+)
 
-Settings = BenchAqSettings | BenchTuneSettings | BenchAblationSettings
+Settings = (
+    BenchAqSettings
+    | BenchKernelsSettings
+    | BenchSampleSettings
+    | BenchTuneSettings
+    | BenchAblationSettings
+)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parses the arguments and measures; returns the exit code."""
     settings = tyro.extras.subcommand_cli_from_dict(
-        {"aq": BenchAqSettings, "tune": BenchTuneSettings, "ablation": BenchAblationSettings},
+        {
+            "aq": BenchAqSettings,
+            "kernels": BenchKernelsSettings,
+            "sample": BenchSampleSettings,
+            "tune": BenchTuneSettings,
+            "ablation": BenchAblationSettings,
+        },
         args=argv,
         prog="python -m vqjax.bench",
     )
@@ -29,6 +47,14 @@ def _work(settings: Settings) -> None:
         from vqjax.bench import tune
 
         tune.run(settings)
+    elif isinstance(settings, BenchSampleSettings):
+        from vqjax.bench import sample
+
+        sample.run(settings)
+    elif isinstance(settings, BenchKernelsSettings):
+        from vqjax.bench import kernels
+
+        kernels.run(settings)
     elif isinstance(settings, BenchAblationSettings):
         from vqjax.bench import ablation
 

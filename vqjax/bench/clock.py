@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Time with compilation apart, and time by stage."""
 
+import statistics
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
 from typing import TypeVar
 
 import jax
 
 Result = TypeVar("Result")
+Name = TypeVar("Name", bound=Hashable)
 
 _COMPILATION = "/jax/core/compile/"  # prefix of the events for tracing, lowering and compiling
 _ATTEMPTS = 4
@@ -51,6 +53,18 @@ def compiled_seconds(work: Callable[[], Result], clock: CompileClock) -> tuple[R
         seconds = time.perf_counter() - start
         if clock.seconds == before or attempt == _ATTEMPTS:
             return result, seconds
+
+
+def medians_in_turn(works: Mapping[Name, Callable[[], object]], repeat: int) -> dict[Name, float]:
+    """Median seconds of several works that run in turn, after a round that compiles."""
+    seconds: dict[Name, list[float]] = {name: [] for name in works}
+    for attempt in range(repeat + 1):
+        for name, work in works.items():
+            start = time.perf_counter()
+            jax.block_until_ready(work())
+            if attempt:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(found) for name, found in seconds.items()}
 
 
 class StageClock:

@@ -74,10 +74,12 @@ def predict_noise(
         input in the range of t_B; kernels may then be `IntegerKernel`, too.
       x_BHWC: noisy latent.
       t_B: integer timesteps in [0, config.timesteps).
-      context_BNX: from `embed_classes`; None for an unconditional model.
+      context_BNX: from `embed_classes`, in any floating type; None for an unconditional model.
       remat: gradient checkpointing, see `UNet`.
     """
     unet = _with_ranges(params, t_B)
+    if context_BNX is not None:
+        context_BNX = context_BNX.astype(x_BHWC.dtype)
     eps = UNet(config.unet, remat).apply({"params": unet}, x_BHWC, t_B, context_BNX)
     return cast(jax.Array, eps)  # a tuple only where collections are mutable
 

@@ -2,7 +2,8 @@
 """Layers whose weight and input may be dense or quantized; the model files never ask which.
 
 Where an `InputRange` stands beside a kernel as "input_range", the layer reads what its levels stand
-for; with an `IntegerKernel`, it multiplies the levels themselves.
+for; with an `IntegerKernel`, it multiplies the levels themselves. A `VQTensor` is multiplied as it
+is stored (`models.packed`).
 
 Dimension key:  B batch   H W image   L tokens   I features in   O features out   T time features
 """
@@ -15,28 +16,16 @@ from vqjax.core.activations import InputRange
 from vqjax.core.integer import IntegerKernel
 from vqjax.core.tensor import VQTensor
 from vqjax.errors import VqjaxError
+from vqjax.models import packed
 
 GROUPS = 32  # every GroupNorm of the latent diffusion models has 32 groups
 
 
-def _kernel(
-    module: nn.Module, shape: tuple[int, ...], dtype: jnp.dtype
-) -> jax.Array | IntegerKernel:
-    """`module.param("kernel")`, or a quantized one, which Linen's own shape check refuses."""
-    if not module.has_variable("params", "kernel"):
-        init = nn.initializers.lecun_normal()
-        return module.param("kernel", init, shape, jnp.float32).astype(dtype)
-    found = module.get_variable("params", "kernel")
-    if tuple(found.shape) != shape:
-        where = "/".join((*module.path, "kernel"))
-        raise ValueError(f"{where}: stored shape {tuple(found.shape)}, the model needs {shape}")
-    if isinstance(found, IntegerKernel):
-        return found
-    return found.decode(dtype) if isinstance(found, VQTensor) else jnp.asarray(found, dtype)
+Kernel = jax.Array | IntegerKernel | VQTensor
 
 
 class _Affine(nn.Module):
-    """What Dense and Conv share: the input as it is read, and which product is taken."""
+    """What Dense and Conv share: kernel and input as they are read, and which product is taken."""
 
     def product(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
         """The linear part, with any kernel of this layer's shape."""
@@ -46,16 +35,39 @@ class _Affine(nn.Module):
         """The linear part in integers, rescaled to float32."""
         raise NotImplementedError
 
+    def packed_product(self, x: jax.Array, kernel: VQTensor, bias_O: jax.Array | None) -> jax.Array:
+        """The affine map with a kernel as it is stored, in the dtype of x."""
+        raise NotImplementedError
+
     def read(self, x: jax.Array) -> jax.Array:
         """The layer's input as it multiplies it: x itself where there is no range."""
         found = self.get_variable("params", "input_range")
         return x if found is None else found.fake_quantize(x)
 
-    def linear(self, x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        """The linear part with the layer's own kernel, in the dtype of x."""
-        kernel = _kernel(self, shape, x.dtype)
-        if not isinstance(kernel, IntegerKernel):
-            return self.product(self.read(x), kernel)
+    def kernel(self, shape: tuple[int, ...], dtype: jnp.dtype) -> Kernel:
+        """`self.param("kernel")`, or a quantized one, which Linen's own shape check refuses."""
+        if not self.has_variable("params", "kernel"):
+            init = nn.initializers.lecun_normal()
+            return self.param("kernel", init, shape, jnp.float32).astype(dtype)
+        found = self.get_variable("params", "kernel")
+        if tuple(found.shape) != shape:
+            where = "/".join((*self.path, "kernel"))
+            raise ValueError(f"{where}: stored shape {tuple(found.shape)}, the model needs {shape}")
+        if isinstance(found, IntegerKernel | VQTensor):
+            return found
+        return jnp.asarray(found, dtype)
+
+    def affine(self, x: jax.Array, kernel: Kernel, bias_O: jax.Array | None) -> jax.Array:
+        """The layer's output in the dtype of x."""
+        if isinstance(kernel, VQTensor):
+            return self.packed_product(self.read(x), kernel, bias_O)
+        if isinstance(kernel, IntegerKernel):
+            y = self.integer_product(x, kernel, self._range_of_integers()).astype(x.dtype)
+        else:
+            y = self.product(self.read(x), kernel)
+        return y if bias_O is None else y + jnp.broadcast_to(bias_O.astype(y.dtype), y.shape)
+
+    def _range_of_integers(self) -> InputRange:
         found, where = self.get_variable("params", "input_range"), "/".join((*self.path, "kernel"))
         if found is None:
             raise VqjaxError(
@@ -67,7 +79,7 @@ class _Affine(nn.Module):
                 f"{where}: inputs of {found.bits} bits, integer kernels take 8 or less; sample in "
                 f"floating point"
             )
-        return self.integer_product(x, kernel, found).astype(x.dtype)
+        return found
 
 
 class Dense(_Affine):
@@ -82,13 +94,15 @@ class Dense(_Affine):
     def integer_product(self, x: jax.Array, kernel: IntegerKernel, read: InputRange) -> jax.Array:
         return kernel.product(x, read)
 
+    def packed_product(self, x: jax.Array, kernel: VQTensor, bias_O: jax.Array | None) -> jax.Array:
+        return packed.product(x, kernel, bias_O)
+
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = self.linear(x, (x.shape[-1], self.features))
+        kernel, bias_O = self.kernel((x.shape[-1], self.features), x.dtype), None
         if self.use_bias:
             bias_O = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
-            y += jnp.broadcast_to(bias_O.astype(x.dtype), y.shape)
-        return y
+        return self.affine(x, kernel, bias_O)
 
 
 class Conv(_Affine):
@@ -116,12 +130,15 @@ class Conv(_Affine):
     def integer_product(self, x: jax.Array, kernel: IntegerKernel, read: InputRange) -> jax.Array:
         return kernel.convolution(x, read, self.stride, self.padding)
 
+    def packed_product(self, x: jax.Array, kernel: VQTensor, bias_O: jax.Array | None) -> jax.Array:
+        return packed.convolution(x, kernel, bias_O, self.stride, self.padding)
+
     @nn.compact
     def __call__(self, x_BHWI: jax.Array) -> jax.Array:
         shape = (self.window, self.window, x_BHWI.shape[-1], self.features)
-        y_BHWO = self.linear(x_BHWI, shape)
+        kernel = self.kernel(shape, x_BHWI.dtype)
         bias_O = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
-        return y_BHWO + jnp.broadcast_to(bias_O.astype(y_BHWO.dtype), y_BHWO.shape)
+        return self.affine(x_BHWI, kernel, bias_O)
 
 
 def pointwise(features: int, name: str) -> Conv:
@@ -129,14 +146,28 @@ def pointwise(features: int, name: str) -> Conv:
     return Conv(features, window=1, padding=(0, 0), name=name)
 
 
+class _GroupNorm(nn.GroupNorm):
+    """Computed in float32, as its parameters are; the result has the dtype of x."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return super().__call__(x).astype(x.dtype)
+
+
+class _LayerNorm(nn.LayerNorm):
+    """The same."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return super().__call__(x).astype(x.dtype)
+
+
 def group_norm(epsilon: float, name: str) -> nn.GroupNorm:
     """GroupNorm with two-pass variance: the one-pass form loses digits on small activations."""
-    return nn.GroupNorm(GROUPS, epsilon=epsilon, use_fast_variance=False, name=name)
+    return _GroupNorm(GROUPS, epsilon=epsilon, use_fast_variance=False, name=name)
 
 
 def layer_norm(name: str) -> nn.LayerNorm:
     """LayerNorm with the original epsilon 1e-5 (Flax defaults to 1e-6)."""
-    return nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, name=name)
+    return _LayerNorm(epsilon=1e-5, use_fast_variance=False, name=name)
 
 
 def upsample_nearest(x_BHWI: jax.Array) -> jax.Array:

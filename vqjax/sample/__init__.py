@@ -20,6 +20,8 @@ def sample(
     eta: float = 0.0,
     seed: int = 0,
     integer: bool = False,
+    dtype: str = "float32",
+    weight_memory: float | None = None,
 ) -> "np.ndarray":
     """Samples one image per class id.
 
@@ -31,17 +33,30 @@ def sample(
       eta: 0 is deterministic DDIM, 1 has the noise of DDPM.
       seed: image i depends on (seed, i) alone, whatever the number of images.
       integer: multiply int8 by int8, in models with 8-bit activations and 8-bit integer weights.
+      dtype: which the U-Net computes in: "float32", "bfloat16" or "float16".
+      weight_memory: most GB (10^9 bytes) of quantized weights that are decoded at load; the others
+        stay packed and are decoded in every step, which a line of the log says. None sets no
+        limit. Weights that GPU kernels read as they are stored are not decoded (docs/kernels.md).
 
     Returns:
       uint8 [N, H, W, 3].
 
     Raises:
-      VqjaxError: for an unusable source, class id, steps or eta, or a model that integers cannot
+      VqjaxError: for an unusable source, class id or setting, or a model that integers cannot
         compute.
     """
     from vqjax import load, sampling
     from vqjax.core.model import Model
 
     model = model_or_source if isinstance(model_or_source, Model) else load(model_or_source)
-    settings = {"steps": steps, "guidance": guidance, "eta": eta, "seed": seed, "integer": integer}
-    return sampling.generate(model, classes, **settings)
+    return sampling.generate(
+        model,
+        classes,
+        steps=steps,
+        guidance=guidance,
+        eta=eta,
+        seed=seed,
+        integer=integer,
+        dtype=dtype,
+        weight_memory=weight_memory,
+    )

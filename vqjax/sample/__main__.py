@@ -43,6 +43,8 @@ def _work(settings: SampleSettings) -> None:
             seed=settings.seed,
             batch_size=min(settings.batch, settings.count),
             integer=settings.integer,
+            dtype=settings.dtype,
+            weight_memory=settings.weight_memory,
             on_batch=advance,
         )
     parameters = dataclasses.asdict(settings) | {"out": str(settings.out)}

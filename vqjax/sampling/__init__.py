@@ -7,6 +7,7 @@ Dimension key:  B images of one compiled batch   N images asked for   H W latent
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,15 +17,18 @@ from vqjax import models
 from vqjax.config import LatentDiffusionConfig
 from vqjax.core.integer import integerize
 from vqjax.core.model import Model
-from vqjax.core.tensor import densify
 from vqjax.errors import VqjaxError
+from vqjax.kernels import dispatch
 from vqjax.sampling import ddim
 from vqjax.sampling.schedule import DDIMSchedule, ddim_schedule
+from vqjax.sampling.weights import place
 
 BATCH_SIZE = 16
 
 
-def image_noise(seed: int, index_B, shape: tuple[int, ...], step: int | jax.Array = 0) -> jax.Array:
+def image_noise(
+    seed: int | jax.Array, index_B, shape: tuple[int, ...], step: int | jax.Array = 0
+) -> jax.Array:
     """Standard normal noise [B, *shape] of the images with numbers `index_B`.
 
     Image i of a seed is the same picture whatever the batch size or the number of images. Step 0 is
@@ -38,24 +42,40 @@ def image_noise(seed: int, index_B, shape: tuple[int, ...], step: int | jax.Arra
     return jax.vmap(one)(jnp.asarray(index_B, jnp.uint32))
 
 
+def guided(config: LatentDiffusionConfig, guidance: float) -> bool:
+    """Returns whether the U-Net sees every latent twice: with a class and without."""
+    return bool(config.n_classes) and guidance != 1
+
+
 def predictor(
-    config: LatentDiffusionConfig, params: models.Params, ids_B: jax.Array | None, guidance: float
+    config: LatentDiffusionConfig,
+    params: models.Params,
+    ids_B: jax.Array | None,
+    guidance: float,
+    dtype: str = "float32",
 ) -> ddim.NoisePredictor:
-    """The guided noise prediction for fixed classes.
+    """The guided noise prediction for fixed classes, in the dtype of the latent.
 
     Classifier-free guidance (arXiv 2207.12598): e_u + guidance (e_c - e_u). As in the original,
     guidance 1 runs the conditional branch alone; otherwise both branches run as one batch,
     unconditional first. An unconditional model ignores guidance.
+
+    Args:
+      dtype: which the U-Net computes in.
     """
-    if ids_B is None or guidance == 1:
+
+    def branches(x: jax.Array, t: jax.Array, context: jax.Array | None) -> jax.Array:
+        return models.predict_noise(config, params, x.astype(dtype), t, context).astype(x.dtype)
+
+    if ids_B is None or not guided(config, guidance):
         context = None if ids_B is None else models.embed_classes(config, params, ids_B)
-        return lambda x, t: models.predict_noise(config, params, x, t, context)
+        return lambda x, t: branches(x, t, context)
     both = jnp.concatenate([jnp.full_like(ids_B, config.null_class), ids_B])
     context = models.embed_classes(config, params, both)
 
     def predict(x_BHWC: jax.Array, t_B: jax.Array) -> jax.Array:
         doubled = jnp.concatenate([x_BHWC, x_BHWC]), jnp.concatenate([t_B, t_B])
-        eps_uncond, eps_cond = jnp.split(models.predict_noise(config, params, *doubled, context), 2)
+        eps_uncond, eps_cond = jnp.split(branches(*doubled, context), 2)
         return eps_uncond + guidance * (eps_cond - eps_uncond)
 
     return predict
@@ -70,9 +90,10 @@ def sample_latents(
     *,
     guidance: float = 3.0,
     noise: Callable[[jax.Array], jax.Array] | None = None,
+    dtype: str = "float32",
 ) -> tuple[jax.Array, ddim.Trajectory]:
     """DDIM from given start latents; see `ddim.ddim` for what returns. Pure, traceable."""
-    return ddim.ddim(predictor(config, params, ids_B, guidance), schedule, x_BHWC, noise)
+    return ddim.ddim(predictor(config, params, ids_B, guidance, dtype), schedule, x_BHWC, noise)
 
 
 def to_uint8(images_BHWC: jax.Array) -> jax.Array:
@@ -80,9 +101,38 @@ def to_uint8(images_BHWC: jax.Array) -> jax.Array:
     return (jnp.clip((images_BHWC + 1) / 2, 0, 1) * 255 + 0.5).astype(jnp.uint8)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "steps", "guidance", "eta"))
-def _batch(config, params, ids_B, index_B, seed, *, steps: int, guidance: float, eta: float):
-    schedule = ddim_schedule(config, steps, eta)
+class Run(NamedTuple):
+    """What a compiled sampler is made for.
+
+    Attributes:
+      steps, eta: of DDIM; `guidance`: of classifier-free guidance.
+      dtype: which the U-Net computes in.
+      kernels: what `kernels.dispatch.wanted` says: another path is another program.
+    """
+
+    steps: int
+    guidance: float
+    eta: float
+    dtype: str
+    kernels: str
+
+
+@functools.partial(jax.jit, static_argnames=("config", "run"))
+def sample_batch(
+    config: LatentDiffusionConfig,
+    params: models.Params,
+    ids_B: jax.Array | None,
+    index_B: jax.Array,
+    seed: jax.Array,
+    *,
+    run: Run,
+) -> tuple[jax.Array, jax.Array]:
+    """One compiled program from class ids to images: uint8 [B, H, W, 3], and their latents.
+
+    Args:
+      index_B: numbers of the images, uint32.
+    """
+    schedule = ddim_schedule(config, run.steps, run.eta)
     noise_of = functools.partial(image_noise, seed, index_B, config.latent_shape)
     z_BHWC, _ = sample_latents(
         config,
@@ -90,8 +140,9 @@ def _batch(config, params, ids_B, index_B, seed, *, steps: int, guidance: float,
         schedule,
         ids_B,
         noise_of(),
-        guidance=guidance,
+        guidance=run.guidance,
         noise=lambda step: noise_of(step=step + 1),
+        dtype=run.dtype,
     )
     return to_uint8(models.decode(config, params, z_BHWC)), z_BHWC
 
@@ -108,6 +159,8 @@ def generate_with_latents(
     first_index: int = 0,
     batch_size: int = BATCH_SIZE,
     integer: bool = False,
+    dtype: str = "float32",
+    weight_memory: float | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Samples one image per entry of `classes`.
@@ -121,28 +174,33 @@ def generate_with_latents(
       integer: multiply int8 by int8 in the U-Net, which needs a model with ranges of activations of
         at most 8 bits and 8-bit integer weights. Otherwise such a model is simulated in floating
         point.
+      dtype: which the U-Net computes in: "float32", "bfloat16" or "float16".
+      weight_memory: most GB of weights that are decoded at load, see `weights.place`.
       on_batch: called with the number of images finished.
 
     Returns:
       Images uint8 [N, H, W, 3] and latents float32 [N, h, w, c].
 
     Raises:
-      VqjaxError: for a class id that the model does not have, unusable steps or eta, or a model
-        that integers cannot compute.
+      VqjaxError: for a class id that the model does not have, unusable settings, or a model that
+        integers cannot compute.
     """
     config, classes = model.config, np.asarray(classes)
     _check_classes(config, classes)
     ddim_schedule(config, steps, eta)
-    # Weights are decoded once, not at every step: no kernel here reads packed codes any faster.
-    params = _integers(model) if integer else jax.jit(densify)(model.params)
+    run = Run(steps, float(guidance), float(eta), dtype, dispatch.wanted())
+    if integer:
+        params = _integers(model, weight_memory)
+    else:
+        rows = batch_size * (2 if guided(config, guidance) else 1)
+        params = place(config, model.params, rows=rows, dtype=dtype, limit=weight_memory).params
     images, latents = [], []
     for start in range(0, len(classes), batch_size):
         index_B = np.arange(start, start + batch_size)
         ids_B = jnp.asarray(classes[np.minimum(index_B, len(classes) - 1)], jnp.int32)
         ids_B = ids_B if config.n_classes else None
         index_B = jnp.asarray(first_index + index_B, jnp.uint32)
-        settings = {"steps": steps, "guidance": float(guidance), "eta": float(eta)}
-        batch = _batch(config, params, ids_B, index_B, jnp.uint32(seed), **settings)
+        batch = sample_batch(config, params, ids_B, index_B, jnp.uint32(seed), run=run)
         count = min(batch_size, len(classes) - start)
         images.append(np.asarray(batch[0])[:count])
         latents.append(np.asarray(batch[1])[:count])
@@ -151,8 +209,13 @@ def generate_with_latents(
     return np.concatenate(images), np.concatenate(latents)
 
 
-def _integers(model: Model) -> models.Params:
+def _integers(model: Model, weight_memory: float | None) -> models.Params:
     """The parameters with integer kernels."""
+    if weight_memory is not None:
+        raise VqjaxError(
+            f"weight memory of {weight_memory:g} GB with integer sampling: integer kernels are all "
+            f"decoded, to one byte a weight; leave one of both out"
+        )
     if "activations" not in model.params:
         raise VqjaxError(
             f"integer sampling: {model.config.name} has no ranges of activations; sample it in "

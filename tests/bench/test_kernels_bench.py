@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`bench kernels`: every layer shape is timed; the table of measured choices."""
+
+import dataclasses
+import json
+
+import jax
+import pytest
+
+from vqjax.bench import kernels
+from vqjax.bench.__main__ import main
+from vqjax.kernels import device, dispatch, specs, tuned
+from vqjax.kernels.device import Device
+from vqjax.kernels.schedule import Schedule, Tiles, by_rule, candidates
+from vqjax.settings import BenchKernelsSettings
+
+H200 = Device("gpu", "NVIDIA H200", (9, 0))
+
+
+@pytest.fixture(autouse=True)
+def _two_small_layers(monkeypatch):
+    monkeypatch.delenv(dispatch.VARIABLE, raising=False)
+    found = specs.layers
+    monkeypatch.setattr(
+        specs, "layers", lambda op: [one for one in found(op) if one.model == "digits"][1:2]
+    )
+
+
+def test_layers_are_timed_and_a_cpu_has_nothing_to_tune(tmp_path, capsys):
+    file, table = tmp_path / "kernels.json", tmp_path / "tiles.json"
+    words = ["kernels", "--model", "digits", "--repeat", "1", "--json", str(file)]
+    assert main([*words, "--path", "lut", "--tune", "--table", str(table)]) == 0
+    found = json.loads(file.read_text())
+    assert [record["op"] for record in found["records"]] == ["vq_matmul", "vq_conv"]
+    assert found["environment"]["jax"] == jax.__version__
+    for record in found["records"]:
+        assert record["seconds"] > 0
+        assert record["dense_seconds"] > 0
+        assert record["packed_bytes"] < record["dense_bytes"]
+        assert record["error"] < 1e-5
+        assert record["path"] in ("lut", "xla")
+    out = capsys.readouterr().out
+    assert "All layers, batch 2:" in out
+    assert "--tune: nothing to tune: cpu is no CUDA device" in out
+    assert not table.exists()
+
+
+def test_the_best_schedules_are_written(tmp_path, monkeypatch, capsys):
+    """As if this were a GPU; schedules do not run, and their times are made up."""
+    monkeypatch.setattr(device, "current", lambda: H200)
+
+    def scheduled(case, operands, *, schedule):
+        if schedule.tiles.splits > 1:
+            raise RuntimeError("out of shared memory")
+        return case.packed(operands)
+
+    monkeypatch.setattr(kernels.Case, "scheduled", scheduled)
+
+    def made_up(works, repeat):
+        assert not any(made.tiles.splits > 1 for _, made in works if made is not None)
+        return {
+            entry: 1.0 if entry[0] == "xla" else 0.5 + index
+            for index, entry in enumerate(works, -1)
+        }
+
+    monkeypatch.setattr(kernels, "medians_in_turn", made_up)
+    monkeypatch.setattr(
+        kernels,
+        "candidates",
+        lambda problem: (
+            Schedule("fused", Tiles(16, 16, 16, splits=2)),
+            Schedule("staged", Tiles(16, 16, 16)),
+            Schedule("fused", Tiles(16, 16, 16)),
+        ),
+    )
+    table = tmp_path / "tiles.json"
+    other = {"NVIDIA L4": {"vq_matmul": {"any": {"path": "xla"}}}}
+    table.write_text(json.dumps({"version": 1, "devices": other}))
+    wanted = BenchKernelsSettings(model="digits", table=table)
+    kernels.tune(wanted)
+    entries = tuned.read(table.read_text())
+    for case in kernels.cases(wanted):
+        entry = entries[H200.kind, case.problem.op, tuned.key(case.problem)]
+        assert entry == ("pallas", Schedule("staged", Tiles(16, 16, 16)))
+    assert entries["NVIDIA L4", "vq_matmul", "any"] == ("xla", None)
+    assert "2 shapes on NVIDIA H200, compute capability 9.0 written to" in capsys.readouterr().out
+
+
+def test_schedules_worth_timing_are_valid():
+    for op in ("vq_matmul", "vq_conv"):
+        for layer in specs.layers(op):
+            problem = layer.problem(2, "bfloat16")
+            found = candidates(problem)
+            assert found[0] == by_rule(problem)
+            assert len(set(found)) == len(found)
+            assert not any(one.tiles.problems() for one in found)
+
+
+def test_weights_go_past_the_cache_where_they_are_waited_for():
+    (layer,) = specs.layers("vq_matmul")
+    few, many = (
+        kernels.Case(layer, 1, problem, specs.random_operands(problem, (1, problem.inputs)))
+        for problem in (
+            layer.problem(1, "float32"),
+            dataclasses.replace(layer.problem(1, "float32"), rows=10**6),
+        )
+    )
+    assert kernels.copies(few) == kernels.MOST_COPIES
+    assert kernels.copies(many) == 1
+
+
+def test_mistakes_are_one_line(capsys):
+    assert main(["kernels", "--repeat", "0"]) == 2
+    assert "--repeat 0: expected 1 or more" in capsys.readouterr().err

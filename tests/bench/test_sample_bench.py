@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`bench sample`: every path runs, is named, and gives the images of dense weights."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from tests.io import models as small
+from vqjax import config as config_lib
+from vqjax.bench import sample
+from vqjax.bench.__main__ import main
+from vqjax.core.plan import LayerSpec
+from vqjax.kernels import dispatch
+from vqjax.kernels.device import Device
+
+CONFIG = dataclasses.replace(
+    small.TINY, first_stage=dataclasses.replace(small.STAGE, resolution=8, ch_mult=(1,))
+)
+
+
+@pytest.mark.slow
+def test_every_path_of_a_cpu(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv(dispatch.VARIABLE, raising=False)
+    monkeypatch.setitem(config_lib.PRESETS, "digits", lambda: CONFIG)
+    file = tmp_path / "sample.json"
+    words = ["sample", "--bits", "3.5", "--batch", "1", "--steps", "1", "--guidance", "1"]
+    assert main([*words, "--repeat", "1", "--json", str(file)]) == 0
+    found = json.loads(file.read_text())
+    records = {record["path"]: record for record in found["records"]}
+    assert list(records) == ["dense", "decoded at load", "decoded in the step", "lookup tables"]
+    assert found["environment"]["jax"] == jax.__version__
+    assert found["bits_per_weight"] < 3.5
+    count = sum(records["decoded at load"]["layers"].values())
+    assert records["decoded at load"]["layers"] == {"decoded at load": count}
+    assert records["decoded in the step"]["layers"] == {"xla": count}
+    assert "lut" in records["lookup tables"]["layers"]
+    assert records["decoded in the step"]["weight_bytes"] < records["dense"]["weight_bytes"] / 3
+    for record in records.values():
+        assert record["images_per_second"] > 0
+        assert record["latent_error"] < 1e-4
+    assert "decoded in the step" in capsys.readouterr().out
+
+
+def test_kernels_are_a_path_where_a_gpu_is(monkeypatch):
+    monkeypatch.setattr(dispatch, "current", lambda: Device("gpu", "NVIDIA H200", (9, 0)))
+    assert list(sample.ways_here())[-1] == "kernels"
+
+
+def test_random_weights_have_the_size_of_untrained_ones():
+    spec = LayerSpec("conv3x3", "conv3x3", 9, 4, 16, 8)
+    kernel = np.asarray(sample.random_tensor((3, 3, 32, 48), spec, (0, 1)).decode())
+    assert kernel.shape == (3, 3, 32, 48)
+    assert np.std(kernel) == pytest.approx((9 * 32) ** -0.5, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--batch", "0"], "--batch (0,), --repeat 5: expected 1 or more"),
+        (["nothing"], "nothing: no such file or folder"),
+    ],
+)
+def test_mistakes_are_one_line(words, message, capsys):
+    assert main(["sample", *words]) == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sampling with packed weights, on every path, against decoded ones; the limit of memory."""
+
+import dataclasses
+import functools
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import vqjax
+from tests.conftest import relative_rms
+from tests.io import models as small
+from vqjax import sampling
+from vqjax.core import tree
+from vqjax.core.model import Model
+from vqjax.core.tensor import VQTensor, densify
+from vqjax.errors import VqjaxError
+from vqjax.kernels import dispatch, pallas_gpu
+from vqjax.kernels.device import Device
+from vqjax.sampling import weights
+from vqjax.sampling.schedule import ddim_schedule
+
+TOL = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 5e-2}
+"""Relative RMS of latents after 2 steps with guidance."""
+
+SIMULATED = 0.03
+"""The same at 8-bit activations: rounding moves a few inputs to the next level."""
+
+CONFIG = dataclasses.replace(
+    small.TINY,  # with so many channels that lookup tables save, and few pixels
+    unet=dataclasses.replace(small.TINY.unet, model_channels=64),
+    first_stage=dataclasses.replace(small.STAGE, resolution=16),
+)
+H200 = Device("gpu", "NVIDIA H200", (9, 0))
+
+
+@pytest.fixture(autouse=True)
+def _nothing_asked_for(monkeypatch):
+    monkeypatch.delenv(dispatch.VARIABLE, raising=False)
+    dispatch._log_once.cache_clear()
+
+
+@functools.partial(jax.jit, static_argnames=("dtype", "guidance", "kernels"))
+def _latents(params, x_BHWC, *, dtype: str, guidance: float, kernels: str):
+    del kernels  # another path is another program
+    schedule, ids_B = ddim_schedule(CONFIG, 2, 0.0), jnp.array([1])
+    settings = {"guidance": guidance, "dtype": dtype}
+    return sampling.sample_latents(CONFIG, params, schedule, ids_B, x_BHWC, **settings)[0]
+
+
+def latents(params, dtype: str = "float32", *, guidance: float = 1.5) -> np.ndarray:
+    """Of one image after two steps; without the first stage, which is half of the program."""
+    noise = sampling.image_noise(0, jnp.arange(1), CONFIG.latent_shape)
+    settings = {"dtype": dtype, "guidance": guidance, "kernels": dispatch.wanted()}
+    return np.asarray(_latents(params, noise, **settings))
+
+
+def placed(params, **options) -> weights.Placed:
+    return weights.place(CONFIG, params, **{"rows": 2, "dtype": "float32", **options})
+
+
+def some_packed(*paths: str) -> dict:
+    """A model with ranges of activations, dense but for these kernels."""
+    params = small.with_ranges(CONFIG).params
+    flat, dense = tree.flatten(params), tree.flatten(densify(params))
+    return tree.unflatten({p: flat[p] if p in paths else leaf for p, leaf in dense.items()})
+
+
+@pytest.mark.parametrize("dtype", TOL)
+def test_weights_decoded_in_the_step_agree(dtype):
+    params = small.integer(CONFIG).params
+    packed, loaded = placed(params, limit=0, dtype=dtype), placed(params, dtype=dtype)
+    assert set(packed.paths.values()) == {"xla"}
+    assert set(loaded.paths.values()) == {weights.LOADED}
+    assert packed.nbytes < loaded.nbytes / 3
+    difference = relative_rms(latents(packed.params, dtype), latents(loaded.params, dtype))
+    print(f"{dtype}: {difference:.2g}")
+    assert difference < TOL[dtype]
+
+
+def test_half_precision_is_used():
+    params = placed(small.integer(CONFIG).params, dtype="bfloat16").params
+    assert tree.flatten(params)["unet/out/conv/kernel"].dtype == jnp.bfloat16
+    difference = relative_rms(latents(params, "bfloat16"), latents(params))
+    assert 1e-4 < difference < TOL["bfloat16"]
+
+
+def test_simulated_activations_agree_on_lookup_tables(monkeypatch, caplog):
+    monkeypatch.setenv(dispatch.VARIABLE, "lut")
+    block = "unet/middle_block"
+    lookup = [f"{block}/attn/block_0/attn1/to_q/kernel", f"{block}/res1/conv1/kernel"]
+    few_outputs = "unet/out/conv/kernel"
+    params = some_packed(*lookup, few_outputs)
+    with caplog.at_level(logging.INFO, "vqjax.kernels"):
+        found = placed(params)
+    assert found.counts() == {"lut": 2, weights.LOADED: 1}
+    assert "vq_conv on cpu: lut (tables, then sums): VQJAX_KERNELS=lut" in caplog.messages
+    flat = tree.flatten(found.params)
+    assert [path for path, leaf in flat.items() if isinstance(leaf, VQTensor)] == lookup
+    difference = relative_rms(latents(found.params), latents(densify(params)))
+    print(f"lookup tables, 8-bit activations: {difference:.2g}")
+    assert difference < SIMULATED
+
+
+def test_pallas_kernels_agree(monkeypatch):
+    """In interpret mode, as if this were a GPU."""
+    launch = pallas_gpu.launch
+    monkeypatch.setattr(
+        pallas_gpu,
+        "launch",
+        lambda *args, **options: launch(*args, **options | {"interpret": True}),
+    )
+    monkeypatch.setattr(dispatch, "current", lambda: H200)
+    monkeypatch.setattr(dispatch, "_failed_trial", lambda *args: ())
+    monkeypatch.setenv(dispatch.VARIABLE, "pallas")
+    paths = ("unet/out/conv/kernel", "unet/output_blocks_0/res/skip/kernel")
+    params = some_packed(*paths)
+    del params["activations"]
+    found = placed(params, rows=1)
+    assert found.paths == dict.fromkeys(sorted(paths), "pallas")
+    difference = relative_rms(
+        latents(found.params, guidance=1), latents(densify(params), guidance=1)
+    )
+    print(f"pallas: {difference:.2g}")
+    assert difference < TOL["float32"]
+
+
+def test_a_named_kernel_that_cannot_run_is_an_error(monkeypatch):
+    monkeypatch.setenv(dispatch.VARIABLE, "pallas")
+    with pytest.raises(VqjaxError, match=r"VQJAX_KERNELS=pallas, but vq_.* is no CUDA device"):
+        vqjax.sample(small.integer(CONFIG), [0], steps=1)
+
+
+def test_the_largest_weights_that_fit_are_decoded(caplog):
+    params = small.integer(CONFIG).params
+    sizes = {p: leaf.size for p, leaf in tree.flatten(params).items() if isinstance(leaf, VQTensor)}
+    largest, *_, smallest = sorted(sizes, key=lambda path: -sizes[path])
+    # Room for the largest and for the smallest, and not quite for another one.
+    room = 4 * (sizes[largest] + sizes[smallest])
+    found = placed(params, limit=room / 1e9)
+    assert found.paths[largest] == weights.LOADED
+    decoded = [path for path, how in found.paths.items() if how == weights.LOADED]
+    assert sum(4 * sizes[path] for path in decoded) <= room
+    (message,) = caplog.messages
+    assert f"{len(sizes) - len(decoded)} of {len(sizes)} quantized weights" in message
+    assert message.endswith(f"decoded, they exceed the limit of {room / 1e9:g} GB")
+
+
+def test_nothing_is_said_where_all_fits(caplog):
+    placed(small.integer(CONFIG).params, limit=1.0)
+    placed(small.dense(CONFIG).params, limit=0.0)
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"weight_memory": -1.0}, "weight memory of -1.0 GB: expected 0 or more"),
+        ({"dtype": "float8"}, "dtype 'float8': expected one of float32, float16, bfloat16"),
+        ({"weight_memory": 1.0, "integer": True}, "weight memory of 1 GB with integer sampling"),
+    ],
+)
+def test_mistakes_are_named(settings, message):
+    with pytest.raises(VqjaxError, match=message):
+        vqjax.sample(small.with_ranges(CONFIG), [0], **settings)
+
+
+def test_images_of_packed_weights_are_those_of_decoded_ones():
+    """The whole of `sample`: first stage, guidance and noise of every step."""
+    model, settings = small.integer(CONFIG), {"steps": 2, "guidance": 1.5, "eta": 0.5}
+    packed = vqjax.sample(model, [2, 0], weight_memory=0.0, **settings)
+    dense = vqjax.sample(Model(CONFIG, densify(model.params)), [2, 0], **settings)
+    # At most one grey level, where rounding lies at its edge.
+    assert np.abs(packed.astype(int) - dense.astype(int)).max() <= 1

@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`bench sample`: images per second of one quantized model, on every path that runs here.
+
+Dimension key:  B images of a call   O outputs   J vectors of a row   M codebooks   K entries
+                G weights of a vector
+"""
+
+import contextlib
+import functools
+import json
+import time
+import zlib
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.table import Table
+
+from vqjax import config as config_lib
+from vqjax import io, models, sampling
+from vqjax.bench import tables
+from vqjax.bench.clock import medians_in_turn
+from vqjax.core import folding, grouping, tree
+from vqjax.core.model import Model
+from vqjax.core.plan import LayerSpec, make_plan
+from vqjax.core.tensor import VQTensor, densify
+from vqjax.errors import VqjaxError
+from vqjax.io import native
+from vqjax.kernels import dispatch
+from vqjax.pipeline import environment
+from vqjax.pipeline.journal import peak_memory_bytes
+from vqjax.sampling.weights import Placed, place
+from vqjax.settings import BenchSampleSettings, command_line
+
+DENSE = "dense"
+"""The path that others are compared with: weights that were never packed."""
+
+
+class Way(NamedTuple):
+    """How a path is asked for.
+
+    Attributes:
+      kernels: as `VQJAX_KERNELS`.
+      limit: GB of decoded weights, or None.
+    """
+
+    kernels: str
+    limit: float | None = None
+
+
+WAYS = {
+    "decoded at load": Way("xla"),
+    "decoded in the step": Way("xla", 0.0),
+    "lookup tables": Way("lut"),
+    "kernels": Way("auto", 0.0),
+}
+
+
+def run(wanted: BenchSampleSettings) -> None:
+    """Measures, prints and writes."""
+    if min(*wanted.batch, wanted.repeat, 1) < 1:
+        raise VqjaxError(f"--batch {wanted.batch}, --repeat {wanted.repeat}: expected 1 or more")
+    model = model_of(wanted)
+    quantized = [leaf for leaf in tree.flatten(model.params).values() if isinstance(leaf, VQTensor)]
+    guidance = model.config.guidance if wanted.guidance is None else wanted.guidance
+    records = []
+    for batch in wanted.batch:
+        records += measure(wanted, model, batch, guidance)
+    found = {
+        "command": command_line("vqjax.bench", wanted, "sample"),
+        "environment": environment.describe(),
+        "model": model.config.name,
+        "quantized_weights": sum(leaf.size for leaf in quantized),
+        "bits_per_weight": 8 * sum(x.nbytes for x in quantized) / sum(x.size for x in quantized),
+        "steps": wanted.steps,
+        "guidance": guidance,
+        "dtype": wanted.dtype,
+        "peak_memory_bytes": peak_memory_bytes(),
+        "records": records,
+    }
+    if wanted.json is not None:
+        native.write_atomically(wanted.json, (json.dumps(found, indent=2) + "\n").encode())
+    show(found)
+
+
+def model_of(wanted: BenchSampleSettings) -> Model:
+    """The quantized model that is asked for.
+
+    Raises:
+      VqjaxError: if it cannot be loaded, or has no quantized weight.
+    """
+    if wanted.source in config_lib.PRESETS:
+        return random_model(config_lib.PRESETS[wanted.source](), wanted.bits, wanted.seed)
+    model = io.load_model(wanted.source)
+    if not any(isinstance(leaf, VQTensor) for leaf in tree.flatten(model.params).values()):
+        raise VqjaxError(f"{wanted.source} has no quantized weight: quantize it first")
+    return model
+
+
+def random_model(config: config_lib.LatentDiffusionConfig, bits: float, seed: int) -> Model:
+    """A folded model of random codes, planned as `quantize` would without looking at it."""
+    dense = models.init_params(config, jax.random.key(seed))
+    flat = tree.flatten(folding.fold(config, dense).params)
+    plan = make_plan(
+        {path: tuple(leaf.shape) for path, leaf in flat.items()}, bits=bits, integer=True
+    )
+    for path, spec in plan.layers.items():
+        flat[path] = random_tensor(flat[path].shape, spec, (seed, zlib.crc32(path.encode())))
+    return Model(config, tree.unflatten(flat))
+
+
+def random_tensor(shape: tuple[int, ...], spec: LayerSpec, seed: tuple[int, ...]) -> VQTensor:
+    """A kernel of random codes into int8 codebooks, of about the size of an untrained one."""
+    rng = np.random.default_rng(seed)
+    outputs, fan_in = grouping.matrix_shape(shape)
+    groups = grouping.groups_per_row(fan_in, spec.group)
+    codes_OJM = rng.integers(0, spec.entries, (outputs, groups, spec.codebooks), np.uint8)
+    most = 127 // spec.codebooks  # sums of entries fit int8, as those of searched codebooks do
+    books_MKG = rng.integers(-most, most + 1, (spec.codebooks, spec.entries, spec.group))
+    size = most * (spec.codebooks / 3) ** 0.5  # standard deviation of a sum
+    return VQTensor.pack(
+        codes_OJM,
+        jnp.asarray(books_MKG, jnp.int8),
+        np.full(outputs, fan_in**-0.5),
+        shape=shape,
+        grouping=spec.grouping,
+        codebook_scale=jnp.float32(1 / size),
+    )
+
+
+def measure(
+    wanted: BenchSampleSettings, model: Model, batch: int, guidance: float
+) -> list[dict[str, Any]]:
+    """One record for each path, the dense one first."""
+    config, dtype = model.config, wanted.dtype
+    rows = batch * (2 if sampling.guided(config, guidance) else 1)
+    index_B = jnp.arange(batch, dtype=jnp.uint32)
+    ids_B = jnp.arange(batch, dtype=jnp.int32) % max(config.null_class, 1)
+    arguments = (ids_B if config.n_classes else None, index_B, jnp.uint32(wanted.seed))
+    dense = Placed(jax.jit(densify, static_argnames="dtype")(model.params, dtype=dtype), {})
+    ready, loading, works = {DENSE: dense}, {DENSE: 0.0}, {}
+
+    def sample(placed: Placed, kernels: str) -> tuple[jax.Array, jax.Array]:
+        run = sampling.Run(wanted.steps, guidance, 0.0, dtype, kernels)
+        with asked(kernels):
+            return sampling.sample_batch(config, placed.params, *arguments, run=run)
+
+    works[DENSE] = functools.partial(sample, dense, "xla")
+    for name, way in ways_here().items():
+        start = time.perf_counter()
+        with dispatch.asking(way.kernels):
+            placed = place(config, model.params, rows=rows, dtype=dtype, limit=way.limit)
+        jax.block_until_ready(placed.params)
+        ready[name], loading[name] = placed, time.perf_counter() - start
+        works[name] = functools.partial(sample, placed, way.kernels)
+    latents = {name: np.asarray(work()[1]) for name, work in works.items()}
+    seconds = medians_in_turn(works, wanted.repeat)
+    return [
+        {
+            "path": name,
+            "batch": batch,
+            "images_per_second": batch / seconds[name],
+            "seconds": seconds[name],
+            "ratio_to_dense": seconds[DENSE] / seconds[name],
+            "weight_bytes": placed.nbytes,
+            "load_seconds": loading[name],
+            "layers": placed.counts(),
+            "latent_error": relative_rms(latents[name], latents[DENSE]),
+        }
+        for name, placed in ready.items()
+    ]
+
+
+def ways_here() -> dict[str, Way]:
+    """The paths that differ on this device: without GPU kernels, `auto` decodes at load."""
+    with dispatch.asking("auto"):
+        kernels = not dispatch.only_xla()
+    return {name: way for name, way in WAYS.items() if kernels or way.kernels != "auto"}
+
+
+@contextlib.contextmanager
+def asked(kernels: str) -> Iterator[None]:
+    """A path, at the precision of products that `sampling.generate` has."""
+    with dispatch.asking(kernels), jax.default_matmul_precision("highest"):
+        yield
+
+
+def relative_rms(found: np.ndarray, expected: np.ndarray) -> float:
+    """RMS of the difference over that of the expected array."""
+    return float(np.sqrt(np.mean((found - expected) ** 2) / np.mean(expected**2)))
+
+
+def show(found: Mapping[str, Any]) -> None:
+    """Prints one row for each batch size and path."""
+    title = (
+        f"Sampling {found['model']}, {found['bits_per_weight']:.2f} bits per quantized weight, "
+        f"{found['steps']} steps, {found['dtype']}, on {found['environment']['device']}"
+    )
+    table = Table(title=title, title_justify="left")
+    left = ("path", "layers")
+    for name in ("batch", "path", "images/s", "x dense", "U-Net MB", "load s", "error", "layers"):
+        table.add_column(name, justify="left" if name in left else "right")
+    for record in found["records"]:
+        if record["path"] == DENSE:
+            table.add_section()
+        table.add_row(
+            str(record["batch"]),
+            record["path"],
+            f"{record['images_per_second']:.3g}",
+            f"{record['ratio_to_dense']:.2f}",
+            f"{record['weight_bytes'] / 1e6:,.2f}",
+            f"{record['load_seconds']:.2f}",
+            f"{record['latent_error']:.1g}",
+            ", ".join(f"{count} {path}" for path, count in record["layers"].items()),
+        )
+    console = tables.wide_console()
+    console.print(table)
+    console.print(
+        "images/s and x dense: medians of rounds in which all paths ran in turn; U-Net MB: its "
+        "weights in memory;\nload s: decoding at load, its compilation included; error: RMS of "
+        "latents to dense ones, relative",
+        style="dim",
+    )

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the weights of a quantized model stand in memory while it samples.
+
+Where a kernel multiplies by packed codes, a weight stays packed. Elsewhere it is decoded once, at
+load, as far as a limit allows; what is left is decoded in every step of the sampler.
+"""
+
+import functools
+import logging
+import math
+from collections import Counter
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from vqjax import models
+from vqjax.config import LatentDiffusionConfig
+from vqjax.core import tree
+from vqjax.core.tensor import VQTensor
+from vqjax.errors import VqjaxError
+from vqjax.kernels import device, dispatch
+from vqjax.kernels.problem import FLOATS
+from vqjax.models import packed as packed_layers
+
+LOADED = "decoded at load"
+"""Path of a weight that `place` decodes; "xla" decodes in every step."""
+
+_log = logging.getLogger("vqjax.sampling")
+
+
+class Placed(NamedTuple):
+    """A model's weights, ready to sample.
+
+    Attributes:
+      params: the tree, `VQTensor` leaves where weights stay packed.
+      paths: of every quantized weight by its path in the tree: `LOADED`, "xla", "pallas" or "lut".
+    """
+
+    params: models.Params
+    paths: dict[str, str]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the U-Net's leaves in memory."""
+        return sum(leaf.nbytes for leaf in tree.flatten({"unet": self.params["unet"]}).values())
+
+    def counts(self) -> dict[str, int]:
+        """Number of quantized weights by path."""
+        return dict(Counter(self.paths.values()))
+
+
+def place(
+    config: LatentDiffusionConfig,
+    params: models.Params,
+    *,
+    rows: int,
+    dtype: str = "float32",
+    limit: float | None = None,
+) -> Placed:
+    """Decodes the weights that no kernel reads as they are stored.
+
+    Args:
+      rows: latents that the U-Net sees at a time, both branches of guidance counted.
+      dtype: "float32", "bfloat16" or "float16": of the U-Net's computation and decoded weights.
+      limit: most GB (10^9 bytes) of decoded weights, or None. Weights that do not fit stay packed,
+        which is logged. The largest are decoded first: a step saves time in proportion to what is
+        decoded, and the buffer in which it decodes the others is as large as the largest of them.
+
+    Raises:
+      VqjaxError: if the limit or the dtype makes no sense, or if `VQJAX_KERNELS` names a path that
+        cannot run a layer.
+    """
+    if limit is not None and not limit >= 0:
+        raise VqjaxError(f"weight memory of {limit} GB: expected 0 or more")
+    if dtype not in FLOATS:
+        raise VqjaxError(f"dtype {dtype!r}: expected one of {', '.join(FLOATS)}")
+    flat = tree.flatten(params)
+    packed = {path: leaf for path, leaf in flat.items() if isinstance(leaf, VQTensor)}
+    paths = dict.fromkeys(packed, "xla") | kernel_paths(config, params, rows=rows, dtype=dtype)
+    types = {path: _dtype(path, dtype) for path in packed}
+    room = math.inf if limit is None else limit * 1e9
+    waiting = [path for path in packed if paths[path] == "xla"]
+    for path in sorted(waiting, key=lambda path: -packed[path].size):
+        size = packed[path].size * jnp.dtype(types[path]).itemsize
+        if size <= room:
+            room -= size
+            paths[path] = LOADED
+    _say_what_stays(packed, [path for path in waiting if paths[path] == "xla"], limit)
+    chosen = {path: packed[path] for path in packed if paths[path] == LOADED}
+    for path, leaf in _decode(chosen, tuple(types[path] for path in chosen)).items():
+        flat[path] = leaf
+    return Placed(jax.tree.map(jnp.asarray, tree.unflatten(flat)), paths)
+
+
+def kernel_paths(
+    config: LatentDiffusionConfig, params: models.Params, *, rows: int, dtype: str
+) -> dict[str, str]:
+    """Returns what the dispatcher chooses for every packed weight of the U-Net, by its path.
+
+    Nothing where it gives everything to XLA: then the network need not be traced.
+    """
+    if dispatch.only_xla():
+        return {}
+    leaves, structure = jax.tree.flatten(params)
+    shapes = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
+    asked = dispatch.wanted(), device.current()
+    return dict(_traced_paths(config, structure, shapes, rows, dtype, asked))
+
+
+@functools.lru_cache(maxsize=32)
+def _traced_paths(
+    config: LatentDiffusionConfig,
+    structure: Any,
+    shapes: tuple[jax.ShapeDtypeStruct, ...],
+    rows: int,
+    dtype: str,
+    asked: tuple[str, device.Device],
+) -> dict[str, str]:
+    """Kept, since tracing a large network takes seconds, and every call of `sample` asks."""
+    del asked  # by the dispatcher, which knows
+    found: dict[str, str] = {}
+
+    def predict(params: models.Params, x_BHWC: jax.Array, t_B: jax.Array, ids_B: jax.Array) -> Any:
+        flat = tree.flatten(params)
+
+        def look(path: str, x: jax.Array, window: dict[str, Any]) -> None:
+            if isinstance(flat[path], VQTensor):
+                found[path] = packed_layers.choice(x, flat[path], **window).path
+
+        context = models.embed_classes(config, params, ids_B)
+        return models.capture_inputs(config, params, x_BHWC, t_B, context, look)[0]
+
+    x_BHWC = jax.ShapeDtypeStruct((rows, *config.latent_shape), dtype)
+    t_B = ids_B = jax.ShapeDtypeStruct((rows,), jnp.int32)
+    jax.eval_shape(predict, structure.unflatten(shapes), x_BHWC, t_B, ids_B)
+    return found
+
+
+def _dtype(path: str, dtype: str) -> str:
+    """The first stage computes in float32, whatever the U-Net does."""
+    return dtype if path.startswith("unet/") else "float32"
+
+
+@functools.partial(jax.jit, static_argnames="dtypes")
+def _decode(tensors: dict[str, VQTensor], dtypes: tuple[str, ...]) -> dict[str, jax.Array]:
+    """All at once: they have many shapes."""
+    return {path: tensors[path].decode(dtype) for path, dtype in zip(sorted(tensors), dtypes)}
+
+
+def _say_what_stays(packed: dict[str, VQTensor], stays: list[str], limit: float | None) -> None:
+    if not stays:
+        return
+    share = sum(packed[path].size for path in stays) / sum(leaf.size for leaf in packed.values())
+    _log.warning(
+        "%d of %d quantized weights (%.0f %% of their numbers) stay packed and are decoded in "
+        "every step: decoded, they exceed the limit of %g GB",
+        len(stays),
+        len(packed),
+        100 * share,
+        limit,
+    )
