@@ -216,6 +216,7 @@ def test_a_quantization_and_its_evaluation_make_one_record(tmp_path):
         "source": "small.safetensors",
         "bits": 1.2,
         "samples": 4,
+        "tune_steps": 0,
         "calibration": {"images": 2, "steps": 3, "batch": 2},
     }
     run = {"name": "small", "quantize": wanted, "evaluate": {"count": 4, "steps": 2, "batch": 2}}

@@ -159,11 +159,9 @@ def _pupil(
         optimizer = tuning.weights_optimizer(steps, rate, VARIANTS[cell.method])
         return student, optimizer, lambda state: {"moved": pv.moved_fraction(state)}
     flat = tree.flatten(start.job.model.params)
-    bits = start.job.scalar_bits
     weights = tree.flatten(student.weights)
     for path, layer in start.scalar.items():
-        eight = start.job.plan[path].kind == "first_last"
-        weights[path] = scalar.ScalarWeight.of(layer.kernel, 8 if eight else bits)
+        weights[path] = scalar.ScalarWeight.of(layer.kernel, start.job.scalar_bits_of(path))
     for path, leaf in weights.items():  # corrected biases belong to our kernels
         if path.endswith("/bias"):
             weights[path] = jnp.asarray(flat[path], leaf.dtype)

@@ -100,6 +100,10 @@ class Job:
         """Whole bits of the scalar baseline: the budget, rounded up in its favour."""
         return min(max(math.ceil(self.bits), 1), 8)
 
+    def scalar_bits_of(self, path: str) -> int:
+        """Bits of one layer of the scalar baseline: 8 where ours has single weights, too."""
+        return 8 if self.plan[path].grouping == "scalar" else self.scalar_bits
+
 
 class Layers(NamedTuple):
     """What was made of the layers, by path.
@@ -522,7 +526,7 @@ def _baseline(job, journal, moments, part) -> dict[str, ScalarLayer]:
         found = journal.load(piece(path))
         if found is not None:
             return ScalarLayer(kernel=found[0]["kernel"], **found[1])
-        bits = 8 if job.plan[path].grouping == "scalar" else job.scalar_bits
+        bits = job.scalar_bits_of(path)
         layer = scalar_baseline(flat[path], jax.numpy.asarray(moment.second_NN), bits)
         notes = {name: value for name, value in layer._asdict().items() if name != "kernel"}
         journal.store(piece(path), {"kernel": np.asarray(layer.kernel)}, notes)
