@@ -42,7 +42,7 @@ CACHE_BYTES = 64 * 2**20
 MOST_COPIES, MOST_OPERATIONS = 16, 2e9
 """... unless these limits are met: a layer of much arithmetic does not wait for its weights."""
 
-Run = Callable[[Operands], jax.Array]
+Program = Callable[[], list[jax.Array]]
 
 _log = logging.getLogger("vqjax.bench")
 
@@ -128,7 +128,7 @@ def measure(case: Case, wanted: BenchKernelsSettings) -> dict[str, Any]:
             "packed": repeated(case, case.packed, case.operands),
         }
         error = relative_rms(
-            *(np.asarray(works[name](), np.float64) for name in ("packed", "dense"))
+            *(np.asarray(works[name]()[-1], np.float64) for name in ("packed", "dense"))
         )
         seconds = medians_in_turn(works, wanted.repeat)
     count = copies(case)
@@ -176,7 +176,7 @@ def copies(case: Case) -> int:
     return max(1, min(past_cache, MOST_COPIES, int(MOST_OPERATIONS / operations)))
 
 
-def repeated(case: Case, run: Callable[[Any], jax.Array], operands: Any) -> Callable[[], jax.Array]:
+def repeated(case: Case, run: Callable[[Any], jax.Array], operands: Any) -> Program:
     """A program that runs an operation with weights of several places in memory, in turn."""
     x, *weights = operands
     several = [jax.tree.map(jnp.copy, weights) for _ in range(copies(case))]
@@ -184,14 +184,13 @@ def repeated(case: Case, run: Callable[[Any], jax.Array], operands: Any) -> Call
     make = kind._make if hasattr(kind, "_make") else kind
 
     @jax.jit
-    def program(x: jax.Array, several: list[Any]) -> jax.Array:
-        y = None
+    def program(x: jax.Array, several: list[Any]) -> list[jax.Array]:
+        ys: list[jax.Array] = []
         for weights in several:
-            # Each waits for the one before: they shall not run side by side.
-            x, y = jax.lax.optimization_barrier((x, y))
-            y = run(make([x, *weights]))
-        assert y is not None  # there is at least one copy
-        return y
+            if ys:  # each waits for the one before, and none is left out: all are returned
+                x, ys[-1] = jax.lax.optimization_barrier((x, ys[-1]))
+            ys.append(run(make([x, *weights])))
+        return ys
 
     return functools.partial(program, x, several)
 
@@ -214,7 +213,7 @@ def tune(wanted: BenchKernelsSettings) -> None:
 
 def best(case: Case, repeat: int) -> tuned.Entry:
     """The path and schedule of least median time; schedules that do not compile are passed over."""
-    works: dict[tuned.Entry, Callable[[], jax.Array]] = {}
+    works: dict[tuned.Entry, Program] = {}
     with asked("xla"):
         works["xla", None] = repeated(case, case.packed, case.operands)
         for schedule in candidates(case.problem):
