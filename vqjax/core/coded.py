@@ -130,11 +130,11 @@ class CodedWeight:
         name = str(tensor.codebooks.dtype)
         if name not in bits:
             raise VqjaxError(f"codebooks in {name}: only {', '.join(bits)} can be trained")
-        codes_OJM, codebooks_MKG, scales_O = _numbers(tensor)
+        codes_OJM, codebooks_MKG = _numbers(tensor)
         return cls(
             codes_OJM=codes_OJM,
             codebooks_MKG=codebooks_MKG,
-            scales_O=scales_O,
+            scales_O=tensor.scales.values(),
             scale_range=tensor.scales.range,
             input_scales=tensor.input_scales,
             codebook_scale=tensor.codebook_scale,
@@ -237,12 +237,12 @@ class CodedWeight:
 
 # Compiled as wholes: operation by operation, every shape of weight would compile each of them.
 @jax.jit
-def _numbers(tensor: VQTensor) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns codes [O, J, M], codebooks [M, K, G] and scales [O] of a tensor."""
+def _numbers(tensor: VQTensor) -> tuple[jax.Array, jax.Array]:
+    """Returns codes [O, J, M] and codebooks [M, K, G] of a tensor."""
     entries = tensor.codebooks.shape[1]
     codes_OJM = tensor.unpack().astype(jnp.uint8 if entries <= 256 else jnp.uint16)
     books_MKG = decode_lib.real_codebooks(tensor.codebooks, tensor.codebook_scale)
-    return codes_OJM, books_MKG, tensor.scales.values()
+    return codes_OJM, books_MKG
 
 
 @jax.jit
