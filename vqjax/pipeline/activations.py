@@ -5,7 +5,7 @@ Dimension key:  B batch   H W latent   C channels   T trajectory steps   L layer
                 F candidate ranges
 
 The trajectories are walked twice: first for the least and the largest number that each layer reads
-at each timestep, then for the squared error of some of the inputs in a few ranges within those
+at each timestep, then for the squared error of all inputs in a few ranges within those
 (`core.activations`). The range of least error, summed over all batches, is kept. Memory beyond the
 model's own is a few numbers per layer, timestep and candidate.
 """
@@ -20,9 +20,6 @@ from vqjax.core.activations import Activations, candidate_ranges, layer_bits, sq
 from vqjax.core.model import Model
 from vqjax.errors import gathered
 from vqjax.pipeline import calibrate
-
-THINNING = 4
-"""One of so many images decides between ranges: the candidates cost more than the model itself."""
 
 
 def calls(visited: Sequence[tuple]) -> int:
@@ -66,7 +63,6 @@ def observe(
         def reduce(path, x, window):
             del window
             layer = paths.index(path)
-            x = x[::THINNING]
             return squared_errors(x, step_FL[:, layer], zero_FL[:, layer], layers_bits[layer])
 
         found = calibrate.capture_branches(config, params, x_BHWC, t, ids_B, reduce)
