@@ -70,8 +70,8 @@ def v_step(
     rows, groups, books = weight.codes_OJM.shape
     group = weight.codebooks_MKG.shape[-1]
     codes_XM = weight.codes_OJM.reshape(-1, books)
-    books_MKG, scales_O = weight.rounded_codebooks(), weight.rounded_scales()
-    present_OJG = weight.vectors()
+    weight = weight.rounded()
+    books_MKG, scales_O, present_OJG = weight.codebooks_MKG, weight.scales_O, weight.vectors()
     present_XG = present_OJG.reshape(-1, group)
 
     error_OJ = jnp.sum((target_OJG - present_OJG) ** 2, axis=-1)

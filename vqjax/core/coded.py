@@ -35,7 +35,8 @@ def integer_codebooks(
     """Rounds codebooks to int8 so that the sum of every vector in use fits into int8, too.
 
     Each of M roundings moves a sum by up to half a step, so the largest sum in use takes
-    127 - M/2 steps, the largest entry at most 127. Rows count with their padding.
+    127 - M/2 steps; nor may an entry in use exceed 127 of them, or cutting it off would move its
+    sums. Entries that no vector uses are cut off. The last vector of a row counts with its padding.
 
     Args:
       books_MKG: float.
@@ -47,23 +48,24 @@ def integer_codebooks(
       books_MKG: int8, within -127 ... 127.
       step: scalar of the type of the codebooks; an entry is its integer times the step.
     """
-    books = books_MKG.shape[0]
+    books, entries, _ = books_MKG.shape
     room = LARGEST - books / 2
-    largest_entry = _largest(books_MKG)
-    largest_sum = _largest(decode_lib.sum_entries(codes_OJM.astype(jnp.int32), books_MKG))
-
-    def rounded(step: jax.Array) -> jax.Array:
-        return jnp.clip(jnp.round(books_MKG / step), -LARGEST, LARGEST)
+    codes_OJM = codes_OJM.astype(jnp.int32)
+    used_MKG = jnp.where(_used(codes_OJM, entries)[..., None], books_MKG, 0.0)
+    largest_entry = _largest(used_MKG)
+    largest_sum = _largest(decode_lib.sum_entries(codes_OJM, books_MKG))
 
     def stored(step: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return rounded(step).astype(jnp.int8), step
+        return _whole(books_MKG / step).astype(jnp.int8), step
 
-    due = jnp.maximum(jnp.maximum(largest_sum / room, largest_entry / LARGEST), _TINY)
+    # Products, not quotients: compiled or not, they have the same last bit.
+    due = jnp.maximum(largest_sum * (1 / room), largest_entry * (1 / LARGEST))
+    due = jnp.maximum(due, _TINY)
     if step is None:
         return stored(due)
     given = step.astype(books_MKG.dtype)
     # How far the roundings of one vector can move its sum: not at all where nothing is rounded.
-    moves_MKG = jnp.abs(jnp.clip(books_MKG / given, -LARGEST, LARGEST) - rounded(given))
+    moves_MKG = jnp.abs(jnp.clip(used_MKG / given, -LARGEST, LARGEST) - _whole(used_MKG / given))
     moved = jnp.sum(jnp.max(moves_MKG, axis=(1, 2)))
     keep = largest_sum / given + moved < LARGEST + 0.5
     keep &= largest_entry <= (LARGEST + 0.49) * given
@@ -71,6 +73,17 @@ def integer_codebooks(
     keep &= given <= due * room / (room - books / 2 - 0.1)
     # Not `where`: XLA would round each entry anew for every vector that uses it.
     return jax.lax.cond(keep, lambda: stored(given), lambda: stored(due))
+
+
+def _used(codes_OJM: jax.Array, entries: int) -> jax.Array:
+    """Returns which entries any vector uses, bool [M, K]."""
+    books = codes_OJM.shape[-1]
+    book_11M = jnp.arange(books, dtype=jnp.int32).reshape(1, 1, books)
+    return jnp.zeros((books, entries), bool).at[book_11M, codes_OJM].set(True)
+
+
+def _whole(steps: jax.Array) -> jax.Array:
+    return jnp.clip(jnp.round(steps), -LARGEST, LARGEST)
 
 
 def _largest(values: jax.Array) -> jax.Array:
@@ -210,6 +223,16 @@ class CodedWeight:
             return self.scales_O
         codes_O = scales_lib.nearest_codes(self.scales_O, self.scale_range)
         return _straight_through(self.scales_O, scales_lib.sizes(codes_O, self.scale_range))
+
+    def rounded(self) -> "CodedWeight":
+        """Returns the weight as it will be stored, with nothing left to round."""
+        return dataclasses.replace(
+            self,
+            codebooks_MKG=self.rounded_codebooks(),
+            scales_O=self.rounded_scales(),
+            codebook_bits=None,
+            scale_range=None,
+        )
 
     def sums(self) -> jax.Array:
         """Returns the sums of the chosen entries, float [O, J, G], 0 where a row is padded."""
