@@ -101,6 +101,11 @@ class LatentDiffusionConfig:
         return side, side, self.unet.in_channels
 
     @property
+    def small(self) -> bool:
+        """Whether a CPU samples and trains the model in minutes: pictures of 64 pixels or less."""
+        return self.first_stage.resolution <= 64
+
+    @property
     def null_class(self) -> int:
         """Class id of the unconditional branch."""
         return self.n_classes - 1

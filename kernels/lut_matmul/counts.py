@@ -1,24 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When lookup tables take fewer operations than the dense product.
-
-`core.flops` counts the same for plans, before there are arrays.
-"""
+"""Operations of the dense product and of lookup tables, and when tables take fewer."""
 
 from vqjax.kernels.problem import Problem
 
 
+def dense(rows: int, fan_in: int, outputs: int) -> int:
+    """Returns 2 N O P, see `lut_matmul.ref`."""
+    return 2 * fan_in * outputs * rows
+
+
+def lookup(rows: int, groups: int, group: int, books: int, entries: int, outputs: int) -> int:
+    """Returns 2 (J G) M K P for the tables and M J O P for the sums, see `lut_matmul.ref`."""
+    return rows * groups * books * (2 * group * entries + outputs)
+
+
 def operations(problem: Problem) -> tuple[int, int]:
-    """Returns the operations of the dense product and of lookup tables; see `lut_matmul.ref`."""
-    dense = 2 * problem.fan_in * problem.outputs * problem.rows
-    vectors = problem.groups * problem.books * problem.rows
-    return dense, vectors * (2 * problem.group * problem.entries + problem.outputs)
+    """Returns both for the sizes of a problem."""
+    sizes = problem.groups, problem.group, problem.books, problem.entries, problem.outputs
+    products = dense(problem.rows, problem.fan_in, problem.outputs)
+    return products, lookup(problem.rows, *sizes)
 
 
 def refusal(problem: Problem) -> str | None:
     """Returns why lookup tables save nothing in a problem, or None where they do."""
     if problem.group == 1:
         return "vectors of one weight, whose tables hold what the dense product multiplies"
-    dense, lookup = operations(problem)
-    if lookup < dense:
+    products, tables = operations(problem)
+    if tables < products:
         return None
-    return f"lookup tables take {lookup / dense:.2f} times the operations of the dense product"
+    return f"lookup tables take {tables / products:.2f} times the operations of the dense product"

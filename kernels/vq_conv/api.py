@@ -6,7 +6,6 @@ Dimension key:  B batch   H W image   I inputs   O outputs   M codebooks   K ent
 """
 
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -96,9 +95,7 @@ def choice(operands: Operands, window: Window) -> dispatch.Choice:
     Their shapes and types are enough.
     """
     if window == POINT:
-        x = operands.x
-        rows = jax.ShapeDtypeStruct((math.prod(x.shape[:-1]), x.shape[-1]), x.dtype)
-        return matmul.choice(operands._replace(x=rows))
+        return matmul.choice(operands)
     problem = problem_of(operands, window)
     return dispatch.decide(problem, _ways(problem, window))
 

@@ -5,6 +5,8 @@ Dimension key:  I inputs   O outputs   M codebooks   K entries   G weights of a 
                 a row of codes
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -69,8 +71,10 @@ def problem_of(operands: Operands) -> Problem:
 
 
 def choice(operands: Operands) -> dispatch.Choice:
-    """Returns how operands whose x is [B, I] would run; their shapes and types are enough."""
-    problem = problem_of(operands)
+    """Returns how operands whose x is [..., I] would run; their shapes and types are enough."""
+    x = operands.x
+    x_BI = jax.ShapeDtypeStruct((math.prod(x.shape[:-1]), x.shape[-1]), x.dtype)
+    problem = problem_of(operands._replace(x=x_BI))
     return dispatch.decide(problem, _ways(problem))
 
 

@@ -167,6 +167,17 @@ def test_an_interrupted_tuning_ends_with_the_same_bits(whole, tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
+def test_new_trajectories_are_announced_once_each(tmp_path):
+    seen = []
+
+    def on_restart(state):
+        seen.append(int(state.count))
+        return pv.invalidate_all(state)
+
+    taught(tmp_path, variant=pv.CODEBOOKS_ONLY, on_restart=on_restart)
+    assert seen == [lessons(RECIPE).steps_per_round]  # six steps, four in a round
+
+
 def test_a_loss_that_grows_stops_with_advice(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "WINDOW", 2)
     monkeypatch.setattr(distill, "_MOST", 1e-9)

@@ -135,7 +135,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """One record for each path, the dense one first."""
     config, dtype = model.config, wanted.dtype
-    rows = batch * (2 if sampling.guided(config, guidance) else 1)
+    rows = sampling.rows(config, batch, guidance)
     index_B = jnp.arange(batch, dtype=jnp.uint32)
     ids_B = jnp.arange(batch, dtype=jnp.int32) % max(config.null_class, 1)
     arguments = (ids_B if config.n_classes else None, index_B, jnp.uint32(wanted.seed))

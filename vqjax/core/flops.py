@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from vqjax.core.grouping import groups_per_row, matrix_shape
 from vqjax.core.plan import LayerSpec
+from vqjax.kernels.lut_matmul import counts
 
 
 class Flops(NamedTuple):
@@ -40,13 +41,12 @@ def layer_flops(shape: tuple[int, ...], spec: LayerSpec, positions: int) -> Flop
       where that is less.
     """
     outputs, fan_in = matrix_shape(shape)
-    dense = 2 * fan_in * outputs * positions
+    dense = counts.dense(positions, fan_in, outputs)
     if spec.grouping == "scalar":
         return Flops(dense, dense)
     groups = groups_per_row(fan_in, spec.group)
-    tables = 2 * groups * spec.group * spec.codebooks * spec.entries * positions
-    sums = spec.codebooks * groups * outputs * positions
-    return Flops(dense, min(dense, tables + sums))
+    sizes = groups, spec.group, spec.codebooks, spec.entries, outputs
+    return Flops(dense, min(dense, counts.lookup(positions, *sizes)))
 
 
 def total(layers: list[Flops]) -> Flops:

@@ -4,8 +4,6 @@
 Dimension key:  B batch   H W image   I features in   O features out
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 
@@ -52,8 +50,7 @@ def choice(
     """
     operands = _operands(x, kernel, None)
     if kernel.ndim == 2:
-        rows = jax.ShapeDtypeStruct((math.prod(x.shape[:-1]), x.shape[-1]), x.dtype)
-        return matmul.choice(operands._replace(x=rows))
+        return matmul.choice(operands)
     return conv.choice(operands, Window(window, (stride, stride), (padding, padding)))
 
 

@@ -73,8 +73,11 @@ class _Sums(NamedTuple):
 
 
 def trace_layers(config: LatentDiffusionConfig, params: models.Params) -> dict[str, LayerInput]:
-    """What each layer of the U-Net sees for one image; nothing is computed."""
-    context = models.embed_classes(config, params, jnp.zeros((1,), jnp.int32))
+    """What each layer of the U-Net sees for one image; nothing is computed.
+
+    Args:
+      params: arrays or their shapes.
+    """
     sizes: dict[str, LayerInput] = {}
 
     def measure(path: str, x: jax.Array, window: dict[str, Any]) -> None:
@@ -82,11 +85,12 @@ def trace_layers(config: LatentDiffusionConfig, params: models.Params) -> dict[s
         positions = int(np.prod(rows.shape[:-1]))
         sizes[path] = LayerInput(rows.shape[-1], positions, window.get("window", 1))
 
-    def run(x, t):
+    def run(params, x, t):
+        context = models.embed_classes(config, params, jnp.zeros((1,), jnp.int32))
         return models.capture_inputs(config, params, x, t, context, measure)[0]
 
     x_BHWC = jax.ShapeDtypeStruct((1, *config.latent_shape), jnp.float32)
-    jax.eval_shape(run, x_BHWC, jax.ShapeDtypeStruct((1,), jnp.int32))
+    jax.eval_shape(run, params, x_BHWC, jax.ShapeDtypeStruct((1,), jnp.int32))
     return sizes
 
 

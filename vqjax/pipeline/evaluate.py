@@ -26,7 +26,7 @@ from vqjax.pipeline.sources import Source
 from vqjax.sampling import png
 
 EMBEDDED_COUNT = 10_000
-_SMALL_SIDE, _SMALL_BATCH, _LARGE_BATCH = 64, 100, 16
+_SMALL_BATCH, _LARGE_BATCH = 100, 16
 _SHOWN, _COLUMNS = 40, 10  # pictures of each side in the report
 _SHOWN_SIDE = 96  # pixels: smaller pictures are shown enlarged
 
@@ -245,8 +245,7 @@ def _batch(wanted: settings.EvaluateSettings, opened: dict[str, Source]) -> int:
     if wanted.batch is not None:
         return wanted.batch
     models = [source.model for source in opened.values() if source.model is not None]
-    largest = max((model.config.first_stage.resolution for model in models), default=0)
-    return _SMALL_BATCH if largest <= _SMALL_SIDE else _LARGE_BATCH
+    return _SMALL_BATCH if all(model.config.small for model in models) else _LARGE_BATCH
 
 
 def _protocol(

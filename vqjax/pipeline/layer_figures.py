@@ -87,8 +87,7 @@ def held_out_settings(config: LatentDiffusionConfig, calibration: Calibration) -
 
     A U-Net call of a large model takes seconds, and a mean over few images tells errors apart.
     """
-    small = config.first_stage.resolution <= 64
-    images = min(calibration.images, SMALL_MODEL_IMAGES if small else LARGE_MODEL_IMAGES)
+    images = min(calibration.images, SMALL_MODEL_IMAGES if config.small else LARGE_MODEL_IMAGES)
     steps = calibration.steps // 2 + 1  # no divisor of the steps: these are mostly other timesteps
     return dataclasses.replace(calibration, images=images, steps=steps, batch=images)
 

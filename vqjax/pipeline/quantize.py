@@ -8,6 +8,7 @@ import pathlib
 import sys
 import time
 import zlib
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -127,7 +128,7 @@ def samples_of(config: config_lib.LatentDiffusionConfig, wanted: settings.Quanti
     """Images per model in the report of a run."""
     if wanted.samples is not None:
         return wanted.samples
-    return SMALL_MODEL_SAMPLES if _small(config) else LARGE_MODEL_SAMPLES
+    return SMALL_MODEL_SAMPLES if config.small else LARGE_MODEL_SAMPLES
 
 
 def tune_steps_of(
@@ -136,12 +137,7 @@ def tune_steps_of(
     """Steps of distillation of a run."""
     if wanted.tune_steps is not None:
         return wanted.tune_steps
-    return SMALL_MODEL_STEPS if _small(config) else 0
-
-
-def _small(config: config_lib.LatentDiffusionConfig) -> bool:
-    """Whether a CPU samples and trains the model in minutes."""
-    return config.first_stage.resolution <= 64
+    return SMALL_MODEL_STEPS if config.small else 0
 
 
 @jax.default_matmul_precision("highest")  # TF32 would cost the third digit of every figure
@@ -152,18 +148,8 @@ def run(wanted: settings.QuantizeSettings) -> Report:
       VqjaxError: for anything the user has to fix, before any work where possible.
     """
     job = prepare(wanted)
-    expected = estimate.estimate(
-        job.model.config,
-        job.shapes,
-        job.plan,
-        job.sizes,
-        wanted.calibration,
-        job.samples,
-        job.folded.weights,
-        job.division,
-        tune_pairs=job.tune_steps * wanted.tuning.batch,
-        ranges=wanted.act_bits < settings.FLOAT_BITS,
-    )
+    known = job.model.config, job.shapes, job.plan, job.sizes
+    expected = expected_of(*known, wanted, job.division, folded=job.folded.weights)
     team = Team.current()
     if team.leads:
         estimate.show(expected, job.plan, job.shapes)
@@ -249,17 +235,64 @@ def prepare(wanted: settings.QuantizeSettings) -> Job:
         if wanted.act_bits < settings.FLOAT_BITS:
             plan.check_integer()
     sizes = calibrate.trace_layers(model.config, model.params)
-    limit = None if wanted.memory is None else wanted.memory * 1e9
-    division = memory.divide(
-        model.config,
+    division = division_of(model.config, shapes, plan, sizes, wanted)
+    return Job(wanted, model, folded, plan, sizes, division)
+
+
+def division_of(
+    config: config_lib.LatentDiffusionConfig,
+    shapes: Mapping[str, tuple[int, ...]],
+    plan: Plan,
+    sizes: Mapping[str, calibrate.LayerInput],
+    wanted: settings.QuantizeSettings,
+) -> memory.Division:
+    """How a run divides its memory.
+
+    Args:
+      shapes: of all parameters, by path.
+      sizes: from `calibrate.trace_layers`.
+
+    Raises:
+      DoesNotFitError: if `wanted.memory` is too little.
+    """
+    return memory.divide(
+        config,
         shapes,
         {path: sizes[path] for path in plan},
         wanted.calibration,
-        limit=limit,
+        limit=None if wanted.memory is None else wanted.memory * 1e9,
         workers=layers.side_by_side(),
-        tuned=wanted.tuning.batch if tune_steps_of(model.config, wanted) else 0,
+        tuned=wanted.tuning.batch if tune_steps_of(config, wanted) else 0,
     )
-    return Job(wanted, model, folded, plan, sizes, division)
+
+
+def expected_of(
+    config: config_lib.LatentDiffusionConfig,
+    shapes: Mapping[str, tuple[int, ...]],
+    plan: Plan,
+    sizes: Mapping[str, calibrate.LayerInput],
+    wanted: settings.QuantizeSettings,
+    division: memory.Division,
+    *,
+    folded: int = 0,
+) -> estimate.Estimate:
+    """What a run takes; arguments as for `division_of`.
+
+    Args:
+      folded: weights that folding removed.
+    """
+    return estimate.estimate(
+        config,
+        shapes,
+        plan,
+        sizes,
+        wanted.calibration,
+        samples_of(config, wanted),
+        folded,
+        division,
+        tune_pairs=tune_steps_of(config, wanted) * wanted.tuning.batch,
+        ranges=wanted.act_bits < settings.FLOAT_BITS,
+    )
 
 
 def _read(path: pathlib.Path) -> str:
@@ -273,8 +306,7 @@ def record_of(job: Job) -> dict[str, Any]:
     """What a run's record starts with; its fingerprint says which pieces belong to the run."""
     arrays, _ = leaves.to_arrays(job.model.params)
     source = leaves.content_hash(job.model.config.to_dict(), arrays)
-    asked = dataclasses.asdict(job.settings)
-    shown = {name: str(v) if isinstance(v, pathlib.Path) else v for name, v in asked.items()}
+    shown = settings.plain(job.settings)
     names = ("calibration", "memory", "seed", "act_bits", "tuning")
     matters: dict[str, Any] = {name: shown[name] for name in names}
     matters["tune_steps"] = job.tune_steps

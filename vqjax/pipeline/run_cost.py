@@ -2,17 +2,16 @@
 """What a run will take on this machine, told before its files are there."""
 
 import dataclasses
-from typing import Any
 
 import jax
 
-from vqjax import models, settings
+from vqjax import models, sampling, settings
 from vqjax.config import PRESETS, LatentDiffusionConfig
 from vqjax.core import folding, tree
 from vqjax.core.flops import layer_flops, total
 from vqjax.core.plan import make_plan
 from vqjax.eval.report import duration, size
-from vqjax.pipeline import calibrate, estimate, evaluate, layers, memory, planning, quantize
+from vqjax.pipeline import calibrate, estimate, evaluate, planning, quantize
 from vqjax.pipeline.run_file import Run
 from vqjax.pipeline.sources import EMBEDDED
 
@@ -59,12 +58,13 @@ def predict(run: Run) -> Cost | None:
     config = PRESETS[name]()
     params = folding.fold(config, models.param_shapes(config)).params
     shapes = {path: tuple(leaf.shape) for path, leaf in tree.flatten(params).items()}
-    sizes = _traced(config, params)
+    sizes = calibrate.trace_layers(config, params)
     budget = planning.budget(run.quantize or settings.QuantizeSettings())
     plan = make_plan(shapes, **budget)
     seconds, peak, disk = {}, 0, 0
     if run.quantize is not None:
-        expected = _quantization(config, shapes, plan, sizes, run.quantize)
+        division = quantize.division_of(config, shapes, plan, sizes, run.quantize)
+        expected = quantize.expected_of(config, shapes, plan, sizes, run.quantize, division)
         seconds["quantize"] = sum(expected.seconds.values())
         peak = sum(expected.memory.values())
     if run.evaluate is not None:
@@ -75,40 +75,14 @@ def predict(run: Run) -> Cost | None:
     return Cost(seconds, peak, disk)
 
 
-def _quantization(config, shapes, plan, sizes, wanted) -> estimate.Estimate:
-    quantized = {path: sizes[path] for path in plan}
-    limit = None if wanted.memory is None else wanted.memory * 1e9
-    steps = quantize.tune_steps_of(config, wanted)
-    division = memory.divide(
-        config,
-        shapes,
-        quantized,
-        wanted.calibration,
-        limit=limit,
-        workers=layers.side_by_side(),
-        tuned=wanted.tuning.batch if steps else 0,
-    )
-    return estimate.estimate(
-        config,
-        shapes,
-        plan,
-        sizes,
-        wanted.calibration,
-        quantize.samples_of(config, wanted),
-        0,
-        division,
-        tune_pairs=steps * wanted.tuning.batch,
-        ranges=wanted.act_bits < settings.FLOAT_BITS,
-    )
-
-
 def _evaluation(
     config: LatentDiffusionConfig, wanted: settings.EvaluateSettings, forward: float, twins: int
 ) -> tuple[dict[str, float], int]:
     """Seconds by stage and bytes on disk."""
     count = twins * (wanted.count or evaluate.default_count(config))
-    guided = config.n_classes and wanted.guidance != 1
-    flops = estimate.picture_flops(config, forward, calls=wanted.steps * (2 if guided else 1))
+    guidance = config.guidance if wanted.guidance is None else wanted.guidance
+    calls = wanted.steps * (2 if sampling.guided(config, guidance) else 1)
+    flops = estimate.picture_flops(config, forward, calls=calls)
     speed = estimate.flops_per_second()
     height, width, channels = config.latent_shape
     disk = count * (3 * config.first_stage.resolution**2 + 4 * height * width * channels)
@@ -118,14 +92,3 @@ def _evaluation(
         seconds["features"] = seen * _INCEPTION_FLOPS / speed / _INCEPTION_SHARE
         disk += seen * _FEATURE_BYTES
     return seconds, disk
-
-
-def _traced(config: LatentDiffusionConfig, params: Any) -> dict[str, calibrate.LayerInput]:
-    sizes: dict[str, calibrate.LayerInput] = {}
-
-    def run(tree_of_params):
-        sizes.update(calibrate.trace_layers(config, tree_of_params))
-        return 0
-
-    jax.eval_shape(run, params)
-    return sizes

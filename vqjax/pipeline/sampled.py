@@ -14,8 +14,8 @@ import numpy as np
 
 from vqjax import progress, sampling
 from vqjax.core.model import Model
-from vqjax.core.tensor import densify
 from vqjax.io.image_shards import Shards
+from vqjax.sampling.weights import place
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,10 +42,12 @@ def sample(
     """
     missing = shards.missing()
     free: queue.SimpleQueue = queue.SimpleQueue()
+    rows = sampling.rows(model.config, shards.shard, protocol.guidance)
     for device in jax.local_devices() if missing else ():
-        # Decoded once for all shards.
-        placed = jax.jit(densify)(jax.device_put(model.params, device))
-        free.put((device, dataclasses.replace(model, params=placed)))
+        # Once for all shards; what stays packed is what kernels read so.
+        with jax.default_device(device):
+            placed = place(model.config, jax.device_put(model.params, device), rows=rows)
+        free.put((device, dataclasses.replace(model, params=placed.params)))
 
     def one(number: int) -> int:
         pictures = shards.pictures_of(number)

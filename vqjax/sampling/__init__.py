@@ -47,6 +47,11 @@ def guided(config: LatentDiffusionConfig, guidance: float) -> bool:
     return bool(config.n_classes) and guidance != 1
 
 
+def rows(config: LatentDiffusionConfig, batch: int, guidance: float) -> int:
+    """Returns how many latents the U-Net sees at a time for a batch of images."""
+    return 2 * batch if guided(config, guidance) else batch
+
+
 def predictor(
     config: LatentDiffusionConfig,
     params: models.Params,
@@ -192,8 +197,8 @@ def generate_with_latents(
     if integer:
         params = _integers(model, weight_memory)
     else:
-        rows = batch_size * (2 if guided(config, guidance) else 1)
-        params = place(config, model.params, rows=rows, dtype=dtype, limit=weight_memory).params
+        seen = rows(config, batch_size, guidance)
+        params = place(config, model.params, rows=seen, dtype=dtype, limit=weight_memory).params
     images, latents = [], []
     for start in range(0, len(classes), batch_size):
         index_B = np.arange(start, start + batch_size)
