@@ -213,9 +213,13 @@ def ablation(rows: Sequence[dict[str, Any]]) -> Picture:
         right.set_ylim(bottom=0.8 * min(row["psnr"] for row in rows))
         for axes in (left, right):
             axes.grid(axis="y", color=ink, alpha=0.13, linewidth=0.6)
-        right.legend(loc="upper right", labelcolor=ink, fontsize=7.5)
+        handles, names = right.get_legend_handles_labels()
+        columns = len(names)
+        figure.legend(
+            handles, names, loc="outside lower center", ncols=columns, labelcolor=ink, fontsize=7.5
+        )
 
-    return _picture(draw, (9.3, 2.9))
+    return _picture(draw, (9.3, 3.1))
 
 
 def _picture(draw: Callable[[Figure, str], None], inches: tuple[float, float]) -> Picture:

@@ -9,7 +9,7 @@ Dimension key:  O outputs   N fan-in
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ import numpy as np
 import optax
 
 from vqjax.core import grouping
+from vqjax.core.rounding import straight_through
 
 
 @functools.partial(
@@ -67,7 +68,7 @@ class ScalarWeight:
     def decode(self) -> jax.Array:
         """The kernel, float32; differentiable straight through the rounding."""
         clipped_ON = jnp.clip(self.levels_ON, 0, 2**self.bits - 1)
-        rounded_ON = clipped_ON + jax.lax.stop_gradient(jnp.round(clipped_ON) - clipped_ON)
+        rounded_ON = straight_through(clipped_ON, jnp.round(clipped_ON))
         step_O1 = jnp.exp2(self.log2_steps_O)[:, None]
         return grouping.from_matrix((rounded_ON + self.offsets_O[:, None]) * step_O1, self.shape)
 
@@ -78,12 +79,6 @@ def _step(row_N: np.ndarray) -> float:
     least = 1e-5 * float(np.max(np.abs(row_N), initial=0.0))
     real = differences[differences > least]
     return float(real.min()) if real.size else 1.0
-
-
-class LsqState(NamedTuple):
-    """Adam's state of the fields and plain leaves."""
-
-    adam: Any
 
 
 def lsq(
@@ -109,18 +104,14 @@ def lsq(
         _labels,
     )
 
-    def init(params):
-        return LsqState(adam.init(params))
-
     @jax.jit
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         if params is None:
             raise ValueError("lsq needs the parameters: update(gradients, state, params)")
         pulled = jax.tree.map(_pull_back, params, updates, is_leaf=_is_scalar)
-        updates, inner = adam.update(pulled, state.adam, params)
-        return updates, LsqState(inner)
+        return adam.update(pulled, state, params)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformation(adam.init, update)
 
 
 def _is_scalar(leaf: Any) -> bool:

@@ -79,4 +79,4 @@ def test_training_lowers_the_error_that_rounding_left():
 
 def test_parameters_are_needed():
     with pytest.raises(ValueError, match="lsq needs the parameters"):
-        scalar.lsq(0.1, 0.1, 0.1).update({}, scalar.LsqState(()))
+        scalar.lsq(0.1, 0.1, 0.1).update({}, ())

@@ -20,24 +20,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vqjax.core.rounding import straight_through
+
 _EIGHT_BIT = re.compile(r"unet/(time_embed/dense\d+|(input_blocks_0|out)/conv)/kernel")
 """First and last convolution and the time embedding read 8 bits at least: EfficientDM's code keeps
 these four there in its models of 4 bits (github.com/ThisisBillhe/EfficientDM)."""
 
 _SHRINK = 0.85 ** np.arange(8, dtype=np.float32)
 """Shares of the least and of the largest value seen that candidate ranges reach to."""
-
-
-@jax.custom_jvp
-def _straight_through(x: jax.Array, value: jax.Array) -> jax.Array:
-    """Returns `value`; derivatives are those of `x`. Exact, unlike x + stop_gradient(value - x)."""
-    del x
-    return value
-
-
-@_straight_through.defjvp
-def _(primals, tangents):
-    return primals[1], tangents[0]
 
 
 @functools.partial(
@@ -84,7 +74,7 @@ class InputRange:
         # Not `clip`, whose derivatives at the ends are halves; and before rounding, since many
         # values inside round to the ends.
         v = jnp.where(v <= low, low, jnp.where(v >= high, high, v))
-        return _straight_through(v, jnp.round(v))
+        return straight_through(v, jnp.round(v))
 
 
 def _per_example(values_B: jax.Array, x: jax.Array) -> jax.Array:
@@ -146,7 +136,7 @@ class Activations:
         ranges = {}
         for index, path in enumerate(self.log2_steps):
             bits, zero_B = self.bits_of(path), zero_LB[index]
-            zero_B = _straight_through(zero_B, _whole(zero_B, bits))
+            zero_B = straight_through(zero_B, _whole(zero_B, bits))
             ranges[path] = InputRange(step_B=step_LB[index], zero_B=zero_B, bits=bits)
         return ranges
 

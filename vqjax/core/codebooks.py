@@ -15,6 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from vqjax.core import draw
 from vqjax.core.encode import dot
 from vqjax.core.sweep import reconstruct
 
@@ -147,7 +148,7 @@ def revive(books_MKG, weights_MK, key: jax.Array) -> jax.Array:
     busiest_M = jnp.argmax(weights_MK, axis=1)
     popular_M1G = jnp.take_along_axis(books_MKG, busiest_M[:, None, None], axis=1)
     spread = 0.3 * jnp.std(books_MKG)
-    moved_MKG = popular_M1G + spread * jax.random.normal(key, books_MKG.shape)
+    moved_MKG = popular_M1G + spread * draw.normal(key, books_MKG.shape)
     return jnp.where(weights_MK[..., None] > 0, books_MKG, moved_MKG)
 
 

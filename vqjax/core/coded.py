@@ -18,6 +18,7 @@ import numpy as np
 
 from vqjax.core import grouping as grouping_lib
 from vqjax.core import scales as scales_lib
+from vqjax.core.rounding import straight_through
 from vqjax.core.scales import LogScales
 from vqjax.core.tensor import VQTensor
 from vqjax.errors import VqjaxError
@@ -215,14 +216,14 @@ class CodedWeight:
         rounded_MKG = decode_lib.real_codebooks(stored, step)
         if self.grouping == "scalar":
             return jax.lax.stop_gradient(rounded_MKG)
-        return _straight_through(self.codebooks_MKG, rounded_MKG)
+        return straight_through(self.codebooks_MKG, rounded_MKG)
 
     def rounded_scales(self) -> jax.Array:
         """Returns the row scales as they will be stored, float [O], straight-through."""
         if self.scale_range is None:
             return self.scales_O
         codes_O = scales_lib.nearest_codes(self.scales_O, self.scale_range)
-        return _straight_through(self.scales_O, scales_lib.sizes(codes_O, self.scale_range))
+        return straight_through(self.scales_O, scales_lib.sizes(codes_O, self.scale_range))
 
     def rounded(self) -> "CodedWeight":
         """Returns the weight as it will be stored, with nothing left to round."""
@@ -271,8 +272,3 @@ def _numbers(tensor: VQTensor) -> tuple[jax.Array, jax.Array]:
 @jax.jit
 def _stored(weight: CodedWeight) -> tuple[jax.Array, jax.Array | None]:
     return weight._stored_codebooks()
-
-
-def _straight_through(values: jax.Array, rounded: jax.Array) -> jax.Array:
-    """Returns `rounded`, exactly, with the gradient of `values`."""
-    return jax.lax.stop_gradient(rounded) + (values - jax.lax.stop_gradient(values))

@@ -9,6 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from vqjax.core import draw
 from vqjax.core.encode import dot, encode, entry_sum
 
 SAMPLE = 2048
@@ -55,7 +56,7 @@ def initial_codebooks(
         error_VG = vectors_VG - entry_sum(codes_VM, fitted_MKG)
         # The error is shared by M codebooks: noise of its size on each would drown them.
         size_G = jnp.std(error_VG, axis=0) / jnp.sqrt(1.0 * books)
-        noise_MKG = jax.random.normal(key, books_MKG.shape) * size_G[None, None]
+        noise_MKG = draw.normal(key, books_MKG.shape) * size_G[None, None]
         return fitted_MKG + temperature * noise_MKG, None
 
     cold = steps - max(2, steps // 10)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from vqjax.core import grouping
+from vqjax.core import draw, grouping
 
 
 class TypicalError(NamedTuple):
@@ -58,7 +58,7 @@ def _draw(w_ON, moment_NN, metric_NN, key):
     size = jnp.trace(metric_NN) / metric_NN.shape[0]
     lower_NN = jnp.linalg.cholesky(metric_NN / size)
     rows_O = jnp.sum(w_ON**2, axis=1, keepdims=True)
-    white_ON = jnp.sqrt(rows_O) * jax.random.normal(key, w_ON.shape, jnp.float32)
+    white_ON = jnp.sqrt(rows_O) * draw.normal(key, w_ON.shape)
     error_ON = jax.scipy.linalg.solve_triangular(lower_NN, white_ON.T, lower=True, trans=1).T
     wanted, found = (jnp.sum((m @ moment_NN) * m) for m in (w_ON, error_ON))
     scale = jnp.where(found > 0, jnp.sqrt(wanted / jnp.where(found > 0, found, 1.0)), 0.0)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vqjax import models, sampling
-from vqjax.core import grouping, tree
+from vqjax.core import draw, grouping, tree
 from vqjax.core import moments as moments_lib
 from vqjax.core.model import Model
 from vqjax.core.moments import Moment
@@ -195,7 +195,7 @@ def _compiled(config, kernels: tuple[str, ...], guidance: float):
             path: jnp.zeros((len(x_BHWC), errors[path].shape[-1]), jnp.float32) for path in kernels
         }
         eps, back = jax.vjp(functools.partial(predict, params, errors, x_BHWC, t, ids_B), none)
-        (slopes,) = back(jax.random.rademacher(key, eps.shape, eps.dtype))
+        (slopes,) = back(draw.signs(key, eps.shape))
         return {path: jnp.sum(slope_BO**2) / eps.size for path, slope_BO in slopes.items()}
 
     return run

@@ -24,6 +24,7 @@ import numpy as np
 
 from vqjax import progress, sampling
 from vqjax.config import LatentDiffusionConfig
+from vqjax.core import draw
 from vqjax.core.model import Model
 from vqjax.pipeline import sensitivity
 from vqjax.pipeline.journal import Journal
@@ -118,7 +119,7 @@ def _squares(
         return ddim.ddim(disturbed, schedule, x_BHWC)[0]
 
     latent, back = jax.vjp(final, jnp.zeros((len(t_T), *x_BHWC.shape), jnp.float32))
-    (slopes_TBHWC,) = back(jax.random.rademacher(key, latent.shape, latent.dtype))
+    (slopes_TBHWC,) = back(draw.signs(key, latent.shape))
     return jnp.sum(slopes_TBHWC**2, axis=(1, 2, 3, 4))
 
 

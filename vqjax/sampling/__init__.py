@@ -15,6 +15,7 @@ import numpy as np
 
 from vqjax import models
 from vqjax.config import LatentDiffusionConfig
+from vqjax.core import draw
 from vqjax.core.integer import integerize
 from vqjax.core.model import Model
 from vqjax.errors import VqjaxError
@@ -37,7 +38,7 @@ def image_noise(
     key = jax.random.fold_in(jax.random.key(seed), step)
 
     def one(index):
-        return jax.random.normal(jax.random.fold_in(key, index), shape, jnp.float32)
+        return draw.normal(jax.random.fold_in(key, index), shape)
 
     return jax.vmap(one)(jnp.asarray(index_B, jnp.uint32))
 
