@@ -190,8 +190,9 @@ def semi_pv(
 
     def init(params: Any) -> Any:
         leaves, treedef = _leaves(params)
+        fixed = _without_schedules(config)
         states = [
-            _weight_state(leaf, config) if _is_coded(leaf) else adam.no_moments(leaf)
+            _weight_state(leaf, fixed) if _is_coded(leaf) else adam.no_moments(leaf)
             for leaf in leaves
         ]
         return PVState(jnp.zeros((), jnp.int32), treedef.unflatten(states), key)
@@ -206,7 +207,7 @@ def semi_pv(
             jnp.asarray(_at(rate, state.count), float) for rate in (config.lr, config.code_lr)
         )
         now = _Now(lr, code_lr, state.count + 1, state.key)
-        fixed = dataclasses.replace(config, lr=0.0, code_lr=0.0)  # schedules share programs
+        fixed = _without_schedules(config)
         triples = list(zip(leaves, grads, owned, strict=True))
         plain = [index for index, leaf in enumerate(leaves) if not _is_coded(leaf)]
         found = dict(zip(plain, _of_plain(fixed, now, [triples[index] for index in plain])))
@@ -266,6 +267,7 @@ def _leaves(params: Any) -> tuple[list[Any], Any]:
     return jax.tree.flatten(params, is_leaf=_is_coded)
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def _weight_state(weight: CodedWeight, config: PVConfig) -> WeightState:
     codebooks = scales = codes = None
     if config.train_codebooks:
@@ -278,6 +280,11 @@ def _weight_state(weight: CodedWeight, config: PVConfig) -> WeightState:
         target = None if config.delta_decay == 1 else start_OJG
         codes = CodeState(target, moments, jnp.zeros((), jnp.float32))
     return WeightState(codebooks, scales, codes)
+
+
+def _without_schedules(config: PVConfig) -> PVConfig:
+    """All schedules share programs."""
+    return dataclasses.replace(config, lr=0.0, code_lr=0.0)
 
 
 def _at(rate: Rate, count: jax.Array) -> jax.Array | float:

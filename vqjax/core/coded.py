@@ -144,11 +144,11 @@ class CodedWeight:
         name = str(tensor.codebooks.dtype)
         if name not in bits:
             raise VqjaxError(f"codebooks in {name}: only {', '.join(bits)} can be trained")
-        codes_OJM, codebooks_MKG = _numbers(tensor)
+        codes_OJM, codebooks_MKG, scales_O = _numbers(tensor)
         return cls(
             codes_OJM=codes_OJM,
             codebooks_MKG=codebooks_MKG,
-            scales_O=tensor.scales.values(),
+            scales_O=scales_O,
             scale_range=tensor.scales.range,
             input_scales=tensor.input_scales,
             codebook_scale=tensor.codebook_scale,
@@ -261,12 +261,12 @@ class CodedWeight:
 
 # Compiled as wholes: operation by operation, every shape of weight would compile each of them.
 @jax.jit
-def _numbers(tensor: VQTensor) -> tuple[jax.Array, jax.Array]:
-    """Returns codes [O, J, M] and codebooks [M, K, G] of a tensor."""
+def _numbers(tensor: VQTensor) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns codes [O, J, M], codebooks [M, K, G] and row scales [O] of a tensor."""
     entries = tensor.codebooks.shape[1]
     codes_OJM = tensor.unpack().astype(jnp.uint8 if entries <= 256 else jnp.uint16)
     books_MKG = decode_lib.real_codebooks(tensor.codebooks, tensor.codebook_scale)
-    return codes_OJM, books_MKG
+    return codes_OJM, books_MKG, tensor.scales.values()
 
 
 @jax.jit

@@ -92,16 +92,23 @@ class LogScales:
 
     def values(self) -> jax.Array:
         """Returns the scales, float32 [S]."""
-        codes_S = decode_lib.unpack(self.codes[None], self.count, LEVELS + 1)[0]
-        return sizes(codes_S, self.range)
+        return _values(self)
 
 
+@jax.jit
+def _values(scales: LogScales) -> jax.Array:
+    codes_S = decode_lib.unpack(scales.codes[None], scales.count, LEVELS + 1)[0]
+    return sizes(codes_S, scales.range)
+
+
+@jax.jit
 def sizes(codes_S: jax.Array, range: jax.Array) -> jax.Array:
     """Returns the scales that integer codes stand for, float32 [S]; see `LogScales`."""
     sizes_S = jnp.exp2(range[0] + (codes_S - 1) * range[1])
     return jnp.where(codes_S == 0, 0.0, sizes_S)
 
 
+@jax.jit
 def nearest_codes(scales_S: jax.Array, range: jax.Array) -> jax.Array:
     """Returns the codes of the sizes whose exponents are nearest, int32 [S]; 0 for scales of 0."""
     logs_S = jnp.log2(jnp.where(scales_S > 0, scales_S, 1.0))

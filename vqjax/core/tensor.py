@@ -144,22 +144,31 @@ class VQTensor:
 
     def decode_matrix(self) -> jax.Array:
         """Returns the matrix view in float32, [O, N]."""
-        _, fan_in = grouping_lib.matrix_shape(self.shape)
-        matrix_ON = decode_lib.decode(
-            self.codes,
-            self.codebooks,
-            self.scales.values(),
-            self.codebook_scale,
-            groups=self.groups,
-        )[:, :fan_in]
-        if self.input_scales is None:
-            return matrix_ON
-        scales_N = jnp.repeat(self.input_scales.values(), fan_in // self.input_scales.count)
-        return matrix_ON * scales_N[None]
+        return _matrix(self)
 
     def decode(self, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
         """Returns the kernel in its own shape. Summed in float32, rounded to `dtype` at the end."""
-        return grouping_lib.from_matrix(self.decode_matrix(), self.shape).astype(dtype)
+        return _kernel(self, jnp.dtype(dtype))
+
+
+# Compiled as wholes: operation by operation, every shape of weight would compile each of them.
+@jax.jit
+def _matrix(tensor: VQTensor) -> jax.Array:
+    _, fan_in = grouping_lib.matrix_shape(tensor.shape)
+    books_MKG = decode_lib.real_codebooks(tensor.codebooks, tensor.codebook_scale)
+    # No products in multiply-adds: the sums are then those of `CodedWeight`.
+    books_MKG, scales_O = jax.lax.optimization_barrier((books_MKG, tensor.scales.values()))
+    matrix_ON = decode_lib.decode(tensor.codes, books_MKG, scales_O, groups=tensor.groups)
+    matrix_ON = matrix_ON[:, :fan_in]
+    if tensor.input_scales is None:
+        return matrix_ON
+    scales_N = jnp.repeat(tensor.input_scales.values(), fan_in // tensor.input_scales.count)
+    return matrix_ON * scales_N[None]
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _kernel(tensor: VQTensor, dtype: jnp.dtype) -> jax.Array:
+    return grouping_lib.from_matrix(_matrix(tensor), tensor.shape).astype(dtype)
 
 
 def densify(params: Mapping[str, Any], dtype: jax.typing.DTypeLike = jnp.float32) -> dict[str, Any]:
