@@ -134,6 +134,18 @@ def sum_entries(codes_OJM: jax.Array, books_MKG: jax.Array) -> jax.Array:
     return total_OJG
 
 
+def decode_integers(packed_OY: jax.Array, codebooks_MKG: jax.Array, *, groups: int) -> jax.Array:
+    """Returns the sums of entries of int8 codebooks, int32 [O, groups * G]; scales are left out.
+
+    Args:
+      packed_OY, codebooks_MKG, groups: as in `decode`.
+    """
+    books, entries, _ = codebooks_MKG.shape
+    rows = packed_OY.shape[0]
+    codes_OJM = unpack(packed_OY, groups * books, entries).reshape(rows, groups, books)
+    return sum_entries(codes_OJM, codebooks_MKG.astype(jnp.int32)).reshape(rows, -1)
+
+
 def decode(
     packed_OY: jax.Array,
     codebooks_MKG: jax.Array,

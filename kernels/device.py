@@ -8,8 +8,9 @@ from typing import Any
 
 import jax
 
-PALLAS_CAPABILITY = (8, 0)
-"""XLA compiles Triton code from here on: it says that of "Ampere GPUs and up"."""
+CAPABILITIES = {"pallas": (8, 0), "triton": (7, 5)}
+"""Least compute capability of a kernel, by path. XLA, which compiles Pallas kernels as Triton code,
+takes "Ampere GPUs and up"; Triton itself goes one generation further back."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,13 +32,14 @@ class Device:
             return self.kind
         return f"{self.kind}, compute capability {self.capability[0]}.{self.capability[1]}"
 
-    def refuses_pallas(self) -> str | None:
-        """Returns why Pallas kernels cannot run here, or None."""
+    def refuses(self, path: str) -> str | None:
+        """Returns why kernels of a path ("pallas" or "triton") cannot run here, or None."""
         if self.capability is None:
             return f"{self} is no CUDA device"
-        if self.capability < PALLAS_CAPABILITY:
-            least = ".".join(map(str, PALLAS_CAPABILITY))
-            return f"{self}, and XLA compiles Triton code from {least} on"
+        if self.capability < CAPABILITIES[path]:
+            least = ".".join(map(str, CAPABILITIES[path]))
+            compiler = {"pallas": "XLA compiles Triton code", "triton": "Triton compiles"}[path]
+            return f"{self}, and {compiler} from {least} on"
         return None
 
 

@@ -3,8 +3,9 @@
 
 A path is a way to run an operation: "pallas", "triton", "lut" (lookup tables), and "xla", which
 always can. `auto` takes what was measured best on this kind of device (`kernels.tuned`), and else
-the first path that can run; lookup tables only run where they are asked for. The choice is made
-when a function is traced: `VQJAX_KERNELS` has to be set before, or `asking` to be entered.
+Pallas where it can run, and else XLA. Triton only runs where it was measured or asked for, lookup
+tables only where they are asked for. The choice is made when a function is traced: `VQJAX_KERNELS`
+has to be set before, or `asking` to be entered.
 """
 
 import contextlib
@@ -14,20 +15,23 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
 from vqjax.errors import VqjaxError
-from vqjax.kernels import pallas_gpu, schedule, tuned
+from vqjax.kernels import pallas_gpu, schedule, triton_gpu, tuned
 from vqjax.kernels.device import Device, current
 from vqjax.kernels.lut_matmul import counts
-from vqjax.kernels.problem import Operands, Problem
+from vqjax.kernels.problem import Problem
 from vqjax.kernels.schedule import Schedule
 
 VARIABLE = "VQJAX_KERNELS"
 WANTED = ("auto", "xla", "pallas", "triton", "lut")
-NO_TRITON = "this release has no jax-triton kernels"
+KERNELS = ("pallas", "triton")
+"""Paths that are kernels for GPUs, in the order of preference."""
+
+UNMEASURED = "it is taken by name, or where it was measured to be fastest"
 
 _log = logging.getLogger("vqjax.kernels")
 _asked: contextvars.ContextVar[str | None] = contextvars.ContextVar("asked", default=None)
@@ -77,8 +81,10 @@ def asking(name: str) -> Iterator[None]:
 
 def only_xla() -> bool:
     """Returns whether every problem would be given to XLA: nothing has to be traced to know."""
-    name = wanted()
-    return name == "xla" or (name == "auto" and current().refuses_pallas() is not None)
+    name, device = wanted(), current()
+    if name == "auto":
+        return device.refuses("pallas") is not None and not tuned.knows(device.kind)
+    return name == "xla"
 
 
 def choose(problem: Problem, refusals: Refusals, device: Device) -> Choice:
@@ -127,42 +133,68 @@ def _log_once(line: str) -> None:
     _log.info(line)
 
 
-class Implementations(NamedTuple):
-    """What there is to run one operation.
+class Kernel(NamedTuple):
+    """One way to run an operation on a GPU.
 
     Attributes:
-      unsupported: why no device can run a problem in Pallas.
-      compile_small: compiles Pallas kernels like those of a problem; raises if they do not compile.
-      pallas: the kernel.
-      lookup: the same by lookup tables.
-      reference: the definition.
+      unsupported: why no device can run a problem; nothing if some can.
+      compile_small: compiles kernels like those of a problem; raises if they do not compile.
+      run: the operation, by a schedule.
     """
 
     unsupported: Callable[[Problem], list[str]]
     compile_small: Callable[[Problem], object]
-    pallas: Callable[[Operands, Schedule], jax.Array]
-    lookup: Callable[[Operands], jax.Array]
-    reference: Callable[[Operands], jax.Array]
+    run: Callable[[Any, Schedule], jax.Array]
+
+
+class Implementations(NamedTuple):
+    """What there is to run one operation.
+
+    Attributes:
+      kernels: by path, all of `KERNELS`.
+      lookup: the same by lookup tables.
+      reference: the definition.
+    """
+
+    kernels: Mapping[str, Kernel]
+    lookup: Callable[[Any], jax.Array]
+    reference: Callable[[Any], jax.Array]
 
 
 def decide(problem: Problem, ways: Implementations) -> Choice:
     """Returns what `run` would do with a problem; a small kernel is compiled where there is one."""
     device = current()
-    refusals = pallas_refusals(ways.unsupported(problem), device)
-    if not refusals and wanted() not in ("xla", "lut"):
-        refusals += _failed_trial(ways.compile_small, problem.kind_of_kernel(), device)
-    return choose(problem, {"pallas": refusals, "triton": [NO_TRITON]}, device)
+    refusals = {path: _refusals(path, ways.kernels[path], problem, device) for path in KERNELS}
+    return choose(problem, refusals, device)
 
 
-def run(problem: Problem, operands: Operands, ways: Implementations) -> jax.Array:
+def _refusals(path: str, kernel: Kernel, problem: Problem, device: Device) -> list[str]:
+    """Every reason where the path was named; else the first, before packages are imported."""
+    name = wanted()
+    if name not in ("auto", path):
+        return [f"{VARIABLE}={name}"]
+    if name == "auto":
+        refused = device.refuses(path)
+        measured = tuned.find(device.kind, problem)
+        if path == "triton" and not (measured and measured[0] == path):
+            refused = refused or UNMEASURED
+        if refused:
+            return [refused]
+    found = refusals_of(path, kernel.unsupported(problem), device)
+    if not found:
+        found += _failed_trial(kernel.compile_small, problem.kind_of_kernel(), device)
+    return found
+
+
+def run(problem: Problem, operands: Any, ways: Implementations) -> jax.Array:
     """Runs an operation on the path that is chosen for it."""
     choice = decide(problem, ways)
     made = choice.schedule
     if made is None:
         return (ways.lookup if choice.path == "lut" else ways.reference)(operands)
 
-    def kernel(operands: Operands) -> jax.Array:
-        return ways.pallas(operands, made)
+    def kernel(operands: Any) -> jax.Array:
+        return ways.kernels[choice.path].run(operands, made)
 
     if wanted() == choice.path:
         return kernel(operands)  # what was asked for by name is not replaced in silence
@@ -170,21 +202,30 @@ def run(problem: Problem, operands: Operands, ways: Implementations) -> jax.Arra
     return jax.lax.platform_dependent(operands, cuda=kernel, default=ways.reference)
 
 
-def pallas_refusals(unsupported: list[str], device: Device) -> list[str]:
-    """Returns every reason against Pallas: of the problem and of the device."""
-    refused = device.refuses_pallas()
+def refusals_of(path: str, unsupported: list[str], device: Device) -> list[str]:
+    """Returns every reason against a kernel: of the problem and of the device."""
+    refused = device.refuses(path)
     return [*unsupported, *([refused] if refused else [])]
 
 
 def overview() -> list[tuple[str, str]]:
     """Returns each path by name, whether it runs on the default device, and what was asked for."""
     device = current()
-    missing = [pallas_gpu.MISSING] if pallas_gpu.MISSING else []
-    refused = "; ".join(pallas_refusals(missing, device))
+    missing = {"pallas": pallas_gpu.MISSING, "triton": triton_gpu.missing()}
+    found = {
+        path: "; ".join(refusals_of(path, [reason] if reason else [], device))
+        for path, reason in missing.items()
+    }
     return [
         ("XLA decode, then multiply", f"yes, on {device}"),
-        ("Pallas kernels", f"no: {refused}" if refused else f"yes, on {device}"),
-        ("Triton kernels", f"no: {NO_TRITON}"),
+        (
+            "Pallas kernels",
+            f"no: {found['pallas']}" if found["pallas"] else f"yes, on {device}",
+        ),
+        (
+            "Triton kernels",
+            f"no: {found['triton']}" if found["triton"] else f"yes, on {device}: {UNMEASURED}",
+        ),
         ("Lookup tables", f"yes, where {VARIABLE}=lut asks for them"),
         (VARIABLE, wanted()),
     ]

@@ -9,15 +9,18 @@ import functools
 
 import jax
 
+from vqjax.kernels import gpu_arrays
 from vqjax.kernels import pallas_gpu as gpu
-from vqjax.kernels.problem import Operands, Problem
+from vqjax.kernels.problem import AnyOperands, Problem
 from vqjax.kernels.schedule import Tiles, power_of_two
 
 
 def decode(
-    operands: Operands, problem: Problem, tiles: Tiles, *, interpret: bool = False
+    operands: AnyOperands, problem: Problem, tiles: Tiles, *, interpret: bool = False
 ) -> jax.Array:
     """Returns the weight matrix [O, N] in the type of x: `decode` of the definition, rounded.
+
+    For integer products these are sums of entries, which are scaled later.
 
     Args:
       tiles: outputs and vectors (depth over the size of a vector) of a program.
@@ -27,7 +30,11 @@ def decode(
     kernel = functools.partial(_kernel, problem=problem, outputs=tiles.outputs, vectors=vectors)
     return gpu.launch(
         kernel,
-        (operands.packed_OY, gpu.flat_books(operands.codebooks_MKG), operands.factors()),
+        (
+            operands.packed_OY,
+            gpu_arrays.flat_books(operands.codebooks_MKG),
+            operands.scaling().factors_O,
+        ),
         grid=grid,
         shape=(problem.outputs, problem.fan_in),
         dtype=operands.x.dtype,
@@ -43,15 +50,16 @@ def _kernel(packed_ref, books_ref, factors_ref, w_ref, *, problem, outputs, vect
     places_P = gpu.indices(0, power_of_two(problem.group))
     codes_M = gpu.read_codes(packed_ref, rows_T, vectors_V, problem)
     w_TVP = gpu.sum_entries(
-        books_ref, [code_TV[:, :, None] for code_TV in codes_M], places_P[None, None]
+        books_ref, [code_TV[:, :, None] for code_TV in codes_M], places_P[None, None], problem
     )
     stored_T = rows_T < problem.outputs
-    factors_T = gpu.load(factors_ref, (rows_T,), stored_T)
+    if not problem.integer:
+        w_TVP = w_TVP * gpu.load(factors_ref, (rows_T,), stored_T)[:, None, None]
     columns_VP = vectors_V[:, None] * problem.group + places_P[None]
     real_VP = (columns_VP < problem.fan_in) & (places_P < problem.group)[None]
     gpu.store(
         w_ref,
         (rows_T[:, None, None], columns_VP[None]),
-        (w_TVP * factors_T[:, None, None]).astype(w_ref.dtype),
+        w_TVP.astype(w_ref.dtype),
         stored_T[:, None, None] & real_VP[None],
     )

@@ -9,7 +9,6 @@ A bare `pallas_call` means another backend in other versions of JAX; compiler pa
 therefore always given.
 
 Dimension key:  O outputs   V vectors of a tile   T outputs of a tile   Y bytes of a row
-                E entries of all codebooks (M * K)   P weights of a vector, up to a power of two
 """
 
 import importlib
@@ -19,8 +18,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vqjax.kernels.problem import FLOATS, Problem
-from vqjax.kernels.schedule import Tiles, power_of_two
+from vqjax.kernels import gpu_arrays
+from vqjax.kernels.problem import FLOATS, INTEGER, Problem, Scaling
+from vqjax.kernels.schedule import Tiles
 
 MISSING: str | None = None
 """Why this JAX has no Pallas Triton backend, or None."""
@@ -33,30 +33,10 @@ try:
 except ImportError as _error:
     MISSING = f"jax {jax.__version__} has no Pallas Triton backend ({_error})"
 
-CODE_BITS = (4, 8, 12)
-_MOST_BOOKS = 8
-_MOST_ELEMENTS = 2**31 - 1  # indices are 32 bits
-
 
 def unsupported(problem: Problem) -> list[str]:
     """Returns why the kernels cannot run a problem on any device; nothing if they can."""
-    found = [MISSING] if MISSING else []
-    bits = problem.code_bits
-    if problem.entries != 1 << bits or bits not in CODE_BITS:
-        found.append(f"K = {problem.entries}, kernels read codes of 4, 8 or 12 bits")
-    if not 1 <= problem.books <= _MOST_BOOKS:
-        found.append(f"M = {problem.books}, kernels add up 1 to {_MOST_BOOKS} codebooks")
-    if problem.dtype not in FLOATS:
-        found.append(f"activations are {problem.dtype}, kernels take {', '.join(FLOATS)}")
-    reach = max(problem.strides[0] * problem.strides[1], 1)
-    largest = max(
-        problem.rows * reach * problem.inputs,
-        problem.rows * problem.outputs,
-        problem.outputs * problem.fan_in,
-    )
-    if largest > _MOST_ELEMENTS:
-        found.append(f"an array of {largest} elements, kernels count with 32 bits")
-    return found
+    return [*([MISSING] if MISSING else []), *gpu_arrays.unsupported(problem, (*FLOATS, INTEGER))]
 
 
 def launch(
@@ -87,6 +67,11 @@ def launch(
     )(*operands)
 
 
+def depth(tiles: Tiles, problem: Problem) -> int:
+    """Returns the length of the inner products: of int8, tensor cores take 32 numbers at least."""
+    return max(tiles.depth, 32) if problem.integer else tiles.depth
+
+
 def indices(first: jax.Array | int, count: int) -> jax.Array:
     """Returns first, first + 1, ... as int32 [count]."""
     return first + jnp.arange(count, dtype=jnp.int32)
@@ -103,7 +88,7 @@ def store(ref: Any, at: tuple[jax.Array, ...], value: jax.Array, mask: jax.Array
 
 
 def product(x_RD: jax.Array, w_TD: jax.Array) -> jax.Array:
-    """Returns x @ w.T in float32, [R, T]. Weights are rounded to the type of x.
+    """Returns x @ w.T in float32, of int8 in int32, [R, T]. Weights take the type of x.
 
     float32 is multiplied as such: ten bits of mantissa (TF32) would be this backend's default.
     """
@@ -113,25 +98,14 @@ def product(x_RD: jax.Array, w_TD: jax.Array) -> jax.Array:
         x_RD,
         w_TD.astype(x_RD.dtype).T,
         precision=precision,
-        preferred_element_type=jnp.float32,
+        preferred_element_type=jnp.int32 if x_RD.dtype == jnp.int8 else jnp.float32,
     )
-
-
-def flat_books(codebooks_MKG: jax.Array) -> jax.Array:
-    """Returns the codebooks below each other with rows of a power of two, [E, P].
-
-    Rows that begin at multiples of their size are read whole; values of a kernel need sizes of a
-    power of two.
-    """
-    books, entries, group = codebooks_MKG.shape
-    books_EG = codebooks_MKG.reshape(books * entries, group)
-    return jnp.pad(books_EG, ((0, 0), (0, power_of_two(group) - group)))
 
 
 def read_codes(
     packed_ref: Any, rows_T: jax.Array, vectors_V: jax.Array, problem: Problem
 ) -> list[jax.Array]:
-    """Returns row numbers of `flat_books`, int32 [T, V] for each codebook.
+    """Returns row numbers of `gpu_arrays.flat_books`, int32 [T, V] for each codebook.
 
     Beyond the last row and vector, codes are 0: a finite weight, which meets an input of 0 or is
     not stored.
@@ -166,16 +140,18 @@ def read_codes(
     return codes_M
 
 
-def sum_entries(books_ref: Any, rows_M: list[jax.Array], columns: jax.Array) -> jax.Array:
-    """Returns the sum of the chosen entries at some places of a vector, float32.
+def sum_entries(
+    books_ref: Any, rows_M: list[jax.Array], columns: jax.Array, problem: Problem
+) -> jax.Array:
+    """Returns the sum of the chosen entries at some places of a vector, in `problem.sums`.
 
     Args:
       rows_M: as `read_codes` gives them, with the axes of the result.
       columns: places, broadcast against them.
     """
-    total = books_ref[rows_M[0], columns].astype(jnp.float32)
+    total = books_ref[rows_M[0], columns].astype(problem.sums)
     for rows in rows_M[1:]:
-        total += books_ref[rows, columns].astype(jnp.float32)
+        total += books_ref[rows, columns].astype(problem.sums)
     return total
 
 
@@ -185,8 +161,7 @@ def finish(
     rows_R: jax.Array,
     outputs_T: jax.Array,
     split: jax.Array,
-    factors_ref: Any,
-    biases_ref: Any,
+    scaling_refs: Scaling,
     problem: Problem,
     tiles: Tiles,
 ) -> None:
@@ -196,25 +171,21 @@ def finish(
 
     Args:
       y_ref: [S * rows, O], the parts of the splits below each other.
+      scaling_refs: of whole arrays.
     """
-    stored_T = outputs_T < problem.outputs
+    stored_T, kept_R = outputs_T < problem.outputs, rows_R < problem.rows
     if tiles.splits == 1:
-        factors_T = load(factors_ref, (outputs_T,), stored_T)
-        biases_T = load(biases_ref, (outputs_T,), stored_T)
-        total_RT = total_RT * factors_T[None] + biases_T[None]
+        loaded = {
+            name: load(ref, (outputs_T,), stored_T)
+            if name.endswith("_O")
+            else load(ref, (rows_R,), kept_R)
+            for name, ref in scaling_refs._asdict().items()
+            if ref is not None
+        }
+        total_RT = Scaling(**loaded).apply(total_RT)
     store(
         y_ref,
         (split * problem.rows + rows_R[:, None], outputs_T[None]),
         total_RT.astype(y_ref.dtype),
-        (rows_R < problem.rows)[:, None] & stored_T[None],
+        kept_R[:, None] & stored_T[None],
     )
-
-
-def add_splits(
-    y: jax.Array, splits: int, factors_O: jax.Array, biases_O: jax.Array, dtype: Any
-) -> jax.Array:
-    """Adds the parts that `finish` stored: in a fixed order, so that runs agree to the bit."""
-    if splits == 1:
-        return y
-    total = jnp.sum(y.reshape(splits, -1, y.shape[-1]), axis=0)
-    return (total * factors_O[None] + biases_O[None]).astype(dtype)

@@ -40,6 +40,11 @@ def find(device_kind: str, problem: Problem) -> Entry | None:
     return _shipped().get((device_kind, problem.op, key(problem)))
 
 
+def knows(device_kind: str) -> bool:
+    """Returns whether anything was measured on a kind of device."""
+    return any(kind == device_kind for kind, _, _ in _shipped())
+
+
 @functools.cache
 def _shipped() -> dict[tuple[str, str, str], Entry]:
     file = importlib.resources.files("vqjax.kernels") / "tiles.json"

@@ -27,7 +27,7 @@ PACKAGES = (
     "tyro",
     "scikit-learn",
 )
-OPTIONAL = ("jax-cuda12-plugin", "jax-cuda13-plugin", "jax-triton", "tensorflow-datasets")
+OPTIONAL = ("jax-cuda12-plugin", "jax-cuda13-plugin", "jax-triton", "triton", "tensorflow-datasets")
 ASSETS = {"embedded model": "digits.safetensors", "evaluation network": "digits_eval.safetensors"}
 
 Row = tuple[str, str]

@@ -303,7 +303,7 @@ class BenchKernelsSettings:
     """Latents that a layer sees; guidance doubles the images of a call."""
     dtype: Dtype = "float32"
     """Of activations."""
-    path: Literal["auto", "xla", "pallas", "lut"] = "auto"
+    path: Literal["auto", "xla", "pallas", "triton", "lut"] = "auto"
     """What multiplies by packed weights; auto is what sampling would take."""
     repeat: int = 5
     """Rounds; medians are shown."""

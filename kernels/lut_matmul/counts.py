@@ -22,7 +22,9 @@ def operations(problem: Problem) -> tuple[int, int]:
 
 
 def refusal(problem: Problem) -> str | None:
-    """Returns why lookup tables save nothing in a problem, or None where they do."""
+    """Returns why a problem is not for lookup tables, or None where they save operations."""
+    if problem.integer:
+        return "lookup tables hold products in floating point, this is one of integers"
     if problem.group == 1:
         return "vectors of one weight, whose tables hold what the dense product multiplies"
     products, tables = operations(problem)

@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 
 from vqjax.errors import VqjaxError
-from vqjax.kernels import dispatch
+from vqjax.kernels import dispatch, triton_gpu
 from vqjax.kernels.lut_matmul import ref as lut
-from vqjax.kernels.problem import Operands, Problem, check
+from vqjax.kernels.problem import AnyOperands, Operands, Problem, check
 from vqjax.kernels.transform import Operation, transformable
 from vqjax.kernels.vq_conv import pallas, ref
-from vqjax.kernels.vq_conv.window import Window
+from vqjax.kernels.vq_conv.window import Window, unread
 from vqjax.kernels.vq_matmul import api as matmul
 
 POINT = Window(1, (1, 1), ((0, 0), (0, 0)))
@@ -69,7 +69,51 @@ def vq_conv(
     return _transformed(shape)(operands)
 
 
-def problem_of(operands: Operands, window: Window) -> Problem:
+def vq_conv_int8(
+    q_BHWI: jax.Array,
+    steps_B: jax.Array,
+    zeros_B: jax.Array,
+    packed_OY: jax.Array,
+    codebooks_MKG: jax.Array,
+    scales_O: jax.Array,
+    codebook_scale: jax.Array,
+    totals_O: jax.Array,
+    bias_O: jax.Array | None = None,
+    *,
+    window: int,
+    strides: tuple[int, int] = (1, 1),
+    padding: str | Sequence[tuple[int, int]] = "SAME",
+) -> jax.Array:
+    """Returns the convolution in integers plus a bias, float32 [B, H', W', O].
+
+    Args:
+      q_BHWI: int8; example b has x = steps[b] (q - zeros[b]), and is padded with what stands for 0.
+      steps_B, zeros_B, packed_OY, codebooks_MKG, scales_O, codebook_scale, totals_O, bias_O: as in
+        `vq_matmul_int8`; columns of the matrix are ordered (input channel, ky, kx).
+      window, strides, padding: as in `vq_conv`.
+
+    Raises:
+      VqjaxError: as `vq_conv`.
+    """
+    arrays = (packed_OY, codebooks_MKG, scales_O, codebook_scale, totals_O, bias_O)
+    shape = Window.of(window, strides, padding, q_BHWI.shape[1:3])
+    if shape == POINT:
+        return matmul.vq_matmul_int8(q_BHWI, steps_B, zeros_B, *arrays)
+    padded_BHWI = ref.pad_levels(q_BHWI, zeros_B, shape.padding)
+    inner = shape._replace(padding=POINT.padding)
+    height, width = inner.outputs(padded_BHWI.shape[1:3])
+    operands = matmul.integer_operands(
+        padded_BHWI,
+        jnp.repeat(steps_B, height * width),
+        jnp.repeat(zeros_B, height * width),
+        *arrays,
+    )
+    problem = problem_of(operands, inner)
+    check(problem, operands)
+    return dispatch.run(problem, operands, integer_ways(problem, inner))
+
+
+def problem_of(operands: AnyOperands, window: Window) -> Problem:
     """Returns the sizes of operands whose x is [B, H, W, I]."""
     books, entries, group = operands.codebooks_MKG.shape
     batch, *image, inputs = operands.x.shape
@@ -97,33 +141,82 @@ def choice(operands: Operands, window: Window) -> dispatch.Choice:
     if window == POINT:
         return matmul.choice(operands)
     problem = problem_of(operands, window)
-    return dispatch.decide(problem, _ways(problem, window))
+    return dispatch.decide(problem, ways(problem, window))
 
 
-def _ways(problem: Problem, window: Window) -> dispatch.Implementations:
+def ways(problem: Problem, window: Window) -> dispatch.Implementations:
+    """Returns what there is to run a problem, paths that cannot run here included."""
     geometry: dict[str, Any] = {
         "window": window.size,
         "strides": window.strides,
         "padding": window.padding,
     }
     return dispatch.Implementations(
-        unsupported=pallas.unsupported,
-        compile_small=pallas.compile_small,
-        pallas=lambda operands, schedule: pallas.vq_conv(operands, problem, schedule, window),
+        kernels={
+            "pallas": dispatch.Kernel(
+                unsupported=pallas.unsupported,
+                compile_small=pallas.compile_small,
+                run=lambda operands, schedule: pallas.vq_conv(operands, problem, schedule, window),
+            ),
+            "triton": dispatch.Kernel(
+                unsupported=_unsupported_triton,
+                compile_small=_compile_small_triton,
+                run=lambda operands, schedule: _triton().vq_conv(
+                    operands, problem, schedule, window
+                ),
+            ),
+        },
         lookup=lambda operands: lut.lut_conv(*operands, **geometry),
         reference=lambda operands: ref.vq_conv(*operands, **geometry),
     )
+
+
+def integer_choice(
+    x_BHWI: jax.Array, packed_OY: jax.Array, codebooks_MKG: jax.Array, window: Window
+) -> dispatch.Choice:
+    """Returns how `vq_conv_int8` would run x once it is quantized."""
+    if window == POINT:
+        return matmul.integer_choice(x_BHWI, packed_OY, codebooks_MKG)
+    batch, *image, inputs = x_BHWI.shape
+    sides = [side + sum(pad) for side, pad in zip(image, window.padding)]
+    q_BHWI = jax.ShapeDtypeStruct((batch, *sides, inputs), jnp.int8)
+    inner = window._replace(padding=POINT.padding)
+    operands = Operands(q_BHWI, packed_OY, codebooks_MKG, None)  # pyright: ignore
+    problem = problem_of(operands, inner)
+    return dispatch.decide(problem, integer_ways(problem, inner))
+
+
+def integer_ways(problem: Problem, window: Window) -> dispatch.Implementations:
+    """Returns what there is to run a problem in integers."""
+    return ways(problem, window)._replace(
+        reference=lambda operands: ref.vq_conv_int8(operands, window)
+    )
+
+
+def _triton() -> Any:
+    """Its packages are optional: it is imported where `triton_gpu.missing` says nothing."""
+    from vqjax.kernels.vq_conv import triton
+
+    return triton
+
+
+def _unsupported_triton(problem: Problem) -> list[str]:
+    return triton_gpu.unsupported(problem) + unread(problem)
+
+
+def _compile_small_triton(problem: Problem) -> None:
+    _triton().compile_small(problem)
 
 
 @functools.cache
 def _transformed(window: Window) -> Operation:
     def ways_of(operands: Operands) -> tuple[Problem, dispatch.Implementations]:
         problem = problem_of(operands, window)
-        return problem, _ways(problem, window)
+        return problem, ways(problem, window)
 
     def run(operands: Operands) -> jax.Array:
-        problem, ways = ways_of(operands)
-        return dispatch.run(problem, operands, ways)
+        problem, found = ways_of(operands)
+        return dispatch.run(problem, operands, found)
 
     def reference(operands: Operands) -> jax.Array:
         return ways_of(operands)[1].reference(operands)

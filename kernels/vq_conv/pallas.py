@@ -14,41 +14,36 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from vqjax.kernels import pallas_decode
+from vqjax.kernels import gpu_arrays, pallas_decode
 from vqjax.kernels import pallas_gpu as gpu
-from vqjax.kernels.problem import Operands, Problem
+from vqjax.kernels.problem import AnyOperands, IntegerOperands, Problem, Scaling
 from vqjax.kernels.schedule import SMALLEST, Schedule, Tiles
 from vqjax.kernels.vq_conv import ref
-from vqjax.kernels.vq_conv.window import Window
-
-_GROUPS = (1, 3, 9)
+from vqjax.kernels.vq_conv.window import Window, unread
 
 
 def unsupported(problem: Problem) -> list[str]:
     """Returns why no device can run a problem here; nothing if some can. Never raises."""
-    found = gpu.unsupported(problem)
-    if problem.window != 3:
-        found.append(f"window of {problem.window}, the kernel has 3x3 weights")
-    if problem.group not in _GROUPS:
-        found.append(f"vectors of {problem.group}, kernels read one weight, a row of 3 or all 9")
-    return found
+    return gpu.unsupported(problem) + unread(problem)
 
 
 def vq_conv(
-    operands: Operands,
+    operands: AnyOperands,
     problem: Problem,
     schedule: Schedule,
     window: Window,
     *,
     interpret: bool = False,
 ) -> jax.Array:
-    """Computes what `ref.vq_conv` defines, for problems that are not `unsupported`.
+    """Computes what `ref.vq_conv` or `ref.vq_conv_int8` defines, where not `unsupported`.
 
     Args:
       interpret: run on the CPU, tile by tile, to check the numbers.
     """
     if schedule.kind == "staged":
         w_ON = pallas_decode.decode(operands, problem, schedule.tiles, interpret=interpret)
+        if isinstance(operands, IntegerOperands):
+            return ref.scaled_sums(operands, w_ON, window)
         return ref.convolve(operands.x, w_ON, operands.bias_O, window)
     return _fused(operands, problem, schedule.tiles, window, interpret)
 
@@ -63,39 +58,37 @@ def compile_small(problem: Problem) -> None:
 
 
 def _fused(
-    operands: Operands, problem: Problem, tiles: Tiles, window: Window, interpret: bool
+    operands: AnyOperands, problem: Problem, tiles: Tiles, window: Window, interpret: bool
 ) -> jax.Array:
     batch, height, width, inputs = operands.x.shape
     image = (height, width)
-    steps = -(-inputs // (tiles.depth * tiles.splits))
+    depth = gpu.depth(tiles, problem)
+    steps = -(-inputs // (depth * tiles.splits))
     kernel = functools.partial(
-        _kernel, problem=problem, tiles=tiles, image=image, window=window, steps=steps
+        _kernel, problem=problem, tiles=tiles, image=image, window=window, depth=depth, steps=steps
     )
-    factors_O, biases_O = operands.factors(), operands.biases()
+    scaling = operands.scaling()
     y = gpu.launch(
         kernel,
         (
             operands.x.reshape(-1, inputs),
             operands.packed_OY,
-            gpu.flat_books(operands.codebooks_MKG),
-            factors_O,
-            biases_O,
+            gpu_arrays.flat_books(operands.codebooks_MKG),
+            *(array for array in scaling if array is not None),
         ),
         grid=(-(-problem.rows // tiles.rows), -(-problem.outputs // tiles.outputs), tiles.splits),
         shape=(tiles.splits * problem.rows, problem.outputs),
-        dtype=operands.x.dtype if tiles.splits == 1 else jnp.float32,
+        dtype=problem.result if tiles.splits == 1 else problem.sums,
         tiles=tiles,
         name="vq_conv",
         interpret=interpret,
     )
-    y = gpu.add_splits(y, tiles.splits, factors_O, biases_O, operands.x.dtype)
+    y = gpu_arrays.add_splits(y, tiles.splits, scaling, problem.result)
     return y.reshape(batch, *window.outputs(image), problem.outputs)
 
 
-def _kernel(
-    x_ref, packed_ref, books_ref, factors_ref, biases_ref, y_ref,
-    *, problem, tiles, image, window, steps,
-):  # fmt: skip
+def _kernel(x_ref, packed_ref, books_ref, *refs, problem, tiles, image, window, depth, steps):
+    *scaling_refs, y_ref = refs
     pixels_R = gpu.indices(gpu.pl.program_id(0) * tiles.rows, tiles.rows)
     outputs_T = gpu.indices(gpu.pl.program_id(1) * tiles.outputs, tiles.outputs)
     split = gpu.pl.program_id(2)
@@ -118,14 +111,15 @@ def _kernel(
         return gpu.load(x_ref, (at_R[:, None], channels_C[None]), seen_RC)
 
     def add_tile(step, total_RT):
-        channels_C = gpu.indices((split * steps + step) * tiles.depth, tiles.depth)
+        channels_C = gpu.indices((split * steps + step) * depth, depth)
         for vector in range(in_channel):
             codes_M = gpu.read_codes(
                 packed_ref, outputs_T, channels_C * in_channel + vector, problem
             )
 
             def add_place(place, total_RT, codes_M=codes_M, vector=vector):
-                w_TC = gpu.sum_entries(books_ref, codes_M, jnp.full((1, 1), place, jnp.int32))
+                at = jnp.full((1, 1), place, jnp.int32)
+                w_TC = gpu.sum_entries(books_ref, codes_M, at, problem)
                 x_RC = x_tile(vector * problem.group + place, channels_C)
                 return total_RT + gpu.product(x_RC, w_TC)
 
@@ -133,9 +127,10 @@ def _kernel(
         return total_RT
 
     total_RT = jax.lax.fori_loop(
-        0, steps, add_tile, jnp.zeros((tiles.rows, tiles.outputs), jnp.float32)
+        0, steps, add_tile, jnp.zeros((tiles.rows, tiles.outputs), problem.sums)
     )
-    gpu.finish(y_ref, total_RT, pixels_R, outputs_T, split, factors_ref, biases_ref, problem, tiles)
+    scaling = Scaling(*scaling_refs)
+    gpu.finish(y_ref, total_RT, pixels_R, outputs_T, split, scaling, problem, tiles)
 
 
 def _divide(number: jax.Array, by: int) -> tuple[jax.Array, jax.Array]:

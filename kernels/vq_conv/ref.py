@@ -10,9 +10,12 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from vqjax.kernels.decode import decode
+from vqjax.kernels.decode import decode, decode_integers
+from vqjax.kernels.problem import IntegerOperands
 from vqjax.kernels.vq_conv.window import Window
+from vqjax.kernels.vq_matmul.ref import integer_product
 
 
 def vq_conv(
@@ -62,3 +65,68 @@ def convolve(
         return y_BHWO
     y_BHWO = y_BHWO.astype(jnp.float32) + bias_O.astype(jnp.float32)[None, None, None]
     return y_BHWO.astype(x_BHWI.dtype)
+
+
+def vq_conv_int8(operands: IntegerOperands, window: Window) -> jax.Array:
+    """Returns what `problem.Scaling` says of the sums of the convolution, float32 [B, H', W', O].
+
+    Args:
+      operands: x [B, H, W, I] was padded with levels (`pad_levels`).
+      window: without padding.
+    """
+    fan_in = operands.x.shape[-1] * window.size**2
+    groups = -(-fan_in // operands.codebooks_MKG.shape[-1])
+    w_OP = decode_integers(operands.packed_OY, operands.codebooks_MKG, groups=groups)
+    return scaled_sums(operands, w_OP[:, :fan_in].astype(jnp.int8), window)
+
+
+def scaled_sums(operands: IntegerOperands, w_ON: jax.Array, window: Window) -> jax.Array:
+    """The same with a decoded weight, int8."""
+    outputs, inputs = w_ON.shape[0], operands.x.shape[-1]
+    w_HWIO = w_ON.reshape(outputs, inputs, window.size, window.size).transpose(2, 3, 1, 0)
+    sums = integer_sums(operands.x, w_HWIO, window.strides)
+    y_PO = operands.scaling().apply(sums.reshape(-1, outputs))
+    return y_PO.reshape(sums.shape)
+
+
+def integer_sums(q_BHWI: jax.Array, w_HWIO: jax.Array, strides: tuple[int, int]) -> jax.Array:
+    """Convolution without padding, int8 * int8 -> int32 [B, H', W', O].
+
+    It is a sum over the window of products: XLA has fast products of int8 on more devices than
+    convolutions of int8.
+    """
+    batch, *sides, inputs = q_BHWI.shape
+    window = w_HWIO.shape[:2]
+    # Where the last window of each axis begins.
+    last = [(side - size) // step * step for side, size, step in zip(sides, window, strides)]
+    sums = None
+    for y, x in np.ndindex(*window):
+        part_BHWI = jax.lax.slice(
+            q_BHWI,
+            (0, y, x, 0),
+            (batch, y + last[0] + 1, x + last[1] + 1, inputs),
+            (1, *strides, 1),
+        )
+        product_BHWO = integer_product(part_BHWI, w_HWIO[y, x])
+        sums = product_BHWO if sums is None else sums + product_BHWO
+    assert sums is not None  # a window has a first place
+    return sums
+
+
+def pad_levels(
+    q_BHWI: jax.Array, zeros_B: jax.Array, padding: Sequence[tuple[int, int]]
+) -> jax.Array:
+    """Pads with the levels that stand for 0.0, which differ from example to example.
+
+    Args:
+      q_BHWI: int8.
+      zeros_B: whole numbers that fit int8.
+      padding: levels before and after, of height and width.
+    """
+    (above, below), (left, right) = padding
+    if not above + below + left + right:
+        return q_BHWI
+    batch, height, width, inputs = q_BHWI.shape
+    shape = (batch, height + above + below, width + left + right, inputs)
+    padded = jnp.broadcast_to(zeros_B.astype(jnp.int8).reshape(-1, 1, 1, 1), shape)
+    return jax.lax.dynamic_update_slice(padded, q_BHWI, (0, above, left, 0))

@@ -6,6 +6,8 @@ from typing import NamedTuple, Self
 
 import jax
 
+from vqjax.kernels.problem import Problem
+
 Pair = tuple[int, int]
 
 
@@ -43,3 +45,19 @@ class Window(NamedTuple):
             for side, pad, stride in zip(image, self.padding, self.strides)
         )
         return height, width
+
+
+_GROUPS = (1, 3, 9)
+
+
+def unread(problem: Problem) -> list[str]:
+    """Returns why GPU kernels cannot read a convolution's weight by channels; nothing if they can.
+
+    A vector is a kernel of one channel (9 weights), a row of it (3) or one weight.
+    """
+    found = []
+    if problem.window != 3:
+        found.append(f"window of {problem.window}, the kernel has 3x3 weights")
+    if problem.group not in _GROUPS:
+        found.append(f"vectors of {problem.group}, kernels read one weight, a row of 3 or all 9")
+    return found

@@ -6,14 +6,15 @@ Dimension key:  I inputs   O outputs   M codebooks   K entries   G weights of a 
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from vqjax.errors import VqjaxError
-from vqjax.kernels import dispatch
+from vqjax.kernels import dispatch, triton_gpu
 from vqjax.kernels.lut_matmul import ref as lut
-from vqjax.kernels.problem import Operands, Problem, check
+from vqjax.kernels.problem import AnyOperands, IntegerOperands, Operands, Problem, check
 from vqjax.kernels.transform import transformable
 from vqjax.kernels.vq_matmul import pallas, ref
 
@@ -54,7 +55,55 @@ def vq_matmul(
     return _transformed(operands).reshape(*x.shape[:-1], packed_OY.shape[0])
 
 
-def problem_of(operands: Operands) -> Problem:
+def vq_matmul_int8(
+    q: jax.Array,
+    steps_B: jax.Array,
+    zeros_B: jax.Array,
+    packed_OY: jax.Array,
+    codebooks_MKG: jax.Array,
+    scales_O: jax.Array,
+    codebook_scale: jax.Array,
+    totals_O: jax.Array,
+    bias_O: jax.Array | None = None,
+) -> jax.Array:
+    """Returns x @ W.T + bias, float32 [B, ..., O], where example b has x = steps[b] (q - zeros[b]).
+
+    int8 is multiplied by int8 and summed in int32 (arXiv:1712.05877, section 2.2). Not
+    differentiable.
+
+    Args:
+      q: int8 [B, ..., I].
+      steps_B, zeros_B: float32, and whole numbers.
+      packed_OY, scales_O, bias_O: as in `vq_matmul`.
+      codebooks_MKG, codebook_scale: int8; sums of entries must fit int8.
+      totals_O: int32, sums of each output's weights as they are stored (`decode_integers`).
+
+    Raises:
+      VqjaxError: as `vq_matmul`.
+    """
+    operands = integer_operands(
+        q.reshape(-1, q.shape[-1]),
+        jnp.repeat(steps_B, math.prod(q.shape[1:-1])),
+        jnp.repeat(zeros_B, math.prod(q.shape[1:-1])),
+        packed_OY, codebooks_MKG, scales_O, codebook_scale, totals_O, bias_O,
+    )  # fmt: skip
+    problem = problem_of(operands)
+    check(problem, operands)
+    y = dispatch.run(problem, operands, integer_ways(problem))
+    return y.reshape(*q.shape[:-1], packed_OY.shape[0])
+
+
+def integer_operands(
+    q, steps_P, zeros_P, packed_OY, codebooks_MKG, scales_O, codebook_scale, totals_O, bias_O
+) -> IntegerOperands:
+    """Puts the arguments of an integer operation into their places."""
+    return IntegerOperands(
+        q, packed_OY, codebooks_MKG, scales_O, codebook_scale, bias_O,
+        steps_P.astype(jnp.float32), zeros_P.astype(jnp.int32), totals_O,
+    )  # fmt: skip
+
+
+def problem_of(operands: AnyOperands) -> Problem:
     """Returns the sizes of operands whose x is [B, I]."""
     books, entries, group = operands.codebooks_MKG.shape
     return Problem(
@@ -75,17 +124,50 @@ def choice(operands: Operands) -> dispatch.Choice:
     x = operands.x
     x_BI = jax.ShapeDtypeStruct((math.prod(x.shape[:-1]), x.shape[-1]), x.dtype)
     problem = problem_of(operands._replace(x=x_BI))
-    return dispatch.decide(problem, _ways(problem))
+    return dispatch.decide(problem, ways(problem))
 
 
-def _ways(problem: Problem) -> dispatch.Implementations:
+def ways(problem: Problem) -> dispatch.Implementations:
+    """Returns what there is to run a problem, paths that cannot run here included."""
     return dispatch.Implementations(
-        unsupported=pallas.unsupported,
-        compile_small=pallas.compile_small,
-        pallas=lambda operands, schedule: pallas.vq_matmul(operands, problem, schedule),
+        kernels={
+            "pallas": dispatch.Kernel(
+                unsupported=pallas.unsupported,
+                compile_small=pallas.compile_small,
+                run=lambda operands, schedule: pallas.vq_matmul(operands, problem, schedule),
+            ),
+            "triton": dispatch.Kernel(
+                unsupported=triton_gpu.unsupported,
+                compile_small=_compile_small_triton,
+                run=lambda operands, schedule: _triton().vq_matmul(operands, problem, schedule),
+            ),
+        },
         lookup=lambda operands: lut.lut_matmul(*operands),
         reference=_reference,
     )
+
+
+def integer_choice(x: jax.Array, packed_OY: jax.Array, codebooks_MKG: jax.Array) -> dispatch.Choice:
+    """Returns how `vq_matmul_int8` would run x [..., I] once it is quantized."""
+    q_BI = jax.ShapeDtypeStruct((math.prod(x.shape[:-1]), x.shape[-1]), jnp.int8)
+    problem = problem_of(Operands(q_BI, packed_OY, codebooks_MKG, None))  # pyright: ignore
+    return dispatch.decide(problem, integer_ways(problem))
+
+
+def integer_ways(problem: Problem) -> dispatch.Implementations:
+    """Returns what there is to run a problem in integers."""
+    return ways(problem)._replace(reference=ref.vq_matmul_int8)
+
+
+def _triton() -> Any:
+    """Its packages are optional: it is imported where `triton_gpu.missing` says nothing."""
+    from vqjax.kernels.vq_matmul import triton
+
+    return triton
+
+
+def _compile_small_triton(problem: Problem) -> None:
+    _triton().compile_small(problem)
 
 
 def _reference(operands: Operands) -> jax.Array:
@@ -94,7 +176,7 @@ def _reference(operands: Operands) -> jax.Array:
 
 def _run(operands: Operands) -> jax.Array:
     problem = problem_of(operands)
-    return dispatch.run(problem, operands, _ways(problem))
+    return dispatch.run(problem, operands, ways(problem))
 
 
 _transformed = transformable(_run, _reference)

@@ -10,9 +10,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from vqjax.kernels import pallas_decode
+from vqjax.kernels import gpu_arrays, pallas_decode
 from vqjax.kernels import pallas_gpu as gpu
-from vqjax.kernels.problem import Operands, Problem
+from vqjax.kernels.problem import AnyOperands, IntegerOperands, Problem, Scaling
 from vqjax.kernels.schedule import SMALLEST, Schedule, Tiles, power_of_two
 from vqjax.kernels.vq_matmul import ref
 
@@ -23,15 +23,17 @@ def unsupported(problem: Problem) -> list[str]:
 
 
 def vq_matmul(
-    operands: Operands, problem: Problem, schedule: Schedule, *, interpret: bool = False
+    operands: AnyOperands, problem: Problem, schedule: Schedule, *, interpret: bool = False
 ) -> jax.Array:
-    """Computes what `ref.vq_matmul` defines, for problems that are not `unsupported`.
+    """Computes what `ref.vq_matmul` or `ref.vq_matmul_int8` defines, where not `unsupported`.
 
     Args:
       interpret: run on the CPU, tile by tile, to check the numbers.
     """
     if schedule.kind == "staged":
         w_OI = pallas_decode.decode(operands, problem, schedule.tiles, interpret=interpret)
+        if isinstance(operands, IntegerOperands):
+            return operands.scaling().apply(ref.integer_product(operands.x, w_OI.T))
         return ref.product(operands.x, w_OI, operands.bias_O)
     return _fused(operands, problem, schedule.tiles, interpret)
 
@@ -43,37 +45,35 @@ def compile_small(problem: Problem) -> None:
         jax.jit(run).lower(problem.abstract((problem.rows, problem.inputs))).compile()
 
 
-def _fused(operands: Operands, problem: Problem, tiles: Tiles, interpret: bool) -> jax.Array:
+def _fused(operands: AnyOperands, problem: Problem, tiles: Tiles, interpret: bool) -> jax.Array:
     whole = power_of_two(problem.group) == problem.group
-    vectors = max(tiles.depth // problem.group, 1) if whole else tiles.depth
+    depth = gpu.depth(tiles, problem)
+    vectors = max(depth // problem.group, 1) if whole else depth
     steps = -(-problem.groups // (vectors * tiles.splits))
     kernel = functools.partial(
         _kernel, problem=problem, tiles=tiles, vectors=vectors, steps=steps, whole=whole
     )
-    factors_O, biases_O = operands.factors(), operands.biases()
+    scaling = operands.scaling()
     y = gpu.launch(
         kernel,
         (
             operands.x,
             operands.packed_OY,
-            gpu.flat_books(operands.codebooks_MKG),
-            factors_O,
-            biases_O,
+            gpu_arrays.flat_books(operands.codebooks_MKG),
+            *(array for array in scaling if array is not None),
         ),
         grid=(-(-problem.rows // tiles.rows), -(-problem.outputs // tiles.outputs), tiles.splits),
         shape=(tiles.splits * problem.rows, problem.outputs),
-        dtype=operands.x.dtype if tiles.splits == 1 else jnp.float32,
+        dtype=problem.result if tiles.splits == 1 else problem.sums,
         tiles=tiles,
         name="vq_matmul",
         interpret=interpret,
     )
-    return gpu.add_splits(y, tiles.splits, factors_O, biases_O, operands.x.dtype)
+    return gpu_arrays.add_splits(y, tiles.splits, scaling, problem.result)
 
 
-def _kernel(
-    x_ref, packed_ref, books_ref, factors_ref, biases_ref, y_ref,
-    *, problem, tiles, vectors, steps, whole,
-):  # fmt: skip
+def _kernel(x_ref, packed_ref, books_ref, *refs, problem, tiles, vectors, steps, whole):
+    *scaling_refs, y_ref = refs
     rows_R = gpu.indices(gpu.pl.program_id(0) * tiles.rows, tiles.rows)
     outputs_T = gpu.indices(gpu.pl.program_id(1) * tiles.outputs, tiles.outputs)
     split = gpu.pl.program_id(2)
@@ -92,18 +92,21 @@ def _kernel(
                 books_ref,
                 [code_TV[:, :, None] for code_TV in codes_M],
                 gpu.indices(0, group)[None, None],
+                problem,
             )
             w_TD = w_TVG.reshape(tiles.outputs, vectors * group)
             return total_RT + gpu.product(x_tile(gpu.indices(first * group, vectors * group)), w_TD)
 
         def add_place(place, total_RT):
-            w_TV = gpu.sum_entries(books_ref, codes_M, jnp.full((1, 1), place, jnp.int32))
+            at = jnp.full((1, 1), place, jnp.int32)
+            w_TV = gpu.sum_entries(books_ref, codes_M, at, problem)
             return total_RT + gpu.product(x_tile(vectors_V * group + place), w_TV)
 
         # No side of a value may be 6 or 9: one place of all vectors at a time.
         return jax.lax.fori_loop(0, group, add_place, total_RT)
 
     total_RT = jax.lax.fori_loop(
-        0, steps, add_tile, jnp.zeros((tiles.rows, tiles.outputs), jnp.float32)
+        0, steps, add_tile, jnp.zeros((tiles.rows, tiles.outputs), problem.sums)
     )
-    gpu.finish(y_ref, total_RT, rows_R, outputs_T, split, factors_ref, biases_ref, problem, tiles)
+    scaling = Scaling(*scaling_refs)
+    gpu.finish(y_ref, total_RT, rows_R, outputs_T, split, scaling, problem, tiles)

@@ -8,7 +8,8 @@ Dimension key:  B rows of x   I inputs   O outputs   J = I / G rounded up   G we
 import jax
 import jax.numpy as jnp
 
-from vqjax.kernels.decode import decode
+from vqjax.kernels.decode import decode, decode_integers
+from vqjax.kernels.problem import IntegerOperands
 
 
 def vq_matmul(
@@ -40,3 +41,21 @@ def product(x_BI: jax.Array, w_OI: jax.Array, bias_O: jax.Array | None) -> jax.A
     if bias_O is not None:
         y_BO += bias_O.astype(jnp.float32)[None]
     return y_BO.astype(x_BI.dtype)
+
+
+def vq_matmul_int8(operands: IntegerOperands) -> jax.Array:
+    """Returns what `problem.Scaling` says of the sums of x @ W.T, float32 [B, O].
+
+    Weights are sums of entries, int8; products are added up in int32, so that sums are exact.
+    """
+    inputs = operands.x.shape[1]
+    groups = -(-inputs // operands.codebooks_MKG.shape[-1])
+    w_OP = decode_integers(operands.packed_OY, operands.codebooks_MKG, groups=groups)
+    w_IO = w_OP[:, :inputs].astype(jnp.int8).T
+    return operands.scaling().apply(integer_product(operands.x, w_IO))
+
+
+def integer_product(q: jax.Array, w_IO: jax.Array) -> jax.Array:
+    """Product over the last axis of q with the first of w, int8 x int8 -> int32 [..., O]."""
+    axes = (((q.ndim - 1,), (0,)), ((), ()))
+    return jax.lax.dot_general(q, w_IO, axes, preferred_element_type=jnp.int32)

@@ -5,16 +5,18 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import pytest
 
-from vqjax.bench import kernels
+from vqjax.bench import kernels, roofline
 from vqjax.bench.__main__ import main
-from vqjax.kernels import device, dispatch, specs, tuned
+from vqjax.kernels import device, dispatch, specs, triton_gpu, tuned
 from vqjax.kernels.device import Device
 from vqjax.kernels.schedule import Schedule, Tiles, by_rule, candidates
 from vqjax.settings import BenchKernelsSettings
 
 H200 = Device("gpu", "NVIDIA H200", (9, 0))
+T4 = Device("gpu", "Tesla T4", (7, 5))
 
 
 @pytest.fixture(autouse=True)
@@ -39,17 +41,24 @@ def test_layers_are_timed_and_a_cpu_has_nothing_to_tune(tmp_path, capsys):
         assert record["packed_bytes"] < record["dense_bytes"]
         assert record["error"] < 1e-5
         assert record["path"] in ("lut", "xla")
+        # A CPU is compared with what it reached itself, never with a GPU's peaks.
+        assert 0 < record["roofline_share"] < 2
+        assert record["operations"] <= record["dense_operations"]
+        assert record["moved_bytes"] < record["dense_moved_bytes"]
+    assert found["peaks"]["source"].startswith("measured on this CPU")
     out = capsys.readouterr().out
     assert "All layers, batch 2:" in out
-    assert "--tune: nothing to tune: cpu is no CUDA device" in out
+    assert "--tune: nothing to tune: no pallas: cpu is no CUDA device; no triton: cpu" in out
     assert not table.exists()
 
 
 def test_the_best_schedules_are_written(tmp_path, monkeypatch, capsys):
     """As if this were a GPU; schedules do not run, and their times are made up."""
     monkeypatch.setattr(device, "current", lambda: H200)
+    monkeypatch.setattr(triton_gpu, "missing", lambda: "triton is not installed")
 
-    def scheduled(case, operands, *, schedule):
+    def scheduled(case, operands, *, path, schedule):
+        assert path == "pallas"
         if schedule.tiles.splits > 1:
             raise RuntimeError("out of shared memory")
         return case.packed(operands)
@@ -96,7 +105,7 @@ def test_schedules_worth_timing_are_valid():
             assert not any(one.tiles.problems() for one in found)
 
 
-def test_weights_go_past_the_cache_where_they_are_waited_for():
+def test_inputs_go_past_the_cache_where_they_are_waited_for(monkeypatch):
     (layer,) = specs.layers("vq_matmul")
     few, many = (
         kernels.Case(layer, 1, problem, specs.random_operands(problem, (1, problem.inputs)))
@@ -105,8 +114,40 @@ def test_weights_go_past_the_cache_where_they_are_waited_for():
             dataclasses.replace(layer.problem(1, "float32"), rows=10**6),
         )
     )
-    assert kernels.copies(few) == kernels.MOST_COPIES
-    assert kernels.copies(many) == 1
+    read = kernels.tree_bytes(few.operands)
+    assert kernels.copies(few, 9 * read) == 9
+    assert kernels.copies(few, 10**9) == kernels.LIMITS["cpu"][0]
+    assert kernels.copies(many, 10**9) == 1
+    monkeypatch.setattr(device, "current", lambda: H200)
+    cache = roofline.of(H200, "bfloat16").cache
+    assert kernels.copies(few, cache) * read >= cache
+
+
+def test_copies_are_of_their_own_and_all_run():
+    operands = (jnp.ones((2, 3)), jnp.arange(3.0))
+    work = kernels.repeated(lambda pair: pair[0] * pair[1], operands, 3)
+    (several,) = work.args
+    assert len({x.unsafe_buffer_pointer() for x, _ in several}) == 3
+    ys = work()
+    assert len(ys) == 3
+    for y in ys:
+        assert y.tolist() == [[0, 1, 2], [0, 1, 2]]
+
+
+def test_the_share_is_that_of_the_longer_of_both_times():
+    machine = roofline.Machine(bandwidth=100.0, operations=1000.0, cache=0, source="made up")
+    assert machine.least_seconds(moved=200, operations=1000) == 2
+    assert machine.least_seconds(moved=50, operations=1000) == 1
+    assert roofline.of(T4, "bfloat16").least_seconds(1, 1) is None
+    assert "no peak for bfloat16" in roofline.of(T4, "bfloat16").source
+    unknown = Device("gpu", "NVIDIA L4", (8, 9))
+    assert roofline.of(unknown, "float16").source == "no published peaks of NVIDIA L4 at hand"
+    # A row of a linear layer of 960 weights a side is bound by memory on every one of them.
+    for kind in ("NVIDIA H200", "NVIDIA A100-SXM4-80GB", "Tesla T4"):
+        peaks = roofline.of(Device("gpu", kind), "float16")
+        weights = 2 * 960 * 960
+        assert peaks.bandwidth is not None
+        assert peaks.least_seconds(weights, 2 * 960 * 960) == weights / peaks.bandwidth
 
 
 def test_mistakes_are_one_line(capsys):

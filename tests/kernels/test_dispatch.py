@@ -31,14 +31,14 @@ def _nothing_asked_for(monkeypatch):
 
 
 def refusals(device: Device, *unsupported: str) -> dispatch.Refusals:
-    found = dispatch.pallas_refusals(list(unsupported), device)
-    return {"pallas": found, "triton": [dispatch.NO_TRITON]}
+    found = dispatch.refusals_of("pallas", list(unsupported), device)
+    return {"pallas": found, "triton": [dispatch.UNMEASURED]}
 
 
 @pytest.mark.parametrize(
     ("device", "path", "why"),
     [
-        (CPU, "xla", "no pallas: cpu is no CUDA device; no triton: this release has"),
+        (CPU, "xla", "no pallas: cpu is no CUDA device; no triton: it is taken by"),
         (T4, "xla", "Tesla T4, compute capability 7.5, and XLA compiles Triton code from 8.0 on"),
         (Device("gpu", "AMD Instinct MI300X"), "xla", "AMD Instinct MI300X is no CUDA device"),
         (H200, "pallas", "it can run here"),
@@ -76,7 +76,7 @@ def test_names_are_obeyed(monkeypatch):
     monkeypatch.setenv(dispatch.VARIABLE, "xla")
     assert dispatch.choose(PROBLEM, refusals(H200), H200).path == "xla"
     monkeypatch.setenv(dispatch.VARIABLE, "triton")
-    with pytest.raises(VqjaxError, match="no jax-triton kernels"):
+    with pytest.raises(VqjaxError, match=r"VQJAX_KERNELS=triton, but .* taken by name"):
         dispatch.choose(PROBLEM, refusals(H200), H200)
     monkeypatch.setenv(dispatch.VARIABLE, "cuda")
     with pytest.raises(VqjaxError, match="VQJAX_KERNELS=cuda, expected one of auto, xla, pallas"):
@@ -141,6 +141,36 @@ def test_measurements_come_before_rules(fields, path, schedule, monkeypatch):
     assert (choice.path, choice.schedule) == (path, schedule)
 
 
+def test_triton_is_taken_where_it_was_measured(monkeypatch):
+    """Elsewhere `auto` does not even look whether it could run: that would import packages."""
+
+    def untouched(problem: Problem) -> list[str]:
+        pytest.fail("it was looked at")
+
+    def kernel(unsupported) -> dispatch.Kernel:
+        return dispatch.Kernel(unsupported, lambda problem: None, lambda operands, made: operands.x)
+
+    def choice(device: Device, triton=untouched) -> dispatch.Choice:
+        monkeypatch.setattr(dispatch, "current", lambda: device)
+        kernels = {"pallas": kernel(lambda problem: []), "triton": kernel(triton)}
+        ways = dispatch.Implementations(kernels, lambda operands: operands.x, lambda o: o.x)
+        return dispatch.decide(PROBLEM, ways)
+
+    assert choice(H200).path == "pallas"
+    assert choice(T4).path == "xla"
+    assert f"no triton: {dispatch.UNMEASURED}" in choice(T4).why
+    assert choice(CPU).why.count("cpu is no CUDA device") == 2
+    measured = entry(path="triton")
+    for device in (T4, H200):
+        text = table(measured).replace(H200.kind, device.kind)
+        monkeypatch.setattr(tuned, "_shipped", lambda text=text: tuned.read(text))
+        found = choice(device, lambda problem: [])
+        assert (found.path, found.schedule) == ("triton", Schedule("fused", Tiles(16, 32, 64)))
+        assert not dispatch.only_xla()
+        fallback = choice(device, lambda problem: ["jax_triton cannot be imported"])
+        assert fallback.path == {"Tesla T4": "xla", "NVIDIA H200": "pallas"}[device.kind]
+
+
 def test_a_bad_table_lists_its_mistakes():
     text = table(entry(path="cuda", kind="quick", tiles={"rows": 8, "outputs": 32, "depth": 64}))
     with pytest.raises(VqjaxError) as caught:
@@ -170,10 +200,13 @@ def test_a_kernel_that_does_not_compile_is_passed_over(monkeypatch, caplog):
     def fails(problem: Problem) -> None:
         raise RuntimeError("out of shared memory\nmore lines")
 
-    ways = dispatch.Implementations(
+    broken = dispatch.Kernel(
         unsupported=lambda problem: [],
         compile_small=fails,
-        pallas=lambda operands, schedule: pytest.fail("the kernel ran"),
+        run=lambda operands, schedule: pytest.fail("the kernel ran"),
+    )
+    ways = dispatch.Implementations(
+        kernels=dict.fromkeys(dispatch.KERNELS, broken),
         lookup=lambda operands: pytest.fail("the tables ran"),
         reference=lambda operands: operands.x,
     )

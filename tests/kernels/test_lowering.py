@@ -80,6 +80,7 @@ def test_kernels_compile_to_machine_code(layer, device_kind, tmp_path, monkeypat
         return result
 
     monkeypatch.setattr(lowering, "lower_jaxpr_to_triton_module", keep)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # jax-triton leaves triton without one
     schedule = SMALLEST[0]
     lowered(device_kind, *of_layer(layer, 2, "bfloat16", schedule))
     file: pathlib.Path = tmp_path / "kernel.ttir"

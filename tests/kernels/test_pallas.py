@@ -25,7 +25,7 @@ from vqjax.kernels.vq_matmul.specs import LAYERS as MATMUL_LAYERS
 # Three to four times what was measured; half precision loses most where weights are rounded.
 TOL = {"float32": 2e-6, "float16": 1.5e-3, "bfloat16": 1e-2}
 
-NO_GPU = device.current().refuses_pallas()
+NO_GPU = device.current().refuses("pallas")
 INTERPRET = pytest.mark.parametrize(
     "interpret",
     [

@@ -15,6 +15,7 @@ from tests.conftest import relative_rms
 from tests.io import models as small
 from vqjax import sampling
 from vqjax.core import tree
+from vqjax.core.integer import IntegerKernel, PackedIntegerKernel
 from vqjax.core.model import Model
 from vqjax.core.tensor import VQTensor, densify
 from vqjax.errors import VqjaxError
@@ -144,14 +145,16 @@ def test_the_largest_weights_that_fit_are_decoded(caplog):
     assert found.paths[largest] == weights.LOADED
     decoded = [path for path, how in found.paths.items() if how == weights.LOADED]
     assert sum(4 * sizes[path] for path in decoded) <= room
+    assert not caplog.messages  # it is for the caller to say, once
+    weights.say_what_stays(found, room / 1e9)
     (message,) = caplog.messages
     assert f"{len(sizes) - len(decoded)} of {len(sizes)} quantized weights" in message
     assert message.endswith(f"decoded, they exceed the limit of {room / 1e9:g} GB")
 
 
 def test_nothing_is_said_where_all_fits(caplog):
-    placed(small.integer(CONFIG).params, limit=1.0)
-    placed(small.dense(CONFIG).params, limit=0.0)
+    weights.say_what_stays(placed(small.integer(CONFIG).params, limit=1.0), 1.0)
+    weights.say_what_stays(placed(small.dense(CONFIG).params, limit=0.0), 0.0)
     assert not caplog.messages
 
 
@@ -160,7 +163,6 @@ def test_nothing_is_said_where_all_fits(caplog):
     [
         ({"weight_memory": -1.0}, "weight memory of -1.0 GB: expected 0 or more"),
         ({"dtype": "float8"}, "dtype 'float8': expected one of float32, float16, bfloat16"),
-        ({"weight_memory": 1.0, "integer": True}, "weight memory of 1 GB with integer sampling"),
     ],
 )
 def test_mistakes_are_named(settings, message):
@@ -168,10 +170,43 @@ def test_mistakes_are_named(settings, message):
         vqjax.sample(small.with_ranges(CONFIG), [0], **settings)
 
 
-def test_images_of_packed_weights_are_those_of_decoded_ones():
+def test_packed_integers_are_decoded_ones():
+    """In the step, for products of int8: latents differ by rounding of float32 at most."""
+    params = small.with_ranges(CONFIG).params
+    packed, loaded = (placed(params, integer=True, limit=limit) for limit in (0, None))
+    assert set(packed.paths.values()) == {"xla"}
+    assert set(loaded.paths.values()) == {weights.LOADED}
+    kinds = [
+        {type(tree.flatten(one.params)[path]) for path in one.paths} for one in (packed, loaded)
+    ]
+    assert kinds == [{PackedIntegerKernel}, {IntegerKernel}]
+    difference = relative_rms(latents(packed.params), latents(loaded.params))
+    print(f"packed integers: {difference:.2g}")
+    assert difference < SIMULATED
+    # A byte for each weight: a limit of one layer's size holds that layer.
+    sizes = {path: np.prod(tree.flatten(params)[path].shape) for path in packed.paths}
+    largest = max(sizes, key=lambda path: sizes[path])
+    some = placed(params, integer=True, limit=sizes[largest] / 1e9)
+    assert [path for path, how in some.paths.items() if how == weights.LOADED] == [largest]
+
+
+def test_integers_stay_packed_for_kernels(monkeypatch):
+    """What a GPU would be given; only traced here."""
+    monkeypatch.setattr(dispatch, "current", lambda: H200)
+    monkeypatch.setattr(dispatch, "_failed_trial", lambda *args: ())
+    params = small.with_ranges(CONFIG).params
+    found = placed(params, integer=True)
+    assert set(found.paths.values()) == {"pallas"}
+    flat = tree.flatten(found.params)
+    assert all(isinstance(flat[path], PackedIntegerKernel) for path in found.paths)
+
+
+def test_images_of_packed_weights_are_those_of_decoded_ones(caplog):
     """The whole of `sample`: first stage, guidance and noise of every step."""
     model, settings = small.integer(CONFIG), {"steps": 2, "guidance": 1.5, "eta": 0.5}
     packed = vqjax.sample(model, [2, 0], weight_memory=0.0, **settings)
+    (message,) = caplog.messages
+    assert "stay packed and are decoded in every step" in message
     dense = vqjax.sample(Model(CONFIG, densify(model.params)), [2, 0], **settings)
     # At most one grey level, where rounding lies at its edge.
     assert np.abs(packed.astype(int) - dense.astype(int)).max() <= 1

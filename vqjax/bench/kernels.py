@@ -17,30 +17,27 @@ import jax.numpy as jnp
 import numpy as np
 from rich.table import Table
 
-from vqjax.bench import tables
+from vqjax.bench import roofline, tables
 from vqjax.bench.clock import medians_in_turn
 from vqjax.bench.sample import asked, relative_rms
 from vqjax.errors import VqjaxError
 from vqjax.io import native
 from vqjax.kernels import decode, device, specs, tuned
-from vqjax.kernels.dispatch import Choice
+from vqjax.kernels.dispatch import KERNELS, Choice, Implementations, refusals_of
+from vqjax.kernels.lut_matmul import counts
 from vqjax.kernels.problem import Operands, Problem
 from vqjax.kernels.schedule import Schedule, candidates
 from vqjax.kernels.vq_conv import api as conv
-from vqjax.kernels.vq_conv import pallas as conv_pallas
 from vqjax.kernels.vq_conv import ref as conv_ref
 from vqjax.kernels.vq_conv.window import Window
 from vqjax.kernels.vq_matmul import api as matmul
-from vqjax.kernels.vq_matmul import pallas as matmul_pallas
 from vqjax.kernels.vq_matmul import ref as matmul_ref
 from vqjax.pipeline import environment
 from vqjax.settings import BenchKernelsSettings, command_line
 
-CACHE_BYTES = 64 * 2**20
-"""Packed weights of one program come to this much, so that they are not read from a cache, ..."""
-
-MOST_COPIES, MOST_OPERATIONS = 16, 2e9
-"""... unless these limits are met: a layer of much arithmetic does not wait for its weights."""
+LIMITS = {"cpu": (16, 2e9), "gpu": (512, 2e12)}
+"""Most copies of a layer and most operations of one program. Copies are run in turn, until what
+they read exceeds the cache; a layer of much arithmetic does not wait for memory."""
 
 Program = Callable[[], list[jax.Array]]
 
@@ -68,11 +65,16 @@ class Case(NamedTuple):
         geometry = self.window._asdict()
         return conv.vq_conv(*operands, window=geometry.pop("size"), **geometry)
 
-    def scheduled(self, operands: Operands, *, schedule: Schedule) -> jax.Array:
+    def scheduled(self, operands: Operands, *, path: str, schedule: Schedule) -> jax.Array:
         """The operation by a GPU kernel with this schedule."""
+        return self.ways.kernels[path].run(operands, schedule)
+
+    @property
+    def ways(self) -> Implementations:
+        """What there is to run it."""
         if self.layer.op == "vq_matmul":
-            return matmul_pallas.vq_matmul(operands, self.problem, schedule)
-        return conv_pallas.vq_conv(operands, self.problem, schedule, self.window)
+            return matmul.ways(self.problem)
+        return conv.ways(self.problem, self.window)
 
     def dense(self, operands: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         """The operation with a decoded weight [O, N]: operands are x, weight and bias."""
@@ -97,6 +99,7 @@ def run(wanted: BenchKernelsSettings) -> None:
         "environment": environment.describe(),
         "model": wanted.model,
         "dtype": wanted.dtype,
+        "peaks": roofline.of(device.current(), wanted.dtype)._asdict(),
         "records": records,
     }
     if wanted.json is not None:
@@ -119,20 +122,28 @@ def cases(wanted: BenchKernelsSettings) -> Iterator[Case]:
 
 def measure(case: Case, wanted: BenchKernelsSettings) -> dict[str, Any]:
     """Times one case on the path that is asked for, in turn with the dense layer."""
+    machine = roofline.of(device.current(), wanted.dtype)
+    count = copies(case, machine.cache)
     with asked(wanted.path):
         choice = case.choice()
         weight_ON = decoded(case)
         dense = (case.operands.x, weight_ON, case.operands.bias_O)
         works = {
-            "dense": repeated(case, case.dense, dense),
-            "packed": repeated(case, case.packed, case.operands),
+            "dense": repeated(case.dense, dense, count),
+            "packed": repeated(case.packed, case.operands, count),
         }
-        error = relative_rms(
-            *(np.asarray(works[name]()[-1], np.float64) for name in ("packed", "dense"))
-        )
+        ys = {name: work()[-1] for name, work in works.items()}
+        error = relative_rms(*(np.asarray(ys[name], np.float64) for name in ("packed", "dense")))
         seconds = medians_in_turn(works, wanted.repeat)
-    count = copies(case)
     fields = dataclasses.asdict(case.layer)
+    products, lookups = counts.operations(case.problem)
+    operations = {"dense": products, "packed": lookups if choice.path == "lut" else products}
+    moved = {
+        "dense": tree_bytes(dense) + ys["dense"].nbytes,
+        "packed": tree_bytes(case.operands) + ys["packed"].nbytes,
+    }
+    least = {name: machine.least_seconds(moved[name], operations[name]) for name in works}
+    shares = {name: None if t is None else count * t / seconds[name] for name, t in least.items()}
     return {name: fields[name] for name in ("op", "outputs", "window", "stride", "count")} | {
         "x": [case.batch, *case.layer.x_shape[1:]],
         "batch": case.batch,
@@ -146,8 +157,21 @@ def measure(case: Case, wanted: BenchKernelsSettings) -> dict[str, Any]:
         "ratio_to_dense": seconds["dense"] / seconds["packed"],
         "packed_bytes": packed_bytes(case),
         "dense_bytes": weight_ON.nbytes,
+        "moved_bytes": moved["packed"],
+        "dense_moved_bytes": moved["dense"],
+        "operations": operations["packed"],
+        "dense_operations": operations["dense"],
+        "roofline_share": shares["packed"],
+        "dense_roofline_share": shares["dense"],
+        "copies": count,
+        "past_cache": count * tree_bytes(case.operands) >= machine.cache,
         "error": error,
     }
+
+
+def tree_bytes(arrays: Any) -> int:
+    """Bytes of all arrays."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
 
 
 def decoded(case: Case) -> jax.Array:
@@ -166,41 +190,42 @@ def decoded(case: Case) -> jax.Array:
 def packed_bytes(case: Case) -> int:
     """Bytes of codes, codebooks and scales."""
     _, *stored, _ = case.operands
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(stored))
+    return tree_bytes(stored)
 
 
-def copies(case: Case) -> int:
-    """How many weights one program multiplies by, one after the other."""
-    operations = 2 * case.problem.fan_in * case.problem.outputs * case.problem.rows
-    past_cache = math.ceil(CACHE_BYTES / packed_bytes(case))
-    return max(1, min(past_cache, MOST_COPIES, int(MOST_OPERATIONS / operations)))
+def copies(case: Case, cache: int) -> int:
+    """How many layers one program runs, one after the other, of inputs and weights of their own."""
+    most, most_operations = LIMITS["cpu" if device.current().platform == "cpu" else "gpu"]
+    products, _ = counts.operations(case.problem)
+    past_cache = math.ceil(cache / tree_bytes(case.operands))
+    return max(1, min(past_cache, most, int(most_operations / products)))
 
 
-def repeated(case: Case, run: Callable[[Any], jax.Array], operands: Any) -> Program:
-    """A program that runs an operation with weights of several places in memory, in turn."""
-    x, *weights = operands
-    several = [jax.tree.map(jnp.copy, weights) for _ in range(copies(case))]
+def repeated(run: Callable[[Any], jax.Array], operands: Any, count: int) -> Program:
+    """A program that runs an operation on operands in several places in memory, in turn."""
+    several = [jax.tree.map(jnp.copy, operands) for _ in range(count)]
     kind = type(operands)
     make = kind._make if hasattr(kind, "_make") else kind
 
     @jax.jit
-    def program(x: jax.Array, several: list[Any]) -> list[jax.Array]:
+    def program(several: list[Any]) -> list[jax.Array]:
         ys: list[jax.Array] = []
-        for weights in several:
+        for x, *others in several:
             if ys:  # each waits for the one before, and none is left out: all are returned
                 x, ys[-1] = jax.lax.optimization_barrier((x, ys[-1]))
-            ys.append(run(make([x, *weights])))
+            ys.append(run(make([x, *others])))
         return ys
 
-    return functools.partial(program, x, several)
+    return functools.partial(program, several)
 
 
 def tune(wanted: BenchKernelsSettings) -> None:
     """Times schedules of every case and writes the best ones; says so where there are none."""
     here = device.current()
-    refused = here.refuses_pallas()
-    if refused:
-        print(f"--tune: nothing to tune: {refused}; {wanted.table} stays as it is")
+    refused = {path: here.refuses(path) for path in KERNELS}
+    if all(refused.values()):
+        reasons = "; ".join(f"no {path}: {reason}" for path, reason in refused.items())
+        print(f"--tune: nothing to tune: {reasons}; {wanted.table} stays as it is")
         return
     found = {}
     for case in cases(wanted):
@@ -214,18 +239,26 @@ def tune(wanted: BenchKernelsSettings) -> None:
 def best(case: Case, repeat: int) -> tuned.Entry:
     """The path and schedule of least median time; schedules that do not compile are passed over."""
     works: dict[tuned.Entry, Program] = {}
+    count = copies(case, roofline.of(device.current(), case.problem.dtype).cache)
     with asked("xla"):
-        works["xla", None] = repeated(case, case.packed, case.operands)
-        for schedule in candidates(case.problem):
-            work = repeated(
-                case, functools.partial(case.scheduled, schedule=schedule), case.operands
+        works["xla", None] = repeated(case.packed, case.operands, count)
+        for path in KERNELS:
+            reasons = refusals_of(
+                path, case.ways.kernels[path].unsupported(case.problem), device.current()
             )
-            try:
-                jax.block_until_ready(work())
-            except Exception as error:  # whatever a compiler says, there are others
-                _log.info("%s: %s is passed over: %s", tuned.key(case.problem), schedule, error)
+            if reasons:
+                _log.info("%s: no %s: %s", tuned.key(case.problem), path, "; ".join(reasons))
                 continue
-            works["pallas", schedule] = work
+            for schedule in candidates(case.problem):
+                run = functools.partial(case.scheduled, path=path, schedule=schedule)
+                work = repeated(run, case.operands, count)
+                try:
+                    jax.block_until_ready(work())
+                except Exception as error:  # whatever a compiler says, there are others
+                    key = tuned.key(case.problem)
+                    _log.info("%s: %s, %s is passed over: %s", key, path, schedule, error)
+                    continue
+                works[path, schedule] = work
         seconds = medians_in_turn(works, repeat)
     return min(seconds, key=lambda entry: seconds[entry])
 
@@ -244,6 +277,8 @@ def show(found: Mapping[str, Any]) -> None:
         "ms",
         "dense ms",
         "x dense",
+        "of peak",
+        "dense of peak",
         "MB",
         "dense MB",
     )
@@ -260,6 +295,8 @@ def show(found: Mapping[str, Any]) -> None:
             f"{1e3 * record['seconds']:.3g}",
             f"{1e3 * record['dense_seconds']:.3g}",
             f"{record['ratio_to_dense']:.2f}",
+            _percent(record["roofline_share"]),
+            _percent(record["dense_roofline_share"]),
             f"{record['packed_bytes'] / 1e6:.3f}",
             f"{record['dense_bytes'] / 1e6:.3f}",
             f"{record['error']:.1g}",
@@ -267,6 +304,18 @@ def show(found: Mapping[str, Any]) -> None:
         )
     console = tables.wide_console()
     console.print(table)
+    console.print(
+        "ms: medians of rounds in which both ran in turn; of peak: least time for the bytes moved "
+        f"and the\noperations counted, over the time taken. Peaks: {found['peaks']['source']}",
+        style="dim",
+    )
+    warm = sum(not record["past_cache"] for record in found["records"])
+    if warm:
+        console.print(
+            f"{warm} of {len(found['records'])} rows read less than the cache holds in a round, "
+            "which may flatter them",
+            style="dim",
+        )
     for batch in dict.fromkeys(record["batch"] for record in found["records"]):
         chosen = [record for record in found["records"] if record["batch"] == batch]
         packed, dense = (
@@ -277,3 +326,7 @@ def show(found: Mapping[str, Any]) -> None:
             f"All layers, batch {batch}: {1e3 * packed:,.1f} ms, dense {1e3 * dense:,.1f} ms, "
             f"{dense / packed:.2f} x dense"
         )
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.0f} %"

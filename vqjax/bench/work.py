@@ -60,10 +60,10 @@ def _sums(spec: LayerSpec) -> float:
     return blocks * 2.0 ** (every / blocks)
 
 
-def matmul_peak() -> float:
-    """Operations per second of one large float32 matrix product here, best of five."""
+def matmul_peak(dtype: str = "float32") -> float:
+    """Operations per second of one large matrix product in a type here, best of five."""
     size = 1536 if jax.default_backend() == "cpu" else 8192
-    square = jax.random.normal(jax.random.key(0), (size, size))
+    square = jax.random.normal(jax.random.key(0), (size, size)).astype(dtype)
     product = jax.jit(lambda a: jnp.matmul(a, a, precision=jax.lax.Precision.HIGHEST))
     product(square).block_until_ready()
     times = []

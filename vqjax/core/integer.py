@@ -14,19 +14,20 @@ same numbers in floating point by the rounding of the latter.
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from vqjax.core import grouping as grouping_lib
 from vqjax.core import tree
 from vqjax.core.activations import InputRange
 from vqjax.core.tensor import VQTensor
 from vqjax.errors import VqjaxError, gathered
-from vqjax.kernels import decode as decode_lib
+from vqjax.kernels.decode import decode_integers
+from vqjax.kernels.vq_conv.ref import integer_sums, pad_levels
+from vqjax.kernels.vq_matmul.ref import integer_product
 
 _MOST_INPUTS = (2**31 - 1) // (255 * 128)  # more could exceed 32 bits
 
@@ -53,7 +54,7 @@ class IntegerKernel:
 
     def product(self, x: jax.Array, read: InputRange) -> jax.Array:
         """Affine map without bias of the last axis of x [B, ..., I], float32 [B, ..., O]."""
-        sums = _dot(read.quantize(x), self.values)
+        sums = integer_product(read.quantize(x), self.values)
         return self._rescaled(sums, read)
 
     def convolution(
@@ -61,38 +62,49 @@ class IntegerKernel:
     ) -> jax.Array:
         """2-D convolution of x with this kernel [H, W, I, O], float32 [B, H', W', O].
 
-        It is a sum over the window of products: XLA has fast products of int8 on more devices than
-        convolutions of int8.
-
         Args:
           padding: zeros before and after each spatial axis.
         """
-        q_BHWI = _pad(read.quantize(x_BHWI), read, padding)
-        batch, *sides, inputs = q_BHWI.shape
-        window = self.shape[:2]
-        # Where the last window of each axis begins.
-        last = [(side - size) // stride * stride for side, size in zip(sides, window)]
-        sums = None
-        for y, x in np.ndindex(*window):
-            part_BHWI = jax.lax.slice(
-                q_BHWI,
-                (0, y, x, 0),
-                (batch, y + last[0] + 1, x + last[1] + 1, inputs),
-                (1, stride, stride, 1),
-            )
-            product_BHWO = _dot(part_BHWI, self.values[y, x])
-            sums = product_BHWO if sums is None else sums + product_BHWO
-        assert sums is not None  # a window has a first place
-        return self._rescaled(sums, read)
+        q_BHWI = pad_levels(read.quantize(x_BHWI), shifted_zero(read), (padding, padding))
+        return self._rescaled(integer_sums(q_BHWI, self.values, (stride, stride)), read)
 
     def _rescaled(self, sums: jax.Array, read: InputRange) -> jax.Array:
         """Sums of shifted levels times values, int32 [B, ..., O], to what they stand for."""
         middle = [1] * (sums.ndim - 2)
         total_O = jnp.sum(self.values, axis=range(self.values.ndim - 1), dtype=jnp.int32)
-        zero_B = _shifted_zero(read).astype(jnp.int32)
+        zero_B = shifted_zero(read).astype(jnp.int32)
         offset = (zero_B[:, None] * total_O[None]).reshape(len(zero_B), *middle, -1)
         unit = (read.step_B[:, None] * self.scales_O[None]).reshape(len(zero_B), *middle, -1)
         return (sums - offset).astype(jnp.float32) * unit
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["tensor", "totals_O"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class PackedIntegerKernel:
+    """Stands where a kernel stood: one of 8-bit integers that stays packed (`models.packed`).
+
+    Attributes:
+      tensor: what `integer_kernel` would decode.
+      totals_O: int32, sums of each output's integers.
+    """
+
+    tensor: VQTensor
+    totals_O: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the kernel."""
+        return self.tensor.shape
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory."""
+        return self.tensor.nbytes + self.totals_O.nbytes
+
+
+AnyIntegerKernel = IntegerKernel | PackedIntegerKernel
 
 
 def integer_kernel(tensor: VQTensor) -> IntegerKernel:
@@ -102,11 +114,29 @@ def integer_kernel(tensor: VQTensor) -> IntegerKernel:
       VqjaxError: if its codebooks are not int8, sums of their entries do not fit int8, or it has
         input scales.
     """
-    return _convert({f"kernel {tensor.shape}": tensor})[f"kernel {tensor.shape}"]
+    name = f"kernel {tensor.shape}"
+    found = _convert({name: tensor}, ())[name]
+    assert isinstance(found, IntegerKernel)
+    return found
 
 
-def integerize(params: Mapping[str, Any]) -> dict[str, Any]:
+def packed_integer_kernel(tensor: VQTensor) -> PackedIntegerKernel:
+    """Makes a quantized kernel one of integers that stays packed.
+
+    Raises:
+      VqjaxError: as `integer_kernel`.
+    """
+    name = f"kernel {tensor.shape}"
+    found = _convert({name: tensor}, (name,))[name]
+    assert isinstance(found, PackedIntegerKernel)
+    return found
+
+
+def integerize(params: Mapping[str, Any], stay_packed: Collection[str] = ()) -> dict[str, Any]:
     """Returns the tree with an `IntegerKernel` for every `VQTensor`; other leaves as they are.
+
+    Args:
+      stay_packed: paths of those that become a `PackedIntegerKernel`.
 
     Raises:
       VqjaxError: names every layer that `integer_kernel` refuses, or if none is quantized.
@@ -117,14 +147,18 @@ def integerize(params: Mapping[str, Any]) -> dict[str, Any]:
         raise VqjaxError(
             "no weight is quantized, so there are no integers: sample in floating point"
         )
-    return tree.unflatten(flat | _convert(tensors))
+    return tree.unflatten(flat | _convert(tensors, stay_packed))
 
 
-def _convert(tensors: dict[str, VQTensor]) -> dict[str, IntegerKernel]:
+def _convert(
+    tensors: dict[str, VQTensor], stay_packed: Collection[str]
+) -> dict[str, AnyIntegerKernel]:
     problems = {path: _misfits(tensor) for path, tensor in tensors.items()}
     fitting = {path: tensor for path, tensor in tensors.items() if not problems[path]}
-    kernels, extremes = _decoded(fitting)
-    for path, (low, high) in jax.device_get(extremes).items():
+    packed = {path: tensor for path, tensor in fitting.items() if path in stay_packed}
+    decoded, extremes = _decoded({p: t for p, t in fitting.items() if p not in packed})
+    totals, more = _totals(packed)
+    for path, (low, high) in jax.device_get(extremes | more).items():
         if low < -128 or high > 127:
             problems[path].append(f"sums of codebook entries from {low} to {high} exceed int8")
     found = [f"{path}: {problem}" for path, some in problems.items() for problem in some]
@@ -134,7 +168,10 @@ def _convert(tensors: dict[str, VQTensor]) -> dict[str, IntegerKernel]:
             "not all weights are 8-bit integers: sample in floating point, or quantize again with "
             "int8 codebooks whose sums fit:",
         )
-    return kernels
+    kept = {
+        path: PackedIntegerKernel(tensor=packed[path], totals_O=totals[path]) for path in packed
+    }
+    return {**decoded, **kept}
 
 
 def _misfits(tensor: VQTensor) -> list[str]:
@@ -156,9 +193,7 @@ def _decoded(
     """The kernels, and the least and largest sum of each before it became int8."""
     kernels, extremes = {}, {}
     for path, tensor in tensors.items():
-        sums_OJG = decode_lib.sum_entries(tensor.unpack(), tensor.codebooks.astype(jnp.int32))
-        outputs, fan_in = grouping_lib.matrix_shape(tensor.shape)
-        sums_ON = sums_OJG.reshape(outputs, -1)[:, :fan_in]
+        sums_ON = _integers(tensor)
         extremes[path] = (jnp.min(sums_ON), jnp.max(sums_ON))
         assert tensor.codebook_scale is not None  # int8 codebooks have one
         kernels[path] = IntegerKernel(
@@ -168,22 +203,26 @@ def _decoded(
     return kernels, extremes
 
 
-def _dot(q: jax.Array, values_IO: jax.Array) -> jax.Array:
-    """Product over the last axis of q with the first of the values, int8 x int8 -> int32."""
-    axes = (((q.ndim - 1,), (0,)), ((), ()))
-    return jax.lax.dot_general(q, values_IO, axes, preferred_element_type=jnp.int32)
+@jax.jit
+def _totals(
+    tensors: dict[str, VQTensor],
+) -> tuple[dict[str, jax.Array], dict[str, tuple[jax.Array, jax.Array]]]:
+    """The sums over each output, and the least and largest integer; no kernel outlives this."""
+    totals, extremes = {}, {}
+    for path, tensor in tensors.items():
+        sums_ON = _integers(tensor)
+        totals[path] = jnp.sum(sums_ON, axis=1)
+        extremes[path] = (jnp.min(sums_ON), jnp.max(sums_ON))
+    return totals, extremes
 
 
-def _pad(q_BHWI: jax.Array, read: InputRange, padding: tuple[int, int]) -> jax.Array:
-    """Pads with what stands for 0.0, which differs from example to example."""
-    if not any(padding):
-        return q_BHWI
-    batch, height, width, inputs = q_BHWI.shape
-    zero_B111 = _shifted_zero(read).astype(jnp.int8).reshape(-1, 1, 1, 1)
-    shape = (batch, height + sum(padding), width + sum(padding), inputs)
-    padded = jnp.broadcast_to(zero_B111, shape)
-    return jax.lax.dynamic_update_slice(padded, q_BHWI, (0, padding[0], padding[0], 0))
+def _integers(tensor: VQTensor) -> jax.Array:
+    """The matrix of a kernel before its scales, int32 [O, N]."""
+    _, fan_in = grouping_lib.matrix_shape(tensor.shape)
+    sums_OP = decode_integers(tensor.codes, tensor.codebooks, groups=tensor.groups)
+    return sums_OP[:, :fan_in]
 
 
-def _shifted_zero(read: InputRange) -> jax.Array:
+def shifted_zero(read: InputRange) -> jax.Array:
+    """Returns the levels that stand for 0.0 as `InputRange.quantize` gives them, float32 [B]."""
     return read.zero_B - read.shift

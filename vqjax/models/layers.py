@@ -2,8 +2,8 @@
 """Layers whose weight and input may be dense or quantized; the model files never ask which.
 
 Where an `InputRange` stands beside a kernel as "input_range", the layer reads what its levels stand
-for; with an `IntegerKernel`, it multiplies the levels themselves. A `VQTensor` is multiplied as it
-is stored (`models.packed`).
+for; with an `IntegerKernel`, it multiplies the levels themselves. A `VQTensor` and a
+`PackedIntegerKernel` are multiplied as they are stored (`models.packed`).
 
 Dimension key:  B batch   H W image   L tokens   I features in   O features out   T time features
 """
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from vqjax.core.activations import InputRange
-from vqjax.core.integer import IntegerKernel
+from vqjax.core.integer import IntegerKernel, PackedIntegerKernel
 from vqjax.core.tensor import VQTensor
 from vqjax.errors import VqjaxError
 from vqjax.models import packed
@@ -21,7 +21,7 @@ from vqjax.models import packed
 GROUPS = 32  # every GroupNorm of the latent diffusion models has 32 groups
 
 
-Kernel = jax.Array | IntegerKernel | VQTensor
+Kernel = jax.Array | IntegerKernel | PackedIntegerKernel | VQTensor
 
 
 class _Affine(nn.Module):
@@ -39,6 +39,12 @@ class _Affine(nn.Module):
         """The affine map with a kernel as it is stored, in the dtype of x."""
         raise NotImplementedError
 
+    def packed_integer_product(
+        self, x: jax.Array, kernel: PackedIntegerKernel, read: InputRange, bias_O: jax.Array | None
+    ) -> jax.Array:
+        """The same in integers, in float32."""
+        raise NotImplementedError
+
     def read(self, x: jax.Array) -> jax.Array:
         """The layer's input as it multiplies it: x itself where there is no range."""
         found = self.get_variable("params", "input_range")
@@ -53,7 +59,7 @@ class _Affine(nn.Module):
         if tuple(found.shape) != shape:
             where = "/".join((*self.path, "kernel"))
             raise ValueError(f"{where}: stored shape {tuple(found.shape)}, the model needs {shape}")
-        if isinstance(found, IntegerKernel | VQTensor):
+        if isinstance(found, IntegerKernel | PackedIntegerKernel | VQTensor):
             return found
         return jnp.asarray(found, dtype)
 
@@ -61,6 +67,9 @@ class _Affine(nn.Module):
         """The layer's output in the dtype of x."""
         if isinstance(kernel, VQTensor):
             return self.packed_product(self.read(x), kernel, bias_O)
+        if isinstance(kernel, PackedIntegerKernel):
+            read = self._range_of_integers()
+            return self.packed_integer_product(x, kernel, read, bias_O).astype(x.dtype)
         if isinstance(kernel, IntegerKernel):
             y = self.integer_product(x, kernel, self._range_of_integers()).astype(x.dtype)
         else:
@@ -97,6 +106,11 @@ class Dense(_Affine):
     def packed_product(self, x: jax.Array, kernel: VQTensor, bias_O: jax.Array | None) -> jax.Array:
         return packed.product(x, kernel, bias_O)
 
+    def packed_integer_product(
+        self, x: jax.Array, kernel: PackedIntegerKernel, read: InputRange, bias_O: jax.Array | None
+    ) -> jax.Array:
+        return packed.integer_product(x, kernel, read, bias_O)
+
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel, bias_O = self.kernel((x.shape[-1], self.features), x.dtype), None
@@ -132,6 +146,11 @@ class Conv(_Affine):
 
     def packed_product(self, x: jax.Array, kernel: VQTensor, bias_O: jax.Array | None) -> jax.Array:
         return packed.convolution(x, kernel, bias_O, self.stride, self.padding)
+
+    def packed_integer_product(
+        self, x: jax.Array, kernel: PackedIntegerKernel, read: InputRange, bias_O: jax.Array | None
+    ) -> jax.Array:
+        return packed.integer_convolution(x, kernel, read, bias_O, self.stride, self.padding)
 
     @nn.compact
     def __call__(self, x_BHWI: jax.Array) -> jax.Array:

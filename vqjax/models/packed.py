@@ -7,6 +7,8 @@ Dimension key:  B batch   H W image   I features in   O features out
 import jax
 import jax.numpy as jnp
 
+from vqjax.core.activations import InputRange
+from vqjax.core.integer import PackedIntegerKernel, shifted_zero
 from vqjax.core.tensor import VQTensor
 from vqjax.kernels.dispatch import Choice
 from vqjax.kernels.problem import Operands
@@ -40,18 +42,73 @@ def convolution(
     )
 
 
+def integer_product(
+    x: jax.Array, kernel: PackedIntegerKernel, read: InputRange, bias_O: jax.Array | None
+) -> jax.Array:
+    """`product` in integers: the levels of x [B, ..., I], float32 [B, ..., O]."""
+    return matmul.vq_matmul_int8(*_integer_arguments(x, kernel, read, bias_O))
+
+
+def integer_convolution(
+    x_BHWI: jax.Array,
+    kernel: PackedIntegerKernel,
+    read: InputRange,
+    bias_O: jax.Array | None,
+    stride: int,
+    padding: tuple[int, int],
+) -> jax.Array:
+    """`convolution` in integers, float32 [B, H', W', O]."""
+    return conv.vq_conv_int8(
+        *_integer_arguments(x_BHWI, kernel, read, bias_O),
+        window=kernel.shape[0],
+        strides=(stride, stride),
+        padding=(padding, padding),
+    )
+
+
 def choice(
-    x: jax.Array, kernel: VQTensor, *, window: int = 1, stride: int = 1, padding=(0, 0)
+    x: jax.Array,
+    kernel: VQTensor,
+    *,
+    integer: bool = False,
+    window: int = 1,
+    stride: int = 1,
+    padding=(0, 0),
 ) -> Choice:
     """Returns how a layer with this input and kernel would run.
 
     Args:
+      integer: in integers.
       window, stride, padding: of a convolution, see `capture_inputs`.
     """
+    shape = Window(window, (stride, stride), (padding, padding))
+    if integer:
+        if kernel.ndim == 2:
+            return matmul.integer_choice(x, kernel.codes, kernel.codebooks)
+        return conv.integer_choice(x, kernel.codes, kernel.codebooks, shape)
     operands = _operands(x, kernel, None)
     if kernel.ndim == 2:
         return matmul.choice(operands)
-    return conv.choice(operands, Window(window, (stride, stride), (padding, padding)))
+    return conv.choice(operands, shape)
+
+
+def _integer_arguments(
+    x: jax.Array, kernel: PackedIntegerKernel, read: InputRange, bias_O: jax.Array | None
+) -> tuple:
+    """What the kernels take; the barrier is that of `_operands`."""
+    tensor = kernel.tensor
+    x, codes = jax.lax.optimization_barrier((x, tensor.codes))
+    return (
+        read.quantize(x),
+        read.step_B,
+        shifted_zero(read),
+        codes,
+        tensor.codebooks,
+        tensor.scales.values(),
+        tensor.codebook_scale,
+        kernel.totals_O,
+        bias_O,
+    )
 
 
 def _operands(x: jax.Array, kernel: VQTensor, bias_O: jax.Array | None) -> Operands:

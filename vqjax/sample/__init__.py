@@ -37,6 +37,7 @@ def sample(
       weight_memory: most GB (10^9 bytes) of quantized weights that are decoded at load; the others
         stay packed and are decoded in every step, which a line of the log says. None sets no
         limit. Weights that GPU kernels read as they are stored are not decoded (docs/kernels.md).
+        Decoded integers take a byte each.
 
     Returns:
       uint8 [N, H, W, 3].

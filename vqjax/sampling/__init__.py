@@ -16,13 +16,12 @@ import numpy as np
 from vqjax import models
 from vqjax.config import LatentDiffusionConfig
 from vqjax.core import draw
-from vqjax.core.integer import integerize
 from vqjax.core.model import Model
 from vqjax.errors import VqjaxError
 from vqjax.kernels import dispatch
 from vqjax.sampling import ddim
 from vqjax.sampling.schedule import DDIMSchedule, ddim_schedule
-from vqjax.sampling.weights import place
+from vqjax.sampling.weights import place, say_what_stays
 
 BATCH_SIZE = 16
 
@@ -196,10 +195,13 @@ def generate_with_latents(
     ddim_schedule(config, steps, eta)
     run = Run(steps, float(guidance), float(eta), dtype, dispatch.wanted())
     if integer:
-        params = _integers(model, weight_memory)
-    else:
-        seen = rows(config, batch_size, guidance)
-        params = place(config, model.params, rows=seen, dtype=dtype, limit=weight_memory).params
+        _check_ranges(model)
+    seen = rows(config, batch_size, guidance)
+    placed = place(
+        config, model.params, rows=seen, dtype=dtype, limit=weight_memory, integer=integer
+    )
+    say_what_stays(placed, weight_memory)
+    params = placed.params
     images, latents = [], []
     for start in range(0, len(classes), batch_size):
         index_B = np.arange(start, start + batch_size)
@@ -215,19 +217,12 @@ def generate_with_latents(
     return np.concatenate(images), np.concatenate(latents)
 
 
-def _integers(model: Model, weight_memory: float | None) -> models.Params:
-    """The parameters with integer kernels."""
-    if weight_memory is not None:
-        raise VqjaxError(
-            f"weight memory of {weight_memory:g} GB with integer sampling: integer kernels are all "
-            f"decoded, to one byte a weight; leave one of both out"
-        )
+def _check_ranges(model: Model) -> None:
     if "activations" not in model.params:
         raise VqjaxError(
             f"integer sampling: {model.config.name} has no ranges of activations; sample it in "
             f"floating point, or quantize it with 8-bit activations"
         )
-    return integerize(model.params)
 
 
 def generate(model: Model, classes: Sequence[int] | np.ndarray, **settings) -> np.ndarray:

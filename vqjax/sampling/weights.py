@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from vqjax import models
 from vqjax.config import LatentDiffusionConfig
 from vqjax.core import tree
+from vqjax.core.integer import integerize
 from vqjax.core.tensor import VQTensor
 from vqjax.errors import VqjaxError
 from vqjax.kernels import device, dispatch
@@ -33,8 +34,10 @@ class Placed(NamedTuple):
     """A model's weights, ready to sample.
 
     Attributes:
-      params: the tree, `VQTensor` leaves where weights stay packed.
-      paths: of every quantized weight by its path in the tree: `LOADED`, "xla", "pallas" or "lut".
+      params: the tree, `VQTensor` leaves where weights stay packed; for integers the kernels of
+        `core.integer`.
+      paths: of every quantized weight by its path in the tree: `LOADED`, or what the dispatcher
+        says of it.
     """
 
     params: models.Params
@@ -57,19 +60,22 @@ def place(
     rows: int,
     dtype: str = "float32",
     limit: float | None = None,
+    integer: bool = False,
 ) -> Placed:
     """Decodes the weights that no kernel reads as they are stored.
 
     Args:
       rows: latents that the U-Net sees at a time, both branches of guidance counted.
       dtype: "float32", "bfloat16" or "float16": of the U-Net's computation and decoded weights.
-      limit: most GB (10^9 bytes) of decoded weights, or None. Weights that do not fit stay packed,
-        which is logged. The largest are decoded first: a step saves time in proportion to what is
-        decoded, and the buffer in which it decodes the others is as large as the largest of them.
+      limit: most GB (10^9 bytes) of decoded weights, or None. Weights that do not fit stay packed
+        (`say_what_stays`). The largest are decoded first: a step saves time in proportion to what
+        is decoded, and the buffer in which it decodes the others is as large as the largest of
+        them.
+      integer: for products of int8; decoded weights then take a byte.
 
     Raises:
-      VqjaxError: if the limit or the dtype makes no sense, or if `VQJAX_KERNELS` names a path that
-        cannot run a layer.
+      VqjaxError: if the limit or the dtype makes no sense, if `VQJAX_KERNELS` names a path that
+        cannot run a layer, or if integers were asked for and some weight is none.
     """
     if limit is not None and not limit >= 0:
         raise VqjaxError(f"weight memory of {limit} GB: expected 0 or more")
@@ -77,8 +83,9 @@ def place(
         raise VqjaxError(f"dtype {dtype!r}: expected one of {', '.join(FLOATS)}")
     flat = tree.flatten(params)
     packed = {path: leaf for path, leaf in flat.items() if isinstance(leaf, VQTensor)}
-    paths = dict.fromkeys(packed, "xla") | kernel_paths(config, params, rows=rows, dtype=dtype)
-    types = {path: _dtype(path, dtype) for path in packed}
+    paths = dict.fromkeys(packed, "xla")
+    paths |= kernel_paths(config, params, rows=rows, dtype=dtype, integer=integer)
+    types = {path: "int8" if integer else _dtype(path, dtype) for path in packed}
     room = math.inf if limit is None else limit * 1e9
     waiting = [path for path in packed if paths[path] == "xla"]
     for path in sorted(waiting, key=lambda path: -packed[path].size):
@@ -86,7 +93,9 @@ def place(
         if size <= room:
             room -= size
             paths[path] = LOADED
-    _say_what_stays(packed, [path for path in waiting if paths[path] == "xla"], limit)
+    if integer:
+        kept = [path for path in packed if paths[path] != LOADED]
+        return Placed(jax.tree.map(jnp.asarray, integerize(params, kept)), paths)
     chosen = {path: packed[path] for path in packed if paths[path] == LOADED}
     for path, leaf in _decode(chosen, tuple(types[path] for path in chosen)).items():
         flat[path] = leaf
@@ -94,7 +103,12 @@ def place(
 
 
 def kernel_paths(
-    config: LatentDiffusionConfig, params: models.Params, *, rows: int, dtype: str
+    config: LatentDiffusionConfig,
+    params: models.Params,
+    *,
+    rows: int,
+    dtype: str,
+    integer: bool = False,
 ) -> dict[str, str]:
     """Returns what the dispatcher chooses for every packed weight of the U-Net, by its path.
 
@@ -105,7 +119,7 @@ def kernel_paths(
     leaves, structure = jax.tree.flatten(params)
     shapes = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
     asked = dispatch.wanted(), device.current()
-    return dict(_traced_paths(config, structure, shapes, rows, dtype, asked))
+    return dict(_traced_paths(config, structure, shapes, rows, dtype, integer, asked))
 
 
 @functools.lru_cache(maxsize=32)
@@ -115,6 +129,7 @@ def _traced_paths(
     shapes: tuple[jax.ShapeDtypeStruct, ...],
     rows: int,
     dtype: str,
+    integer: bool,
     asked: tuple[str, device.Device],
 ) -> dict[str, str]:
     """Kept, since tracing a large network takes seconds, and every call of `sample` asks."""
@@ -126,7 +141,7 @@ def _traced_paths(
 
         def look(path: str, x: jax.Array, window: dict[str, Any]) -> None:
             if isinstance(flat[path], VQTensor):
-                found[path] = packed_layers.choice(x, flat[path], **window).path
+                found[path] = packed_layers.choice(x, flat[path], integer=integer, **window).path
 
         context = models.embed_classes(config, params, ids_B)
         return models.capture_inputs(config, params, x_BHWC, t_B, context, look)[0]
@@ -148,15 +163,20 @@ def _decode(tensors: dict[str, VQTensor], dtypes: tuple[str, ...]) -> dict[str, 
     return {path: tensors[path].decode(dtype) for path, dtype in zip(sorted(tensors), dtypes)}
 
 
-def _say_what_stays(packed: dict[str, VQTensor], stays: list[str], limit: float | None) -> None:
-    if not stays:
-        return
-    share = sum(packed[path].size for path in stays) / sum(leaf.size for leaf in packed.values())
-    _log.warning(
-        "%d of %d quantized weights (%.0f %% of their numbers) stay packed and are decoded in "
-        "every step: decoded, they exceed the limit of %g GB",
-        len(stays),
-        len(packed),
-        100 * share,
-        limit,
-    )
+def say_what_stays(placed: Placed, limit: float | None) -> None:
+    """Logs in one line that a limit makes every step decode weights, where it does.
+
+    For users who set a limit; a benchmark that sets one in order to measure this does not call it.
+    """
+    flat = tree.flatten(placed.params)
+    sizes = {path: math.prod(flat[path].shape) for path in placed.paths}
+    stays = [path for path, how in placed.paths.items() if how == "xla"]
+    if stays:
+        _log.warning(
+            "%d of %d quantized weights (%.0f %% of their numbers) stay packed and are decoded in "
+            "every step: decoded, they exceed the limit of %g GB",
+            len(stays),
+            len(sizes),
+            100 * sum(sizes[path] for path in stays) / sum(sizes.values()),
+            limit,
+        )

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a kernel in Triton reads packed codes, and the one that decodes a whole weight.
+
+Importing this needs triton (`triton_gpu.missing`).
+
+Dimension key:  O outputs   N fan-in   R rows of a tile   T outputs of a tile   V vectors of a tile
+                G weights of a vector   P the same, up to a power of two
+"""
+
+import jax
+import triton  # pyright: ignore[reportMissingImports]
+import triton.language as tl  # pyright: ignore[reportMissingImports]
+
+from vqjax.kernels import gpu_arrays, triton_gpu
+from vqjax.kernels.problem import Operands, Problem
+from vqjax.kernels.schedule import Tiles, power_of_two
+
+
+def code_constants(problem: Problem) -> dict[str, int]:
+    """Returns the sizes by which every kernel finds codes and entries."""
+    return {
+        "OUTPUTS": problem.outputs,
+        "GROUPS": problem.groups,
+        "BYTES": problem.row_bytes,
+        "BOOKS": problem.books,
+        "ENTRIES": problem.entries,
+        "BITS": problem.code_bits,
+        "PADDED": power_of_two(problem.group),
+    }
+
+
+@triton.jit
+def read_codes(
+    packed_ptr, outputs_T, vectors_V,
+    OUTPUTS: tl.constexpr, GROUPS: tl.constexpr, BYTES: tl.constexpr, BOOKS: tl.constexpr,
+    ENTRIES: tl.constexpr, BITS: tl.constexpr,
+):  # fmt: skip
+    """Row numbers of `gpu_arrays.flat_books`, int32 [T, V] for each codebook.
+
+    Beyond the last row and vector, codes are 0: a finite weight, which meets an input of 0 or is
+    not stored.
+    """
+    HALF: tl.constexpr = BITS // 4  # half bytes of a code
+    WIDTH: tl.constexpr = BOOKS * HALF  # of the codes of a vector
+    inside_TV = (outputs_T < OUTPUTS)[:, None] & (vectors_V < GROUPS)[None, :]
+    row_TV = packed_ptr + outputs_T[:, None] * BYTES
+    codes_M = ()
+    for book in tl.static_range(BOOKS):
+        if WIDTH % 2 == 0:  # vectors begin at bytes: two codes of one byte have one address
+            at_TV = row_TV + (vectors_V * (WIDTH // 2) + book * HALF // 2)[None, :]
+        else:
+            at_TV = row_TV + ((vectors_V * WIDTH + book * HALF) // 2)[None, :]
+        code_TV = tl.load(at_TV, mask=inside_TV, other=0).to(tl.int32)
+        if BITS == 12:
+            code_TV = code_TV | (tl.load(at_TV + 1, mask=inside_TV, other=0).to(tl.int32) << 8)
+        if BITS != 8:
+            if WIDTH % 2 == 0:
+                code_TV = code_TV >> (4 * (book * HALF % 2))
+            else:
+                code_TV = code_TV >> (4 * ((vectors_V * WIDTH + book * HALF) % 2))[None, :]
+            code_TV = code_TV & (ENTRIES - 1)
+        codes_M = codes_M + (code_TV + book * ENTRIES,)  # noqa: RUF005 (Triton has no star)
+    return codes_M
+
+
+@triton.jit
+def sum_vectors(books_ptr, codes_M, BOOKS: tl.constexpr, PADDED: tl.constexpr):
+    """The sums of the chosen entries, whole vectors, float32 [T, V, P]."""
+    places_P = tl.arange(0, PADDED)[None, None, :]
+    total_TVP = tl.load(books_ptr + codes_M[0][:, :, None] * PADDED + places_P).to(tl.float32)
+    for book in tl.static_range(1, BOOKS):
+        at_TVP = books_ptr + codes_M[book][:, :, None] * PADDED + places_P
+        total_TVP += tl.load(at_TVP).to(tl.float32)
+    return total_TVP
+
+
+@triton.jit
+def sum_places(books_ptr, codes_M, place, BOOKS: tl.constexpr, PADDED: tl.constexpr):
+    """The sums of the chosen entries at one place of the vectors, float32 [T, V]."""
+    total_TV = tl.load(books_ptr + codes_M[0] * PADDED + place).to(tl.float32)
+    for book in tl.static_range(1, BOOKS):
+        total_TV += tl.load(books_ptr + codes_M[book] * PADDED + place).to(tl.float32)
+    return total_TV
+
+
+@triton.jit
+def add_product(x_RD, w_TD, total_RT):
+    """total + x @ w.T; weights are rounded to the type of x, float32 is not shortened to TF32."""
+    return tl.dot(x_RD, tl.trans(w_TD.to(x_RD.dtype)), acc=total_RT, input_precision="ieee")
+
+
+@triton.jit
+def finish(
+    y_ptr, factors_ptr, biases_ptr, total_RT, rows_R, outputs_T, split,
+    ROWS: tl.constexpr, OUTPUTS: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Scales a tile of the output, adds the bias and stores it; a split stores its part as it is.
+
+    Parts of the splits stand below each other: y is [SPLITS * ROWS, OUTPUTS].
+    """
+    stored_T = outputs_T < OUTPUTS
+    if SPLITS == 1:
+        factors_T = tl.load(factors_ptr + outputs_T, mask=stored_T, other=0)
+        biases_T = tl.load(biases_ptr + outputs_T, mask=stored_T, other=0)
+        total_RT = total_RT * factors_T[None, :] + biases_T[None, :]
+    at_RT = y_ptr + (split * ROWS + rows_R)[:, None] * OUTPUTS + outputs_T[None, :]
+    mask_RT = (rows_R < ROWS)[:, None] & stored_T[None, :]
+    tl.store(at_RT, total_RT.to(y_ptr.dtype.element_ty), mask=mask_RT)
+
+
+@triton.jit
+def decode_kernel(
+    packed_ptr, books_ptr, factors_ptr, w_ptr,
+    OUTPUTS: tl.constexpr, GROUPS: tl.constexpr, BYTES: tl.constexpr, BOOKS: tl.constexpr,
+    ENTRIES: tl.constexpr, BITS: tl.constexpr, PADDED: tl.constexpr,
+    FAN_IN: tl.constexpr, GROUP: tl.constexpr, TILE_T: tl.constexpr, TILE_V: tl.constexpr,
+):  # fmt: skip
+    outputs_T = tl.program_id(0) * TILE_T + tl.arange(0, TILE_T)
+    vectors_V = tl.program_id(1) * TILE_V + tl.arange(0, TILE_V)
+    places_P = tl.arange(0, PADDED)
+    codes_M = read_codes(
+        packed_ptr, outputs_T, vectors_V, OUTPUTS, GROUPS, BYTES, BOOKS, ENTRIES, BITS
+    )
+    w_TVP = sum_vectors(books_ptr, codes_M, BOOKS, PADDED)
+    stored_T = outputs_T < OUTPUTS
+    factors_T = tl.load(factors_ptr + outputs_T, mask=stored_T, other=0)
+    columns_VP = vectors_V[:, None] * GROUP + places_P[None, :]
+    real_VP = (columns_VP < FAN_IN) & (places_P < GROUP)[None, :]
+    tl.store(
+        w_ptr + outputs_T[:, None, None] * FAN_IN + columns_VP[None, :, :],
+        (w_TVP * factors_T[:, None, None]).to(w_ptr.dtype.element_ty),
+        mask=stored_T[:, None, None] & real_VP[None, :, :],
+    )
+
+
+def decode(
+    operands: Operands, problem: Problem, tiles: Tiles, *, capability: int | None = None
+) -> jax.Array:
+    """Returns the weight matrix [O, N] in the type of x: `decode` of the definition, rounded.
+
+    Args:
+      tiles: outputs and vectors (depth over the size of a vector) of a program.
+    """
+    vectors = max(tiles.depth // power_of_two(problem.group), 1)
+    return triton_gpu.launch(
+        decode_kernel,
+        (operands.packed_OY, gpu_arrays.flat_books(operands.codebooks_MKG), operands.factors()),
+        grid=(-(-problem.outputs // tiles.outputs), -(-problem.groups // vectors)),
+        shape=(problem.outputs, problem.fan_in),
+        dtype=operands.x.dtype,
+        tiles=tiles,
+        name="vq_decode",
+        constants=code_constants(problem)
+        | {
+            "FAN_IN": problem.fan_in,
+            "GROUP": problem.group,
+            "TILE_T": tiles.outputs,
+            "TILE_V": vectors,
+        },
+        capability=capability,
+    )
