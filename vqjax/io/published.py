@@ -48,7 +48,8 @@ class PublishedFile:
             return None
         return (
             f"{path}: found {found}, the published file has {expected} ({self.known_from}); "
-            f"results compare with published ones only if the content is the same. It is at {self.url}"
+            "results compare with published ones only if the content is the same. It is at "
+            f"{self.url}"
         )
 
 
