@@ -36,6 +36,7 @@ KIND_COLOURS = {
 }
 _OTHER_KIND = "#8b929b"
 _FULL, _QUANTIZED = "#8b929b", "#3f78c4"
+_DARK_INK = "#20242a"
 _DPI = 160
 _STYLE = {
     "font.family": "DejaVu Sans",
@@ -102,7 +103,7 @@ def before_after(
 
     height, across = next(iter(mosaics.values())).shape[:2]
     inches = 3.1 * len(mosaics)
-    return _picture(draw, (inches, 0.4 + inches / len(mosaics) * 0.95 * height / across))
+    return picture(draw, (inches, 0.4 + inches / len(mosaics) * 0.95 * height / across))
 
 
 def layer_errors(layers: Sequence[dict[str, Any]]) -> Picture:
@@ -134,7 +135,7 @@ def layer_errors(layers: Sequence[dict[str, Any]]) -> Picture:
             handlelength=0.8, handleheight=0.8, columnspacing=1.1, fontsize=7.5,
         )  # fmt: skip
 
-    return _picture(draw, (9.3, 2.7))
+    return picture(draw, (9.3, 2.7))
 
 
 def sizes(
@@ -168,7 +169,7 @@ def sizes(
             axes.set_xticks([])
             axes.spines["bottom"].set_visible(False)
 
-    return _picture(draw, (9.3, max(1.7, 0.75 + 0.26 * len(kinds))))
+    return picture(draw, (9.3, max(1.7, 0.75 + 0.26 * len(kinds))))
 
 
 def ablation(rows: Sequence[dict[str, Any]]) -> Picture:
@@ -219,14 +220,25 @@ def ablation(rows: Sequence[dict[str, Any]]) -> Picture:
             handles, names, loc="outside lower center", ncols=columns, labelcolor=ink, fontsize=7.5
         )
 
-    return _picture(draw, (9.3, 3.1))
+    return picture(draw, (9.3, 3.1))
 
 
-def _picture(draw: Callable[[Figure, str], None], inches: tuple[float, float]) -> Picture:
-    return Picture(_render(draw, inches, "#20242a"), _render(draw, inches, "#dfe3e8"))
+def picture(draw: Callable[[Figure, str], None], inches: tuple[float, float]) -> Picture:
+    """Draws for both kinds of page; `draw` takes an empty figure and the colour of its text."""
+    return Picture(_render(draw, inches, _DARK_INK), _render(draw, inches, "#dfe3e8"))
 
 
-def _render(draw: Callable[[Figure, str], None], inches: tuple[float, float], ink: str) -> bytes:
+def opaque(draw: Callable[[Figure, str], None], inches: tuple[float, float]) -> bytes:
+    """Draws on white, for pages whose ground is not known."""
+    return _render(draw, inches, _DARK_INK, ground="white")
+
+
+def _render(
+    draw: Callable[[Figure, str], None],
+    inches: tuple[float, float],
+    ink: str,
+    ground: str = "none",
+) -> bytes:
     colours = {f"{name}.color": ink for name in ("xtick", "ytick", "text")}
     colours |= {"axes.labelcolor": ink, "axes.edgecolor": ink}
     style: Any = {**_STYLE, **colours}
@@ -240,7 +252,7 @@ def _render(draw: Callable[[Figure, str], None], inches: tuple[float, float], in
             target,
             format="png",
             dpi=_DPI,
-            transparent=True,
+            facecolor=ground,
             bbox_inches="tight",
             pad_inches=0.04,
             metadata={"Software": None},

@@ -266,6 +266,37 @@ class BenchAblationSettings:
     """A PNG of the results."""
 
 
+ParetoMethod = Literal["tuned", "untuned", "scalar", "scalar_tuned"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BenchParetoSettings:
+    """Compresses the embedded model over bits and methods: what is lost beside what is stored.
+
+    All points sample from the same noise and classes. Every point is made once: models and samples
+    stay in --work, scores in the JSON file, and the same command continues there."""
+
+    bits: tuple[float, ...] = (8.0, 6.0, 4.0, 3.0, 2.0, 1.5)
+    """Most stored bits per weight; activations have 8."""
+    methods: tuple[ParetoMethod, ...] = ("tuned", "untuned", "scalar", "scalar_tuned")
+    """vqjax with and without --tune-steps; uniform scalar quantization (GPTQ) as it is and with
+    learned steps, measured at whole bits alone, since it has no others."""
+    count: int = 10_000
+    """Samples of each point; compare digit-FD at equal counts only."""
+    seed: int = 0
+    """Of tuning and of the samples."""
+    tune_steps: int = 100
+    """Steps of each tuning."""
+    tuning: Tuning = Tuning()
+    """What a step sees."""
+    work: pathlib.Path = pathlib.Path("vqjax-runs/pareto")
+    """Folder of models and samples."""
+    json: pathlib.Path | None = None
+    """Results, written after each point; default: pareto.json in --work."""
+    figure: pathlib.Path | None = None
+    """A PNG of the results."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BenchSampleSettings:
     """Times sampling from one quantized model on every path that runs here, beside dense weights.

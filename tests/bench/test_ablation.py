@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from vqjax.bench import ablation, results
+from vqjax.bench import ablation, embedded, results
 from vqjax.bench.__main__ import main
 from vqjax.pipeline import quantize
 from vqjax.settings import BenchAblationSettings, QuantizeSettings
@@ -47,17 +47,17 @@ def test_a_whole_ablation_is_kept_shown_and_drawn(tmp_path, monkeypatch, capsys)
     model = quantize.prepare(QuantizeSettings()).model
     measured = []
 
-    def tuned(wanted, cell, start):
+    def cell_model(wanted, cell, start):
         measured.append(cell)
         return model
 
-    def sample(wanted, model, seed, name):
-        images = np.random.default_rng(seed).integers(0, 255, (wanted.count, 32, 32, 3), np.uint8)
+    def sample(model, count, seed, name):
+        images = np.random.default_rng(seed).integers(0, 255, (count, 32, 32, 3), np.uint8)
         return images if name == ablation.FULL else np.minimum(images + 1, 254)
 
-    monkeypatch.setattr(ablation, "_compressed", lambda wanted, bits: None)
-    monkeypatch.setattr(ablation, "_tuned", tuned)
-    monkeypatch.setattr(ablation, "_sample", sample)
+    monkeypatch.setattr(embedded, "compressed", lambda work, bits: None)
+    monkeypatch.setattr(ablation, "_model", cell_model)
+    monkeypatch.setattr(embedded, "sample", sample)
     monkeypatch.setattr(results, "source_digest", lambda *packages: "as it is")
     file, figure = tmp_path / "ablation.json", tmp_path / "ablation.png"
     words = ["ablation", "--bits", "2", "--methods", "none", "semi_pv", "--seeds", "1"]

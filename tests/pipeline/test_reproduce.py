@@ -24,6 +24,7 @@ def test_runs_of_the_package_are_those_of_the_papers(name):
     model, _, bits = name.removesuffix("a8").partition("_w")
     assert (run.quantize.bits, run.quantize.act_bits) == (float(bits), 8)
     assert (run.evaluate.steps, run.evaluate.eta) == (20, 0.0)
+    assert run.quantize.tune_steps == (3_200 if model == "cin256" else 100)
     if model == "cin256":
         assert (run.evaluate.count, run.evaluate.guidance) == (50_000, 3.0)
         named = (run.quantize.source, run.evaluate.reference, run.evaluate.inception)
@@ -58,7 +59,25 @@ def test_missing_files_are_named_with_where_they_are_and_what_the_run_costs(tmp_
         assert file.describe() in shown
     assert "cin256-v2 W2A8: about" in shown
     assert "quantize" in shown
+    assert "tune 3,200 steps" in shown
     assert not (tmp_path / "run").exists()
+
+
+def test_a_file_of_another_size_is_named_and_recorded(tmp_path, monkeypatch, capsys):
+    run = json.loads(run_file.packaged()["cin256_w2a8"].read_text())
+    for name in ("model.ckpt", "VIRTUAL_imagenet256_labeled.npz"):
+        (tmp_path / name).write_bytes(b"short")
+    run["evaluate"]["inception"] = None
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    monkeypatch.setattr(reproduce, "_made", lambda run, out: out.mkdir(parents=True) or {})
+    monkeypatch.setattr(run_cost, "predict", lambda run: None)
+    wanted = {"run": str(tmp_path / "run.json"), "files": tmp_path, "out": tmp_path / "out"}
+    notes = reproduce.run(lib.ReproduceSettings(**wanted))["notes"]
+    assert [note.split(",")[0] for note in notes] == [
+        "model.ckpt: found 5 bytes",
+        "VIRTUAL_imagenet256_labeled.npz: found 5 bytes",
+    ]
+    assert "the published file has 1,827,378,153" in capsys.readouterr().err
 
 
 def test_the_cost_grows_with_the_samples():
@@ -74,7 +93,7 @@ def test_the_cost_grows_with_the_samples():
     assert one is not None
     assert two is not None
     assert two.disk == 2 * one.disk > 2 * 10_000 * 32 * 32 * 3
-    assert one.seconds.keys() == {"quantize", "sample"}
+    assert one.seconds.keys() == {"quantize", "tune 100 steps", "sample"}
 
 
 @pytest.mark.parametrize(

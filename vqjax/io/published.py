@@ -4,6 +4,7 @@
 import dataclasses
 import hashlib
 import os
+from collections.abc import Iterable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,7 +15,7 @@ class PublishedFile:
       name: of the file.
       what: it holds, in a few words.
       url: where people get it.
-      size: in bytes, exact or nearly; in words, since some are known from their contents only.
+      size: in bytes, or in words where it is known from the content only.
       sha256: how it begins, or "" where its authors published none.
       known_from: what size and hash are taken from.
     """
@@ -22,14 +23,34 @@ class PublishedFile:
     name: str
     what: str
     url: str
-    size: str
+    size: int | str
     sha256: str
     known_from: str
 
     def describe(self) -> str:
         """One line that a person can act on."""
         digest = f"sha256 {self.sha256}..." if self.sha256 else "sha256 not published"
-        return f"{self.name}: {self.what}; {self.size}, {digest} ({self.known_from}); {self.url}"
+        size = self.size if isinstance(self.size, str) else f"{self.size:,} bytes"
+        return f"{self.name}: {self.what}; {size}, {digest} ({self.known_from}); {self.url}"
+
+    def doubt(self, path: str | os.PathLike, sha256: str = "") -> str | None:
+        """Why a file is another one than the published; None where nothing speaks against it.
+
+        Args:
+          sha256: of the file, where it is known already.
+        """
+        size = os.path.getsize(path)
+        if isinstance(self.size, int) and size != self.size:
+            found, expected = f"{size:,} bytes", f"{self.size:,}"
+        elif self.sha256 and not (sha256 or (sha256 := sha256_of(path))).startswith(self.sha256):
+            found, expected = f"sha256 {sha256[: len(self.sha256)]}...", f"{self.sha256}..."
+        else:
+            return None
+        return (
+            f"{path}: found {found}, the published file has {expected} ({self.known_from}); "
+            "results compare with published ones only if the content is the same. It is at "
+            f"{self.url}"
+        )
 
 
 INCEPTION = PublishedFile(
@@ -46,7 +67,7 @@ IMAGENET_REFERENCE = PublishedFile(
     what="10,000 pictures of ImageNet 256 and the statistics of its training set",
     url="https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/256/"
     "VIRTUAL_imagenet256_labeled.npz",
-    size="2,037,122,530 bytes",
+    size=2_037_122_530,
     sha256="b32732719497e426",
     known_from="a mirror, huggingface.co/WindATree/diffusion-data; the authors give neither",
 )
@@ -54,9 +75,9 @@ CIN256_V2 = PublishedFile(
     name="model.ckpt",
     what="cin256-v2, the class-conditional LDM-4 of ImageNet 256",
     url="https://ommer-lab.com/files/latent-diffusion/nitro/cin/model.ckpt",
-    size="at least 1.83 GB, 3.4 GB with EMA weights",
+    size=1_827_378_153,
     sha256="",
-    known_from="906 tensors as configured, 1596 with EMA",
+    known_from="the log in the authors' notebook; 906 tensors in float32, no EMA copy",
 )
 VGG16 = PublishedFile(
     name="vgg16-397923af.pth",
@@ -75,6 +96,13 @@ LPIPS = PublishedFile(
     known_from="1,472 float32 numbers",
 )
 FILES = {file.name: file for file in (INCEPTION, IMAGENET_REFERENCE, CIN256_V2, VGG16, LPIPS)}
+
+
+def doubts(paths: Iterable[str | os.PathLike]) -> list[str]:
+    """`PublishedFile.doubt` of those files that bear a name of `FILES`."""
+    known = [(FILES.get(os.path.basename(path)), path) for path in paths]
+    found = [file.doubt(path) for file, path in known if file is not None]
+    return [sentence for sentence in found if sentence is not None]
 
 
 def sha256_of(path: str | os.PathLike) -> str:

@@ -320,6 +320,9 @@ def _notes(job: Evaluation, models: dict[str, Any]) -> list[str]:
             "the embedded model tests the pipeline and relative damage on 8x8-pixel digits; it "
             "says nothing about ImageNet"
         )
+    wanted = job.settings
+    given = (wanted.reference, wanted.inception, *(wanted.lpips or ()))
+    notes += published.doubts(path for path in given if path is not None)
     return list(dict.fromkeys(notes))
 
 

@@ -70,12 +70,16 @@ def run(wanted: settings.ReproduceSettings) -> dict[str, Any]:
     here = run_file.resolved(asked, wanted.files)
     out = wanted.out or _FOLDER / _slug(asked, wanted)
     _check_elsewhere(pathlib.Path(wanted.run), out)
+    doubts = run_file.doubts(here)
+    for sentence in doubts:  # before the work: it takes hours
+        console.print(f"note: {sentence}", soft_wrap=True)
     results = _made(here, out)
     record = {
         "name": asked.name,
         "command": shlex.join(["python", "-m", "vqjax.reproduce", wanted.run]),
         "run": asked.to_dict(),
         "results": results,
+        "notes": [sentence.replace(f"{wanted.files}/", "") for sentence in doubts],
         "environment": environment.describe(),
     }
     native.write_atomically(out / RECORD, (json.dumps(record, indent=2) + "\n").encode())

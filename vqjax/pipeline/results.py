@@ -2,6 +2,7 @@
 """From finished pieces to the report: scores, fidelity, bytes, FLOPs, pictures."""
 
 import pathlib
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -52,7 +53,7 @@ def write(
     labels = class_ids(job.model.config, job.samples)
     embedded = job.model.config.name == "digits"
     content: dict[str, Any] = {
-        "model": {"name": job.model.config.name, "parameters": _unet_weights(job)},
+        "model": {"name": job.model.config.name, "parameters": unet_weights(job)},
         "weights": _weights(job, model),
         "activations": {"bits": job.settings.act_bits},
         "tuning": {"steps": job.tune_steps},
@@ -72,7 +73,7 @@ def write(
         "environment": environment.describe() | {"command": journal.record["command"]},
         "folded": {
             "weights": job.folded.weights,
-            "share": job.folded.weights / _unet_weights(job),
+            "share": job.folded.weights / unet_weights(job),
         },
         "warnings": _warnings(job, done.scalar),
     }
@@ -89,24 +90,62 @@ def write(
     journal.write("samples.png", figured["samples"].light)
 
 
-def _unet_weights(job: "Job") -> int:
+def unet_weights(job: "Job") -> int:
+    """Parameters of the U-Net, with those that folding removed."""
     flat = tree.flatten(job.model.params)
     kept = sum(leaf.size for path, leaf in flat.items() if path.startswith("unet/"))
     return int(kept) + job.folded.weights
 
 
-def _weights(job: "Job", model: Model) -> dict[str, Any]:
+class Stored(NamedTuple):
+    """What a model's U-Net takes.
+
+    Attributes:
+      bits_per_weight: of quantized weights, codebooks and scales counted.
+      nbytes: of the whole U-Net, ranges of activations included.
+    """
+
+    bits_per_weight: float
+    nbytes: int
+
+
+def stored(model: Model) -> Stored:
+    """What a quantized model's U-Net takes."""
     flat = {p: leaf for p, leaf in tree.flatten(model.params).items() if p.startswith("unet/")}
     packed = [leaf for leaf in flat.values() if isinstance(leaf, VQTensor)]
-    stored = sum(int(leaf.nbytes) for leaf in flat.values())
-    if "activations" in model.params:
-        stored += model.params["activations"].nbytes
+    nbytes = sum(int(leaf.nbytes) for leaf in flat.values()) + _of_ranges(model)
+    return Stored(8 * sum(t.nbytes for t in packed) / sum(t.size for t in packed), nbytes)
+
+
+def stored_scalar(model: Model, layers: Mapping[str, ScalarLayer]) -> Stored:
+    """The same for the scalar baseline, whose kernels are held as the values of their grids."""
+    rest = [
+        leaf
+        for path, leaf in tree.flatten(model.params).items()
+        if path.startswith("unet/") and path not in layers
+    ]
+    bits, weights = _scalar_bits(layers), sum(layer.kernel.size for layer in layers.values())
+    nbytes = round(bits * weights / 8) + sum(int(leaf.nbytes) for leaf in rest)
+    return Stored(bits, nbytes + _of_ranges(model))
+
+
+def _scalar_bits(layers: Mapping[str, ScalarLayer]) -> float:
+    weights = sum(layer.kernel.size for layer in layers.values())
+    return sum(layer.bits_per_weight * layer.kernel.size for layer in layers.values()) / weights
+
+
+def _of_ranges(model: Model) -> int:
+    return int(model.params["activations"].nbytes) if "activations" in model.params else 0
+
+
+def _weights(job: "Job", model: Model) -> dict[str, Any]:
+    found = stored(model)
     return {
         "bits_target": job.bits,
-        "bits_per_weight": 8 * sum(t.nbytes for t in packed) / sum(t.size for t in packed),
-        "bits_per_weight_model": 8 * stored / _unet_weights(job),
-        "bytes_before": 4 * _unet_weights(job),
-        "bytes_after": stored,
+        "bits_per_weight": found.bits_per_weight,
+        "bits_per_weight_model": 8 * found.nbytes / unet_weights(job),
+        "bytes_before": 4 * unet_weights(job),
+        "bytes_after": found.nbytes,
     }
 
 
@@ -154,8 +193,7 @@ def _flops(job: "Job") -> dict[str, Any]:
 
 def _warnings(job: "Job", scalar: dict[str, ScalarLayer]) -> list[str]:
     warnings = []
-    weights = sum(layer.kernel.size for layer in scalar.values())
-    bits = sum(layer.bits_per_weight * layer.kernel.size for layer in scalar.values()) / weights
+    bits = _scalar_bits(scalar)
     warnings.append(
         f"The scalar baseline stores {bits:.2f} bits per weight: {job.scalar_bits} bits a code, "
         "and a step and an offset per row."

@@ -65,7 +65,10 @@ def predict(run: Run) -> Cost | None:
     if run.quantize is not None:
         division = quantize.division_of(config, shapes, plan, sizes, run.quantize)
         expected = quantize.expected_of(config, shapes, plan, sizes, run.quantize, division)
-        seconds["quantize"] = sum(expected.seconds.values())
+        taught = expected.seconds.get("tune", 0.0)
+        seconds["quantize"] = sum(expected.seconds.values()) - taught
+        if taught:
+            seconds[f"tune {quantize.tune_steps_of(config, run.quantize):,} steps"] = taught
         peak = sum(expected.memory.values())
     if run.evaluate is not None:
         forward = total([layer_flops(shapes[p], plan[p], sizes[p].positions) for p in plan]).dense

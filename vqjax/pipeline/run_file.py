@@ -148,6 +148,17 @@ def resolved(run: Run, files: pathlib.Path) -> Run:
     return dataclasses.replace(run, quantize=quantize, evaluate=evaluate)
 
 
+def doubts(run: Run) -> list[str]:
+    """Where a resolved run's file is not the published one of its name, a sentence each."""
+    found = []
+    wanted = run.quantize or run.evaluate
+    if wanted is not None and wanted.config == "cin256-v2":  # others are named model.ckpt, too
+        found.append(wanted.source)
+    if run.evaluate is not None:
+        found += [run.evaluate.reference, run.evaluate.inception, *(run.evaluate.lpips or ())]
+    return published.doubts(path for path in found if path is not None)
+
+
 def _found(files: pathlib.Path, named: pathlib.Path, problems: list[str]) -> pathlib.Path:
     for path in (files / named, named):
         if path.exists():

@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The embedded model as benches need it: compressed, tuned, sampled, scored.
+
+What took time stays in a work folder, below a name that tells versions, device and source apart:
+results of other code are not continued.
+"""
+
+import dataclasses
+import io
+import pathlib
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import vqjax.train
+from vqjax import core, progress, sampling
+from vqjax.bench import results
+from vqjax.core import tree
+from vqjax.core.model import Model
+from vqjax.core.scalar import ScalarLayer
+from vqjax.errors import VqjaxError
+from vqjax.eval import digits, fidelity
+from vqjax.io import native
+from vqjax.pipeline import quantize, timesteps, tuning
+from vqjax.pipeline.journal import Journal, fingerprint
+from vqjax.settings import QuantizeSettings, Tuning
+from vqjax.train import distill, pv, scalar
+
+FULL = "full_precision"
+ACT_BITS = 8
+LEVEL_RATE, STEP_RATE = 0.02, 2e-3
+"""Adam's learning rates of scalar quantization: latent weights in steps; logarithms of steps."""
+
+VARIANTS = {
+    "codebooks": pv.CODEBOOKS_ONLY,
+    "straight_through": pv.STRAIGHT_THROUGH,
+    "pv": pv.PV,
+    "pv_restart": pv.PV,
+    "semi_pv": pv.SEMI_PV,
+}
+_BATCH = 100  # samples of one compiled call
+_CLASSES = 10
+_COMMON = ("trajectories", "timesteps", "moments-0")
+"""Pieces of a run that no bit width changes."""
+
+
+class Teaching(NamedTuple):
+    """How models are tuned: `distill.Recipe` has what is not here from the run."""
+
+    steps: int
+    tuning: Tuning
+    order: Literal["mixed", "trajectory"] = "mixed"
+
+
+class Compressed(NamedTuple):
+    """What all measurements of a bit width start from.
+
+    Attributes:
+      model: compressed, not tuned; what layers read has 8 bits.
+      rival: the same bits, rounded up, by scalar quantization (GPTQ) on the same inputs, with the
+        same ranges; its kernels are float32 values of their grids.
+      scalar: the layers of `rival`.
+    """
+
+    job: quantize.Job
+    journal: Journal
+    model: Model
+    rival: Model
+    scalar: dict[str, ScalarLayer]
+
+
+def identity() -> list[Any]:
+    """What every result depends on: versions, device, the source of search and tuning."""
+    return [results.here(), results.source_digest(core, vqjax.train)]
+
+
+def folder(work: pathlib.Path) -> pathlib.Path:
+    """The part of a work folder that belongs to `identity`."""
+    return work / fingerprint(identity())[:12]
+
+
+def check(bits: tuple[float, ...], count: int) -> None:
+    """Refuses before any work what could not be compressed or scored.
+
+    Raises:
+      VqjaxError: naming the option.
+    """
+    if not bits:
+        raise VqjaxError("--bits: found none; give one or more, such as --bits 2 4")
+    if count < 4:
+        raise VqjaxError(f"--count {count}: expected 4 or more, which the scores need")
+    for value in bits:
+        if not 0.5 <= value <= 8:
+            raise VqjaxError(f"--bits {value:g}: expected 0.5 to 8 bits per weight")
+
+
+def compressed(work: pathlib.Path, bits: float) -> Compressed:
+    """Compresses the embedded model, or finds that in the work folder; ranges included."""
+    here = folder(work)
+    out = here / f"{bits:g}"
+    job = quantize.prepare(QuantizeSettings(bits=bits, act_bits=ACT_BITS, tune_steps=0, out=out))
+    record = quantize.record_of(job)
+    journal = Journal.open(out, record)
+    about = {"command": record["command"], "fingerprint": fingerprint(record["source_sha256"])}
+    common = Journal.open(here / "common", about)
+    _copy(common, journal)
+    job, done = quantize.compressed(job, journal)
+    _copy(journal, common)
+    model, rival = quantize.assembled(job, done)
+    # Ranges come from what full precision reads, so that they are the same for all bits.
+    ranged = tuning.tuned(job, common, job.model, quantize.trajectories(job, journal))
+    ranges = {"activations": ranged.params["activations"]}
+    model, rival = (dataclasses.replace(m, params={**m.params, **ranges}) for m in (model, rival))
+    return Compressed(job, journal, model, rival, done.scalar)
+
+
+def _copy(before: Journal, after: Journal) -> None:
+    for name in _COMMON:
+        found = before.load(name)
+        if found is not None and after.load(name) is None:
+            after.store(name, *found)
+
+
+def tuned(start: Compressed, method: str, seed: int, teaching: Teaching) -> Model:
+    """The model tuned by one of `VARIANTS`, or the rival with learned steps ("scalar")."""
+    student, optimizer, metrics = _pupil(start, method, teaching)
+    recipe = dataclasses.replace(
+        tuning.recipe_of(start.job),
+        steps=teaching.steps,
+        batch=teaching.tuning.batch,
+        trajectories=teaching.tuning.trajectories,
+        seed=seed + tuning.SEED,
+        order=teaching.order,
+    )
+    known = fingerprint(repr(teaching.tuning), teaching.steps, teaching.order)[:8]
+    taught = distill.distill(
+        start.job.model,
+        student,
+        optimizer,
+        tuning.ranges_optimizer(teaching.steps, teaching.tuning.rate),
+        recipe,
+        (start.journal.folder / "tuned" / f"{method}-{seed}-{known}").absolute(),
+        activations=start.model.params["activations"],
+        weight_of_t=lambda t_T: timesteps.at(start.journal, t_T),
+        metrics=metrics,
+        on_restart=pv.invalidate_all if method == "pv_restart" else None,
+        name=f"{method} {start.job.bits:g}",
+    )
+    if method != "scalar":
+        return tuning.model_of(taught, start.model)
+    dense = jax.jit(distill.decoded)(taught.weights)
+    assert taught.ranges is not None
+    ranges = taught.ranges.to_activations(start.model.params["activations"]).rounded()
+    params = {**start.model.params, **dense, "activations": ranges}
+    return Model(start.model.config, params)
+
+
+def _pupil(
+    start: Compressed, method: str, teaching: Teaching
+) -> tuple[distill.Student, distill.Optimizer, Callable[[Any], Any]]:
+    """What is trained, how, and what it shows."""
+    student = tuning.student_of(start.model)
+    steps, rate = teaching.steps, teaching.tuning.rate
+    if method in VARIANTS:
+        optimizer = tuning.weights_optimizer(steps, rate, VARIANTS[method])
+        return student, optimizer, lambda state: {"moved": pv.moved_fraction(state)}
+    flat = tree.flatten(start.job.model.params)
+    weights = tree.flatten(student.weights)
+    for path, layer in start.scalar.items():
+        weights[path] = scalar.ScalarWeight.of(layer.kernel, start.job.scalar_bits_of(path))
+    for path, leaf in weights.items():  # corrected biases belong to our kernels
+        if path.endswith("/bias"):
+            weights[path] = jnp.asarray(flat[path], leaf.dtype)
+    schedules = (
+        distill.schedule_of(each, steps, rate) for each in (LEVEL_RATE, STEP_RATE, pv.SEMI_PV.lr)
+    )
+    student = student._replace(weights=tree.unflatten(weights))
+    return student, scalar.lsq(*schedules), lambda state: {}
+
+
+def full_precision(work: pathlib.Path, count: int, seed: int) -> np.ndarray:
+    """Samples of full precision, uint8 [N, H, W, 3], made once."""
+
+    def make() -> np.ndarray:
+        return sample(quantize.prepare(QuantizeSettings()).model, count, seed, FULL)
+
+    return kept(folder(work) / "samples" / f"full-{count}-{seed}.npy", make)
+
+
+def kept(path: pathlib.Path, make: Callable[[], np.ndarray]) -> np.ndarray:
+    """An array from its file, or from `make`, which then has its file."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        native.write_atomically(path, _npy(make()))
+    return np.load(path)
+
+
+def _npy(array: np.ndarray) -> bytes:
+    data = io.BytesIO()
+    np.save(data, array)
+    return data.getvalue()
+
+
+def classes(count: int) -> np.ndarray:
+    """The digits asked for, in turn."""
+    return np.arange(count) % _CLASSES
+
+
+def sample(model: Model, count: int, seed: int, name: str) -> np.ndarray:
+    """Samples of a model, uint8 [N, H, W, 3]; equal seeds give equal noise and classes."""
+    with progress.stage(f"sample {name}", count) as advance:
+        return sampling.generate(
+            model,
+            classes(count),
+            guidance=model.config.guidance,
+            seed=seed,
+            batch_size=min(_BATCH, count),
+            on_batch=advance,
+        )
+
+
+def scores(images_NHWC: np.ndarray, full_NHWC: np.ndarray | None = None) -> dict[str, Any]:
+    """`digits.SCORES` and `n`; with the twins of full precision also what was lost.
+
+    That is `fd_difference` and `fd_difference_sd` of `digits.paired_difference`, `psnr` in dB with
+    its standard error `psnr_se`, `identical` and `ssim`.
+    """
+    whole = digits.evaluate_images(images_NHWC, classes(len(images_NHWC)))
+    found = {name: whole[name] for name in (*digits.SCORES, "n")}
+    if full_NHWC is None:
+        return found
+    psnr_N = fidelity.psnr(full_NHWC, images_NHWC)
+    mean, identical = fidelity.mean_psnr(psnr_N)
+    differing_N = psnr_N[np.isfinite(psnr_N)]
+    return {
+        **found,
+        **digits.paired_difference(full_NHWC, images_NHWC),
+        "psnr": mean,
+        "psnr_se": float(np.std(differing_N) / max(differing_N.size - 1, 1) ** 0.5),
+        "identical": identical,
+        "ssim": float(np.mean(fidelity.ssim(full_NHWC, images_NHWC))),
+    }
