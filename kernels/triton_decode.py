@@ -16,6 +16,9 @@ from vqjax.kernels.problem import Operands, Problem
 from vqjax.kernels.schedule import Tiles, power_of_two
 
 
+jit = triton.jit  # in files named triton.py, readers of types take the package's name for theirs
+
+
 def code_constants(problem: Problem) -> dict[str, int]:
     """Returns the sizes by which every kernel finds codes and entries."""
     return {
@@ -29,7 +32,7 @@ def code_constants(problem: Problem) -> dict[str, int]:
     }
 
 
-@triton.jit
+@jit
 def read_codes(
     packed_ptr, outputs_T, vectors_V,
     OUTPUTS: tl.constexpr, GROUPS: tl.constexpr, BYTES: tl.constexpr, BOOKS: tl.constexpr,
@@ -63,7 +66,7 @@ def read_codes(
     return codes_M
 
 
-@triton.jit
+@jit
 def sum_vectors(books_ptr, codes_M, BOOKS: tl.constexpr, PADDED: tl.constexpr):
     """The sums of the chosen entries, whole vectors, float32 [T, V, P]."""
     places_P = tl.arange(0, PADDED)[None, None, :]
@@ -74,7 +77,7 @@ def sum_vectors(books_ptr, codes_M, BOOKS: tl.constexpr, PADDED: tl.constexpr):
     return total_TVP
 
 
-@triton.jit
+@jit
 def sum_places(books_ptr, codes_M, place, BOOKS: tl.constexpr, PADDED: tl.constexpr):
     """The sums of the chosen entries at one place of the vectors, float32 [T, V]."""
     total_TV = tl.load(books_ptr + codes_M[0] * PADDED + place).to(tl.float32)
@@ -83,13 +86,13 @@ def sum_places(books_ptr, codes_M, place, BOOKS: tl.constexpr, PADDED: tl.conste
     return total_TV
 
 
-@triton.jit
+@jit
 def add_product(x_RD, w_TD, total_RT):
     """total + x @ w.T; weights are rounded to the type of x, float32 is not shortened to TF32."""
     return tl.dot(x_RD, tl.trans(w_TD.to(x_RD.dtype)), acc=total_RT, input_precision="ieee")
 
 
-@triton.jit
+@jit
 def finish(
     y_ptr, factors_ptr, biases_ptr, total_RT, rows_R, outputs_T, split,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, SPLITS: tl.constexpr,
@@ -108,7 +111,7 @@ def finish(
     tl.store(at_RT, total_RT.to(y_ptr.dtype.element_ty), mask=mask_RT)
 
 
-@triton.jit
+@jit
 def decode_kernel(
     packed_ptr, books_ptr, factors_ptr, w_ptr,
     OUTPUTS: tl.constexpr, GROUPS: tl.constexpr, BYTES: tl.constexpr, BOOKS: tl.constexpr,

@@ -10,13 +10,12 @@ Dimension key:  O outputs   N fan-in   R pixels of a tile   T outputs of a tile
 import functools
 
 import jax
-import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 
 from vqjax.kernels import gpu_arrays, triton_decode, triton_gpu
 from vqjax.kernels.problem import Operands, Problem
 from vqjax.kernels.schedule import SMALLEST, Schedule, Tiles
-from vqjax.kernels.triton_decode import add_product, finish, read_codes, sum_places
+from vqjax.kernels.triton_decode import add_product, finish, jit, read_codes, sum_places
 from vqjax.kernels.vq_conv import ref
 from vqjax.kernels.vq_conv.window import Window
 
@@ -95,7 +94,7 @@ def _fused(
     return y.reshape(batch, lines, columns, problem.outputs)
 
 
-@triton.jit
+@jit
 def conv_kernel(
     x_ptr, packed_ptr, books_ptr, factors_ptr, biases_ptr, y_ptr,
     OUTPUTS: tl.constexpr, GROUPS: tl.constexpr, BYTES: tl.constexpr, BOOKS: tl.constexpr,

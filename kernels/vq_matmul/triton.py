@@ -10,13 +10,19 @@ Dimension key:  B rows of x   I inputs   O outputs   R rows of a tile   T output
 import functools
 
 import jax
-import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 
 from vqjax.kernels import gpu_arrays, triton_decode, triton_gpu
 from vqjax.kernels.problem import Operands, Problem
 from vqjax.kernels.schedule import SMALLEST, Schedule, Tiles, power_of_two
-from vqjax.kernels.triton_decode import add_product, finish, read_codes, sum_places, sum_vectors
+from vqjax.kernels.triton_decode import (
+    add_product,
+    finish,
+    jit,
+    read_codes,
+    sum_places,
+    sum_vectors,
+)
 from vqjax.kernels.vq_matmul import ref
 
 
@@ -76,14 +82,14 @@ def _fused(operands: Operands, problem: Problem, tiles: Tiles, capability: int |
     return gpu_arrays.add_splits(y, tiles.splits, scaling, problem.result)
 
 
-@triton.jit
+@jit
 def _inputs(x_ptr, rows_R, columns_D, ROWS: tl.constexpr, INPUTS: tl.constexpr):
     inside_RD = (rows_R < ROWS)[:, None] & (columns_D < INPUTS)[None, :]
     at_RD = x_ptr + rows_R[:, None] * INPUTS + columns_D[None, :]
     return tl.load(at_RD, mask=inside_RD, other=0)
 
 
-@triton.jit
+@jit
 def matmul_kernel(
     x_ptr, packed_ptr, books_ptr, factors_ptr, biases_ptr, y_ptr,
     OUTPUTS: tl.constexpr, GROUPS: tl.constexpr, BYTES: tl.constexpr, BOOKS: tl.constexpr,

@@ -3,7 +3,7 @@
 
 Whether kernels are compiled or interpreted is decided where they are defined, for a whole process;
 hence a program of its own. It reads cases from its input (JSON, a list of `Case.plain`) and writes
-their results to OUT (.npz, by number). Triton's interpreter takes tensors of PyTorch; `Tensor` has
+their results to OUT (.npz, in their order). Triton's interpreter takes tensors of PyTorch; `Tensor` has
 what it asks of them.
 """
 
@@ -149,8 +149,7 @@ def main() -> None:
     triton_gpu.launch = launch
     cases = [Case.of(plain) for plain in json.load(sys.stdin)]
     # NumPy's files do not know bfloat16; float32 holds all that it can be.
-    results = {str(i): np.asarray(case.run(), np.float32) for i, case in enumerate(cases)}
-    np.savez(sys.argv[1], **results)
+    np.savez(sys.argv[1], *(np.asarray(case.run(), np.float32) for case in cases))
 
 
 if __name__ == "__main__":

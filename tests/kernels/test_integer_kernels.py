@@ -33,7 +33,8 @@ POINT = ((0, 0), (0, 0))
 
 
 def problem_of(op, rows, sizes, code, group, **window) -> Problem:
-    return Problem(op, rows, *sizes, *code, group, "int8", "int8", **window)
+    (inputs, outputs), (books, entries) = sizes, code
+    return Problem(op, rows, inputs, outputs, books, entries, group, "int8", "int8", **window)
 
 
 def random_operands(problem: Problem, x_shape, *, unit: bool) -> IntegerOperands:

@@ -148,7 +148,7 @@ def test_what_kernels_cannot_do_is_said():
     assert conv_pallas.unsupported(problem) == [
         "K = 15, kernels read codes of 4, 8 or 12 bits",
         "M = 9, kernels add up 1 to 8 codebooks",
-        "activations are float64, kernels take float32, float16, bfloat16",
+        "activations are float64, kernels take float32, float16, bfloat16, int8",
         "window of 5, the kernel has 3x3 weights",
         "vectors of 18, kernels read one weight, a row of 3 or all 9",
     ]
@@ -184,4 +184,4 @@ def test_int8_codebooks_meet_their_scale():
     np.testing.assert_allclose(
         operands.factors(), operands.scales_O * operands.codebook_scale, rtol=1e-6
     )
-    assert operands.biases().dtype == jnp.float32
+    assert operands.scaling().biases_O.dtype == jnp.float32

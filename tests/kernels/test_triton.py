@@ -116,7 +116,7 @@ def assert_near(found: np.ndarray, exact: np.ndarray, dtype: str) -> None:
 def test_interpreted_kernels_agree(index, results):
     case = CASES[index]
     exact = expected(case, specs.random_operands(case.problem, case.x_shape))
-    assert_near(results[str(index)], exact, case.problem.dtype)
+    assert_near(results[f"arr_{index}"], exact, case.problem.dtype)
 
 
 def test_cases_hold_every_kind():
