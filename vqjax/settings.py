@@ -138,8 +138,9 @@ class EvaluateSettings:
     against: str | None = None
     """What each picture is compared with: the full-precision model, sampled from the same noise and
     classes, or its pictures in the same order."""
-    reference: pathlib.Path | None = None
-    """Real pictures: an .npz such as VIRTUAL_imagenet256_labeled.npz, or a folder."""
+    reference: str | None = None
+    """Real pictures: an .npz such as VIRTUAL_imagenet256_labeled.npz, a folder, or a dataset that
+    tensorflow-datasets has prepared, such as "tfds:imagenet2012?split=train&size=256"."""
     inception: pathlib.Path | None = None
     """The FID network, such as pt_inception-2015-12-05-6726825d.pth: FID, sFID, inception score,
     precision and recall, with --reference; without it, the inception score."""

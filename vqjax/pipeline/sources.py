@@ -11,7 +11,7 @@ from vqjax import io
 from vqjax.config import PRESETS, LatentDiffusionConfig
 from vqjax.core.model import Model
 from vqjax.errors import VqjaxError
-from vqjax.io import image_folder, images, leaves, orbax_model, published
+from vqjax.io import image_folder, images, leaves, orbax_model, published, tfds_images
 from vqjax.io.image_set import ImageSet
 
 EMBEDDED = "digits"
@@ -49,7 +49,7 @@ def open_source(where: str, preset: str | None = None) -> Source:
     """
     path = pathlib.Path(where)
     if path.suffix == ".npz" or (path.is_dir() and not _is_model_folder(path)):
-        return Source(where, hash_of_pictures(path), pictures=_open_pictures(path))
+        return Source(where, hash_of_pictures(where), pictures=_open_pictures(path))
     model = io.load_model(where, config=PRESETS[preset]() if preset else None)
     arrays, _ = leaves.to_arrays(model.params)
     return Source(where, leaves.content_hash(model.config.to_dict(), arrays), model=model)
@@ -84,8 +84,14 @@ def _is_picture(file: pathlib.Path) -> bool:
     return file.suffix.lower() in image_folder.FORMATS
 
 
-def hash_of_pictures(path: pathlib.Path) -> str:
-    """SHA-256 of a file, or over the names and contents of a folder's picture files."""
+def hash_of_pictures(where: str) -> str:
+    """SHA-256 of a file, or over the names and contents of a folder's picture files.
+
+    Of a dataset, what `tfds_images.fingerprint` says.
+    """
+    if where.startswith(tfds_images.PREFIX):
+        return tfds_images.fingerprint(where)
+    path = pathlib.Path(where)
     if not path.is_dir():
         return published.sha256_of(path) if path.exists() else ""  # what opens it says so
     digest = hashlib.sha256()
