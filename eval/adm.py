@@ -25,7 +25,7 @@ NAME = "ADM evaluator"
 SCORES = ("fid", "sfid", "is", "precision", "recall")
 PUBLISHED_COUNT = 50_000
 BATCH = 64
-_FLUSH = 1024  # rows at once into the moments, whose cost is that of a matrix of 2048 x 2048
+FLUSH = 1024  # rows at once into the moments, whose cost is that of a matrix of 2048 x 2048
 
 
 class Rows(NamedTuple):
@@ -179,7 +179,7 @@ def gather(rows: Iterable[Rows], images: ImageSet) -> Seen:
         splits.add(seen.logits)
         waiting.append(seen)
         done += size
-        if done - flushed >= _FLUSH or done == count:
+        if done - flushed >= FLUSH or done == count:
             spatial.add(np.concatenate([batch.spatial for batch in waiting]))
             pooled.add(np.concatenate([batch.pooled for batch in waiting]))
             waiting, flushed = [], done

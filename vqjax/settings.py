@@ -318,6 +318,28 @@ class BenchKernelsSettings:
     """Of weights and inputs."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BenchEvaluateSettings:
+    """Times scoring, part by part: the FID network, its statistics, precision and recall.
+
+    Beside the same work in TensorFlow, where it is installed, and in SciPy, on the same arrays."""
+
+    inception: pathlib.Path | None = None
+    """The FID network; default: random weights, since what is timed does not depend on them."""
+    pictures: int = 64
+    """Of 256 pixels that the network sees in a round; whole batches of 64 are fastest."""
+    samples: int = 5_000
+    """Rows of features that stand for samples, in statistics and precision and recall."""
+    reference: int = 2_000
+    """Rows of features that stand for real pictures."""
+    repeat: int = 3
+    """Rounds; medians are shown."""
+    json: pathlib.Path | None = None
+    """Results."""
+    seed: int = 0
+    """Of weights, pictures and features."""
+
+
 def command_line(module: str, settings: Any, subcommand: str = "") -> str:
     """The command that repeats a call with these settings, defaults left out."""
     words = [word for word in (subcommand, getattr(settings, "source", "")) if word]

@@ -297,6 +297,7 @@ def _prepare(folder: pathlib.Path, file_format: str, monkeypatch) -> None:
     sys.modules.pop("vqjax_tiny_pictures.builder", None)
     # The package keeps a registry; a builder of another test may be in it already.
     monkeypatch.setattr(tfds.core.registered, "_DATASET_REGISTRY", {})
+    tfds.core.utils.file_utils.clear_registered_data_dirs()
     module = importlib.import_module("vqjax_tiny_pictures.builder")
     data = folder / file_format
     builder = module.VqjaxTinyPictures(data_dir=data, file_format=file_format)

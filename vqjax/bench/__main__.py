@@ -8,6 +8,7 @@ import tyro
 from vqjax.settings import (
     BenchAblationSettings,
     BenchAqSettings,
+    BenchEvaluateSettings,
     BenchKernelsSettings,
     BenchSampleSettings,
     BenchTuneSettings,
@@ -19,6 +20,7 @@ Settings = (
     | BenchSampleSettings
     | BenchTuneSettings
     | BenchAblationSettings
+    | BenchEvaluateSettings
 )
 
 
@@ -31,6 +33,7 @@ def main(argv: list[str] | None = None) -> int:
             "sample": BenchSampleSettings,
             "tune": BenchTuneSettings,
             "ablation": BenchAblationSettings,
+            "evaluate": BenchEvaluateSettings,
         },
         args=argv,
         prog="python -m vqjax.bench",
@@ -59,6 +62,10 @@ def _work(settings: Settings) -> None:
         from vqjax.bench import ablation
 
         ablation.run(settings)
+    elif isinstance(settings, BenchEvaluateSettings):
+        from vqjax.bench import evaluate
+
+        evaluate.run(settings)
     elif (settings.inputs is None) == (settings.model is None):
         raise VqjaxError(
             "give either --inputs DIR, a folder of matrix files, or --model NAME, such as cin256-v2"
