@@ -21,7 +21,9 @@ FLOAT_BITS = 32
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
-Preset = Literal["cin256-v2", "celebahq", "ffhq", "lsun_bedrooms", "lsun_churches", "digits"]
+Preset = Literal[
+    "cin256-v2", "celebahq", "ffhq", "lsun_bedrooms", "lsun_churches", "digits", "textures"
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
