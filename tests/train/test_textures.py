@@ -3,9 +3,9 @@
 
 import dataclasses
 import importlib.util
-import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -26,7 +26,7 @@ NEEDS_PICTURES = pytest.mark.skipif(
 def test_turning_and_mirroring_only_move_pixels(monkeypatch):
     monkeypatch.setattr(extractors, "NOISE_OF_TEXTURES", 0.0)
     images = np.random.default_rng(0).normal(size=(40, 6, 6, 3)).astype(np.float32)
-    found = np.asarray(extractors.turn(images, jax.random.key(0)))
+    found = np.asarray(extractors.turn(jnp.asarray(images), jax.random.key(0)))
     ways = set()
     for image, moved in zip(images, found):
         all_ways = [np.rot90(i, k) for i in (image, image[:, ::-1]) for k in range(4)]

@@ -128,7 +128,7 @@ def fingerprint(where: str) -> str:
 def _find(where: str) -> _Dataset:
     wanted = parse(where)
     try:
-        import tensorflow_datasets as tfds
+        import tensorflow_datasets as tfds  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise VqjaxError(
             f"{where} is read by tensorflow-datasets, which cannot be imported ({error}); "
