@@ -107,11 +107,11 @@ def augment(images_BHWC: jax.Array, key: jax.Array) -> jax.Array:
 def turn(images_BHWC: jax.Array, key: jax.Array) -> jax.Array:
     """Mirrors and turns each picture by a multiple of 90 degrees, and noises it a little."""
     key_turn, key_noise = jax.random.split(key)
-    turned = [jnp.rot90(images_BHWC, quarter, (1, 2)) for quarter in range(4)]
-    all_8BHWC = jnp.stack([*turned, *(image[:, :, ::-1] for image in turned)])
-    count = len(images_BHWC)
-    chosen = jax.random.randint(key_turn, (count,), 0, len(all_8BHWC))
-    found = all_8BHWC[chosen, jnp.arange(count)]
+    # Transposed or not, upside down or not, mirrored or not: all eight ways a square lies.
+    chosen_3B111 = jax.random.bernoulli(key_turn, shape=(3, len(images_BHWC), 1, 1, 1))
+    found = jnp.where(chosen_3B111[0], images_BHWC.swapaxes(1, 2), images_BHWC)
+    found = jnp.where(chosen_3B111[1], found[:, ::-1], found)
+    found = jnp.where(chosen_3B111[2], found[:, :, ::-1], found)
     return found + NOISE_OF_TEXTURES * jax.random.normal(key_noise, found.shape)
 
 
