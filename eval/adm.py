@@ -25,7 +25,7 @@ NAME = "ADM evaluator"
 SCORES = ("fid", "sfid", "is", "precision", "recall")
 PUBLISHED_COUNT = 50_000
 BATCH = 64
-_FLUSH = 1024  # rows at once into the moments, whose cost is that of a matrix of 2048 x 2048
+FLUSH = 1024  # rows at once into the moments, whose cost is that of a matrix of 2048 x 2048
 
 
 class Rows(NamedTuple):
@@ -43,7 +43,8 @@ class Seen:
     Attributes:
       pooled: moments of the pooled features (FID).
       spatial: moments of the spatial features (sFID).
-      rows_NF: the pooled features, float32 (precision and recall).
+      rows_NF: the pooled features, float32 (precision and recall); the first ones, where the set
+        has more than precision and recall look at.
       splits: sums of the class probabilities (inception score).
       classes_N: the most probable class of each picture, int32.
     """
@@ -65,7 +66,7 @@ def evaluate(
     """Scores samples against a reference set.
 
     Statistics that a file holds go before those of its pictures; precision and recall always use
-    the pictures, all of both sets.
+    the pictures, all of both sets unless a set says how many.
 
     Args:
       samples: in random class order; the inception score is taken in splits of 5,000.
@@ -99,9 +100,10 @@ def scores(
     Returns:
       `fid, sfid, is, precision, recall`; how far they spread: `fid_se` (standard error by the
       delta method, None where N <= 2048), `is_sd` (over splits, None for one split),
-      `precision_se` and `recall_se` (binomial); `n`, `reference_n`, `reference_statistics`
-      ("stored" or "pictures"), `inception_sha256`, `published_weights`, `name`, and `notes`:
-      sentences that belong beside the numbers. Without a reference, what needs one is absent.
+      `precision_se` and `recall_se` (binomial); `n`, `reference_n`, `reference_manifold_n`
+      (pictures that precision and recall saw), `reference_statistics` ("stored" or "pictures"),
+      `inception_sha256`, `published_weights`, `name`, and `notes`: sentences that belong beside
+      the numbers. Without a reference, what needs one is absent.
     """
     splits = found.splits.scores()
     content = {
@@ -125,8 +127,9 @@ def scores(
         "recall": recall,
         "fid_se": metrics.frechet_error(found.rows_NF, found.pooled, real_pooled),
         "precision_se": float(np.sqrt(precision * (1 - precision) / samples.count)),
-        "recall_se": float(np.sqrt(recall * (1 - recall) / reference.count)),
+        "recall_se": float(np.sqrt(recall * (1 - recall) / len(real.rows_NF))),
         "reference_n": reference.count,
+        "reference_manifold_n": len(real.rows_NF),
         "reference_statistics": "stored" if reference.statistics else "pictures",
     }
 
@@ -148,35 +151,37 @@ def look(
             yield rows_of(batch, weights)
             advance(len(batch))
 
-    return gather(seen(), images.count)
+    return gather(seen(), images)
 
 
-def gather(rows: Iterable[Rows], count: int) -> Seen:
+def gather(rows: Iterable[Rows], images: ImageSet) -> Seen:
     """Reduces features to what scores need.
 
     Args:
-      rows: features of batches of any size, of `count` pictures in all. Sums do not depend on the
-        sizes beyond rounding.
+      rows: features of batches of any size, of all pictures. Sums do not depend on the sizes
+        beyond rounding.
+      images: the set they are of; its pictures are not looked at.
 
     Raises:
       VqjaxError: if there are fewer than two pictures.
     """
+    count, kept = images.count, images.manifold or images.count
     pooled, spatial = metrics.Accumulator(), metrics.Accumulator()
     splits = metrics.SplitScores()
-    rows_NF = np.empty((count, inception.POOLED), np.float32)
+    rows_NF = np.empty((kept, inception.POOLED), np.float32)
     classes_N = np.empty(count, np.int32)
-    waiting: list[np.ndarray] = []
+    waiting: list[Rows] = []
     done = flushed = 0
     for seen in rows:
         size = len(seen.pooled)
-        rows_NF[done : done + size] = seen.pooled
+        rows_NF[done : done + size] = seen.pooled[: max(0, kept - done)]
         classes_N[done : done + size] = np.argmax(seen.logits, 1)
         splits.add(seen.logits)
-        waiting.append(seen.spatial)
+        waiting.append(seen)
         done += size
-        if done - flushed >= _FLUSH or done == count:
-            spatial.add(np.concatenate(waiting))
-            pooled.add(rows_NF[flushed:done])
+        if done - flushed >= FLUSH or done == count:
+            spatial.add(np.concatenate([batch.spatial for batch in waiting]))
+            pooled.add(np.concatenate([batch.pooled for batch in waiting]))
             waiting, flushed = [], done
     return Seen(pooled.moments(), spatial.moments(), rows_NF, splits, classes_N)
 
@@ -260,6 +265,12 @@ def _notes(
         notes.append(
             f"the reference holds no stored statistics: FID and sFID are against its "
             f"{reference.count:,} pictures"
+        )
+    if reference is not None and reference.manifold is not None:
+        notes.append(
+            f"precision and recall are against the first {reference.manifold:,} of the "
+            f"reference's {reference.count:,} pictures, as many as the published reference batch "
+            f"holds"
         )
     if not weights.published:
         notes.append("the FID network's file is not the published one (see its sha256)")

@@ -5,7 +5,7 @@ Everything here is a pure function of that dict and of finished pictures. `check
 that must be there; these may be added and are shown where present:
 `failures` and `warnings` (lists of sentences, shown on top), `fidelity_scalar_baseline` (as
 `fidelity`), `paired` ({model: {fd_difference, fd_difference_sd}}), `real_halves` (scores of real
-digits against real digits), `memorization`, `folded` ({weights, share}: removed without loss).
+pictures against real ones), `memorization`, `folded` ({weights, share}: removed without loss).
 A value that was not measured is None; NaN and infinity become null in the JSON file.
 """
 
@@ -194,7 +194,9 @@ def _lost(report: Mapping[str, Any]) -> Table:
         ]
         rows.append([*row, number(real.get(field), digits)] if real else row)
     columns = ["", "full precision", "quantized", "change", "scalar, same bits"]
-    return Table("What was lost", _lost_note(report), columns + ["real digits"] * bool(real), rows)
+    return Table(
+        "What was lost", _lost_note(report), columns + ["real pictures"] * bool(real), rows
+    )
 
 
 def _lost_note(report: Mapping[str, Any]) -> str:
@@ -213,7 +215,7 @@ def _lost_note(report: Mapping[str, Any]) -> str:
             f"{paired['fd_difference']:+.2f} ± {paired['fd_difference_sd']:.2f}."
         )
     if report.get("real_halves"):
-        parts.append("Real digits: one random half against the other.")
+        parts.append("Real pictures: one random half against the other.")
     return " ".join(parts)
 
 
@@ -246,9 +248,9 @@ def _memorization(found: Mapping[str, Any]) -> Table:
     ]
     note = (
         "Median root-mean-square pixel distance on 0 to 1. A model that invents its pictures looks "
-        "like the unseen digits in the right column; one that repeats the training set does not."
+        "like the unseen ones in the right column; one that repeats the training set does not."
     )
-    return Table("Invented or remembered", note, ["", "samples", "unseen real digits"], rows)
+    return Table("Invented or remembered", note, ["", "samples", "unseen real ones"], rows)
 
 
 def _kinds(layers: Sequence[Mapping[str, Any]]) -> Table:

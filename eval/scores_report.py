@@ -3,8 +3,8 @@
 
 The dict is what `vqjax.pipeline.evaluate` makes. Its fields: `models` ({"source": about and scores,
 "against": the same where there is one}), `difference` (of twins, or None), `worst` (pairs, lowest
-PSNR first), `missing` and `notes` (sentences), `real_halves` (digits only), `protocol`, `settings`,
-`command`, `environment`, `seconds`.
+PSNR first), `missing` and `notes` (sentences), `real_halves` (of small data), `protocol`,
+`settings`, `command`, `environment`, `seconds`.
 """
 
 import html
@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from vqjax.eval import digits
+from vqjax.eval import judges
 from vqjax.eval.page import PAGE
 from vqjax.eval.report import (
     Table,
@@ -32,20 +32,24 @@ _LITERATURE = {  # field: (name, digits after the point, factor, field of the sp
     "precision": ("Precision, % ↑", 2, 100, "precision_se"),
     "recall": ("Recall, % ↑", 2, 100, "recall_se"),
 }
-_DIGITS = {
-    "fd": (f"{digits.NAME} ↓", 3, 1, None),
-    "sfd": (f"{digits.NAME}, spatial ↓", 3, 1, None),
-    "is": ("Inception score of digits ↑", 3, 1, None),
-    "precision": ("Precision ↑", 3, 1, None),
-    "recall": ("Recall ↑", 3, 1, None),
-    "accuracy": ("Class accuracy ↑", 3, 1, None),
-}
 _TWINS = {
     "psnr": ("PSNR, dB ↑", 2),
     "ssim": ("SSIM ↑", 4),
     "lpips": ("LPIPS ↓", 4),
     "latent_mse": ("Latent error, relative ↓", 5),
 }
+
+
+def _of_judge(kind: str, name: str) -> dict[str, tuple[str, int, int, None]]:
+    """Rows of a judge's scores, as `_LITERATURE` has them."""
+    return {
+        "fd": (f"{name} ↓", 3, 1, None),
+        "sfd": (f"{name}, spatial ↓", 3, 1, None),
+        "is": (f"Inception score of {kind} ↑", 3, 1, None),
+        "precision": ("Precision ↑", 3, 1, None),
+        "recall": ("Recall ↑", 3, 1, None),
+        "accuracy": ("Class accuracy ↑", 3, 1, None),
+    }
 
 
 class Pictures(NamedTuple):
@@ -78,10 +82,13 @@ def build(content: Mapping[str, Any], pictures: Pictures) -> dict[str, bytes]:
 
 
 def tables(content: Mapping[str, Any]) -> list[Table]:
-    """Every table that has a number: the literature's scores, those of digits, likeness."""
+    """Every table that has a number: the literature's scores, those of small data, likeness."""
     found = [
         _scores(content, "adm", "Scores of the literature", _LITERATURE),
-        _scores(content, "digits", "Scores of digits", _DIGITS),
+        *(
+            _scores(content, kind, f"Scores of {kind}", _of_judge(kind, judge.name))
+            for kind, judge in judges.JUDGES.items()
+        ),
     ]
     if content["difference"] is not None:
         found.append(_likeness(content["difference"]))
@@ -94,7 +101,7 @@ def _scores(content: Mapping[str, Any], kind: str, heading: str, rows: Mapping) 
         for side in SIDES
         if content["models"].get(side, {}).get(kind)
     }
-    real = content.get("real_halves") if kind == "digits" else None
+    real = content.get("real_halves") if kind in judges.JUDGES else None
     columns = sides | ({"real half against real half": real} if sides and real else {})
     lines = []
     for field, (name, places, factor, spread) in rows.items():
@@ -103,12 +110,12 @@ def _scores(content: Mapping[str, Any], kind: str, heading: str, rows: Mapping) 
             lines.append([name, *cells])
     if lines:
         lines.insert(0, ["N", *(f"{scores['n']:,}" for scores in columns.values())])
-    note = {
-        "adm": "As guided-diffusion's evaluator defines them. ±: standard error that N samples "
-        "leave (FID, precision, recall), standard deviation over splits (inception score).",
-        "digits": "Means over three evaluation networks of the package; they compare with nothing "
-        "outside.",
-    }[kind]
+    note = (
+        "As guided-diffusion's evaluator defines them. ±: standard error that N samples "
+        "leave (FID, precision, recall), standard deviation over splits (inception score)."
+        if kind == "adm"
+        else "Means over three evaluation networks of the package; they compare with nothing else."
+    )
     return Table(heading, note, ["", *columns], lines)
 
 
@@ -125,7 +132,8 @@ def _likeness(difference: Mapping[str, Any]) -> Table:
             rows.append([name, _cell(difference, field, places, 1, f"{field}_se")])
     if difference.get("fd_difference") is not None:
         change, spread = difference["fd_difference"], difference["fd_difference_sd"]
-        rows.append([f"{digits.NAME}, change", f"{change:+.3f} ± {number(spread, 3)}"])
+        name = difference["fd_name"]
+        rows.append([f"{name}, change", f"{change:+.3f} ± {number(spread, 3)}"])
     note = (
         f"Each of {difference['n']:,} pictures against its twin, mean and standard error; "
         f"{difference['identical']:,} pairs are identical and not in the mean PSNR. "

@@ -27,8 +27,19 @@ PACKAGES = (
     "tyro",
     "scikit-learn",
 )
-OPTIONAL = ("jax-cuda12-plugin", "jax-cuda13-plugin", "jax-triton", "triton", "tensorflow-datasets")
-ASSETS = {"embedded model": "digits.safetensors", "evaluation network": "digits_eval.safetensors"}
+OPTIONAL = (
+    "jax-cuda12-plugin",
+    "jax-cuda13-plugin",
+    "jax-triton",
+    "triton",
+    "tensorflow-datasets",
+    "scikit-image",
+)
+ASSETS = {
+    "embedded model": "digits.safetensors",
+    "evaluation networks, digits": "digits_eval.safetensors",
+    "evaluation networks, textures": "textures_eval.safetensors",
+}
 
 Row = tuple[str, str]
 

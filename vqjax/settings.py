@@ -21,7 +21,9 @@ FLOAT_BITS = 32
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
-Preset = Literal["cin256-v2", "celebahq", "ffhq", "lsun_bedrooms", "lsun_churches", "digits"]
+Preset = Literal[
+    "cin256-v2", "celebahq", "ffhq", "lsun_bedrooms", "lsun_churches", "digits", "textures"
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -138,8 +140,9 @@ class EvaluateSettings:
     against: str | None = None
     """What each picture is compared with: the full-precision model, sampled from the same noise and
     classes, or its pictures in the same order."""
-    reference: pathlib.Path | None = None
-    """Real pictures: an .npz such as VIRTUAL_imagenet256_labeled.npz, or a folder."""
+    reference: str | None = None
+    """Real pictures: an .npz such as VIRTUAL_imagenet256_labeled.npz, a folder, or a dataset that
+    tensorflow-datasets has prepared, such as "tfds:imagenet2012?split=train&size=256"."""
     inception: pathlib.Path | None = None
     """The FID network, such as pt_inception-2015-12-05-6726825d.pth: FID, sFID, inception score,
     precision and recall, with --reference; without it, the inception score."""
@@ -346,6 +349,28 @@ class BenchKernelsSettings:
     """Results."""
     seed: int = 0
     """Of weights and inputs."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BenchEvaluateSettings:
+    """Times scoring, part by part: the FID network, its statistics, precision and recall.
+
+    Beside the same work in TensorFlow, where it is installed, and in SciPy, on the same arrays."""
+
+    inception: pathlib.Path | None = None
+    """The FID network; default: random weights, since what is timed does not depend on them."""
+    pictures: int = 64
+    """Of 256 pixels that the network sees in a round; whole batches of 64 are fastest."""
+    samples: int = 5_000
+    """Rows of features that stand for samples, in statistics and precision and recall."""
+    reference: int = 2_000
+    """Rows of features that stand for real pictures."""
+    repeat: int = 3
+    """Rounds; medians are shown."""
+    json: pathlib.Path | None = None
+    """Results."""
+    seed: int = 0
+    """Of weights, pictures and features."""
 
 
 def command_line(module: str, settings: Any, subcommand: str = "") -> str:

@@ -104,7 +104,7 @@ def small(monkeypatch):
         (adm.inception, "POOLED", POOLED),
         (adm.inception, "SPATIAL", SPATIAL),
         (adm, "BATCH", 8),
-        (adm, "_FLUSH", 20),
+        (adm, "FLUSH", 20),
     ):
         monkeypatch.setattr(module, name, value)
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from vqjax.errors import VqjaxError
-from vqjax.eval import digits
+from vqjax.eval import digits, judge
 from vqjax.io import digits_data
 
 COUNT = 400
@@ -75,7 +75,7 @@ def test_wrong_labels_show_as_accuracy(data):
 def test_batching_does_not_show(data, monkeypatch):
     images = data.held_images[:70]
     whole = digits.features(images)[0]
-    monkeypatch.setattr(digits, "_BATCH", 32)
+    monkeypatch.setattr(judge, "_BATCH", 32)
     for one, other in zip(whole, digits.features(images)[0]):
         np.testing.assert_allclose(one, other, atol=1e-4, rtol=1e-4)
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`python -m vqjax.evaluate` on small models and pictures: same numbers after interruptions."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -147,7 +148,7 @@ def test_pictures_are_scored_as_the_evaluator_does(tmp_path, fake_network):
         lib.EvaluateSettings(
             source=str(tmp_path / "samples.npz"),
             against=str(twin),
-            reference=folder,
+            reference=str(folder),
             inception=pathlib.Path("weights.pth"),
             out=tmp_path / "run",
         )
@@ -162,6 +163,20 @@ def test_pictures_are_scored_as_the_evaluator_does(tmp_path, fake_network):
     assert found["protocol"] is None
     assert any("compared in their order" in note for note in found["notes"])
     assert any("LPIPS" in sentence for sentence in found["missing"])
+
+
+def test_precision_and_recall_look_at_the_first_pictures_alone(fake_network):
+    samples, real = (image_set.from_array(pictures(seed, 30)) for seed in (1, 2))
+    first = dataclasses.replace(real, manifold=9)
+    expected = adm.evaluate(samples, real, fake_network)
+    few = adm.evaluate(samples, image_set.from_array(pictures(2, 30)[:9]), fake_network)
+    found = adm.evaluate(samples, first, fake_network)
+    assert {name: found[name] for name in ("fid", "sfid")} == pytest.approx(
+        {name: expected[name] for name in ("fid", "sfid")}
+    )
+    assert [found[name] for name in ("precision", "recall")] == [few["precision"], few["recall"]]
+    assert (found["reference_n"], found["reference_manifold_n"]) == (30, 9)
+    assert any("first 9 of the reference's 30 pictures" in note for note in found["notes"])
 
 
 def test_an_inception_score_needs_no_reference(tmp_path, fake_network):
@@ -201,11 +216,11 @@ def test_features_that_are_there_are_not_computed_again(tmp_path, fake_network, 
 def test_a_mistake_costs_no_samples(twins, whole, tmp_path, fake_network):
     before = shards(whole)
     adm_npz.save_npz(tmp_path / "two.npz", [pictures(1, 2)], count=2)
-    options = {"reference": tmp_path / "two.npz", "inception": tmp_path}
+    options = {"reference": str(tmp_path / "two.npz"), "inception": tmp_path}
     with pytest.raises(VqjaxError, match="2 pictures are too few"):
         evaluate.run(wanted(twins, whole, **options))
     adm_npz.save_npz(tmp_path / "some.npz", [pictures(1, 8)], count=8)
-    options["reference"] = tmp_path / "some.npz"
+    options["reference"] = str(tmp_path / "some.npz")
     found = evaluate.run(wanted(twins, whole, **options))
     assert found["models"]["source"]["adm"]["fid"] > 0
     assert shards(whole) == before

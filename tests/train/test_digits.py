@@ -11,7 +11,7 @@ from vqjax import models
 from vqjax.config import LatentDiffusionConfig
 from vqjax.eval import digits as scores
 from vqjax.io import digits_data
-from vqjax.train import digits
+from vqjax.train import digits, latent_diffusion
 
 
 def test_augmentation_keeps_the_images_and_adds_small_changes():
@@ -36,7 +36,7 @@ def test_rescaling_the_latents_changes_no_image():
         return z, models.decode(config, {"first_stage": params}, z)
 
     z, before = through(first_stage)
-    z_scaled, after = through(digits.rescaled(first_stage, 4.0))
+    z_scaled, after = through(latent_diffusion.rescaled(first_stage, 4.0))
     np.testing.assert_allclose(z_scaled, 4 * z, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(after, before, rtol=1e-3, atol=1e-4)
 

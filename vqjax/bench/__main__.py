@@ -8,6 +8,7 @@ import tyro
 from vqjax.settings import (
     BenchAblationSettings,
     BenchAqSettings,
+    BenchEvaluateSettings,
     BenchKernelsSettings,
     BenchParetoSettings,
     BenchSampleSettings,
@@ -21,6 +22,7 @@ Settings = (
     | BenchTuneSettings
     | BenchAblationSettings
     | BenchParetoSettings
+    | BenchEvaluateSettings
 )
 
 
@@ -34,6 +36,7 @@ def main(argv: list[str] | None = None) -> int:
             "tune": BenchTuneSettings,
             "ablation": BenchAblationSettings,
             "pareto": BenchParetoSettings,
+            "evaluate": BenchEvaluateSettings,
         },
         args=argv,
         prog="python -m vqjax.bench",
@@ -66,6 +69,10 @@ def _work(settings: Settings) -> None:
         from vqjax.bench import pareto
 
         pareto.run(settings)
+    elif isinstance(settings, BenchEvaluateSettings):
+        from vqjax.bench import evaluate
+
+        evaluate.run(settings)
     elif (settings.inputs is None) == (settings.model is None):
         raise VqjaxError(
             "give either --inputs DIR, a folder of matrix files, or --model NAME, such as cin256-v2"

@@ -5,7 +5,7 @@ import statistics
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Mapping
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
 
@@ -55,16 +55,41 @@ def compiled_seconds(work: Callable[[], Result], clock: CompileClock) -> tuple[R
             return result, seconds
 
 
+class Cost(NamedTuple):
+    """What a work took: seconds by the clock, and those of all processors together.
+
+    The latter hardly depend on what else the machine does.
+    """
+
+    seconds: float
+    processor_seconds: float
+
+
 def medians_in_turn(works: Mapping[Name, Callable[[], object]], repeat: int) -> dict[Name, float]:
     """Median seconds of several works that run in turn, after a round that compiles."""
-    seconds: dict[Name, list[float]] = {name: [] for name in works}
-    for attempt in range(repeat + 1):
+    return {name: cost.seconds for name, cost in costs_in_turn(works, repeat).items()}
+
+
+def costs_in_turn(
+    works: Mapping[Name, Callable[[], object]], repeat: int, *, warm_up: bool = True
+) -> dict[Name, Cost]:
+    """Median costs of several works that run in turn.
+
+    Args:
+      warm_up: run all once before, since something has to be compiled.
+    """
+    costs: dict[Name, list[Cost]] = {name: [] for name in works}
+    for attempt in range(repeat + warm_up):
         for name, work in works.items():
-            start = time.perf_counter()
+            start = Cost(time.perf_counter(), time.process_time())
             jax.block_until_ready(work())
-            if attempt:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(found) for name, found in seconds.items()}
+            if attempt >= warm_up:
+                end = Cost(time.perf_counter(), time.process_time())
+                costs[name].append(Cost(*(after - before for after, before in zip(end, start))))
+    return {
+        name: Cost(*(statistics.median(values) for values in zip(*found)))
+        for name, found in costs.items()
+    }
 
 
 class StageClock:

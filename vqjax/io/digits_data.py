@@ -7,11 +7,12 @@ scikit-learn: 8x8 pixels, 17 grey levels. We enlarge them to 32x32; the informat
 Dimension key:  N images   H W rows and columns   C channels (3, all equal)
 """
 
-import dataclasses
 import functools
 import hashlib
 
 import numpy as np
+
+from vqjax.io.halves import Halves
 
 IMAGE_SIZE = 32
 CLASSES = 10
@@ -19,32 +20,16 @@ SPLIT_SEED = 0
 _LEVELS = 16  # brightest pixel value in the source
 
 
-@dataclasses.dataclass(frozen=True)
-class DigitsData:
-    """Both halves of the data, as images and as class labels; the arrays are read-only.
-
-    Attributes:
-      train_images: uint8 [898, 32, 32, 3], the only pictures any training here may see.
-      train_labels: int32 [898], in [0, 10).
-      held_images: uint8 [899, 32, 32, 3], for measuring alone.
-      held_labels: int32 [899].
-    """
-
-    train_images: np.ndarray
-    train_labels: np.ndarray
-    held_images: np.ndarray
-    held_labels: np.ndarray
-
-
 @functools.cache
-def load(seed: int = SPLIT_SEED) -> DigitsData:
+def load(seed: int = SPLIT_SEED) -> Halves:
     """Reads the digits, enlarges them and splits every class in half.
 
     Args:
       seed: chooses the split. The embedded model and its evaluators belong to the default.
 
     Returns:
-      The two halves; no image occurs in both, class sizes differ by at most one.
+      898 pictures [32, 32, 3] to train and 899 held out, ten classes; no image occurs in both,
+      class sizes differ by at most one.
     """
     from sklearn.datasets import load_digits  # a second of imports, needed only here
 
@@ -54,9 +39,7 @@ def load(seed: int = SPLIT_SEED) -> DigitsData:
     images_NHWC = enlarge(small_NHW * (255 / _LEVELS))
     train_N = split_half(small_NHW.astype(np.uint8), labels_N, seed=seed)
     halves = (images_NHWC[train_N], labels_N[train_N], images_NHWC[~train_N], labels_N[~train_N])
-    for array in halves:
-        array.setflags(write=False)
-    return DigitsData(*halves)
+    return Halves(*halves)
 
 
 def enlarge(grey_NHW: np.ndarray, size: int = IMAGE_SIZE) -> np.ndarray:

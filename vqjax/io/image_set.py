@@ -36,6 +36,7 @@ class ImageSet:
       batches: takes a batch size and yields uint8 [B, H, W, 3] in order; the last may be smaller.
       labels: int64 [N] where the source has them.
       statistics: where the source has them.
+      manifold: how many pictures, the first ones, precision and recall look at; None: all.
     """
 
     where: str
@@ -44,6 +45,7 @@ class ImageSet:
     batches: Callable[[int], Iterator[np.ndarray]]
     labels: np.ndarray | None = None
     statistics: Statistics | None = None
+    manifold: int | None = None
 
 
 def from_array(

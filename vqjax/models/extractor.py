@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The small classifier whose insides judge pictures of digits, as plain functions on a dict.
+"""The small classifier whose insides judge digits or textures, as plain functions on a dict.
 
 Three stride-2 convolutions, a mean over positions and a head without bias. Training and evaluation
 share this file, so both see one definition.
 
-Dimension key:  N images   H W C picture (32, 32, 3)   F features (64)   K classes (10)
+Dimension key:  N images   H W C picture (32, 32, 3)   F features (64)   K classes (10 digits)
                 S spatial features: 2 channels x 8 x 8 = 128
 """
 
@@ -25,7 +25,7 @@ class Features(NamedTuple):
     Attributes:
       pooled: [N, 64], the penultimate layer: Frechet distance, precision and recall.
       spatial: [N, 128], two channels of the 8x8 layer in H, W, C order: spatial Frechet distance.
-      logits: [N, 10]: inception score and conditional accuracy.
+      logits: [N, K]: inception score and conditional accuracy.
     """
 
     pooled: jax.Array
@@ -33,7 +33,7 @@ class Features(NamedTuple):
     logits: jax.Array
 
 
-def init(key: jax.Array) -> dict[str, jax.Array]:
+def init(key: jax.Array, classes: int = CLASSES) -> dict[str, jax.Array]:
     """He-normal kernels and zero biases, float32; names are "layer/kind"."""
     params, inputs = {}, 3
     for index, (width, key_i) in enumerate(zip(WIDTHS, jax.random.split(key, len(WIDTHS))), 1):
@@ -41,7 +41,7 @@ def init(key: jax.Array) -> dict[str, jax.Array]:
         params[f"conv{index}/kernel"] = noise * (2 / (9 * inputs)) ** 0.5
         params[f"conv{index}/bias"] = jnp.zeros(width, jnp.float32)
         inputs = width
-    params["head/kernel"] = jnp.zeros((inputs, CLASSES), jnp.float32)
+    params["head/kernel"] = jnp.zeros((inputs, classes), jnp.float32)
     return params
 
 

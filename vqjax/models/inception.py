@@ -95,23 +95,25 @@ def activations(params: Params, resized_NHWC: jax.Array) -> dict[str, jax.Array]
         seen[name] = x = _block_a(params, name, x)
     seen["Mixed_6a"] = x = _block_b(params, "Mixed_6a", x)
     for name in ("Mixed_6b", "Mixed_6c", "Mixed_6d", "Mixed_6e"):
-        branch = _conv(params, f"{name}/branch1x1", x)
+        seen[name], branch = _block_c(params, name, x)
+        x = seen[name]
         if name == "Mixed_6d":
             seen["Mixed_6d/branch1x1"] = branch
-        seen[name] = x = _block_c(params, name, x, branch)
     seen["Mixed_7a"] = x = _block_d(params, "Mixed_7a", x)
-    seen["Mixed_7b"] = x = _block_e(params, "Mixed_7b", x, _average_pool(x))
-    seen["Mixed_7c"] = _block_e(params, "Mixed_7c", x, _max_pool(x, stride=1, padding="SAME"))
+    seen["Mixed_7b"] = x = _block_e(params, "Mixed_7b", x, maximum=False)
+    seen["Mixed_7c"] = _block_e(params, "Mixed_7c", x, maximum=True)
     return seen
 
 
 def _block_a(params: Params, name: str, x_NHWC: jax.Array) -> jax.Array:
+    branches = ("branch1x1", "branch5x5_1", "branch3x3dbl_1")
+    plain, wide, double, pooled = _pointwise(params, name, x_NHWC, *branches, pooled="branch_pool")
     return jnp.concatenate(
         [
-            _chain(params, name, x_NHWC, "branch1x1"),
-            _chain(params, name, x_NHWC, "branch5x5_1", "branch5x5_2"),
-            _chain(params, name, x_NHWC, "branch3x3dbl_1", "branch3x3dbl_2", "branch3x3dbl_3"),
-            _chain(params, name, _average_pool(x_NHWC), "branch_pool"),
+            plain,
+            _chain(params, name, wide, "branch5x5_2"),
+            _chain(params, name, double, "branch3x3dbl_2", "branch3x3dbl_3"),
+            pooled,
         ],
         axis=-1,
     )
@@ -129,23 +131,29 @@ def _block_b(params: Params, name: str, x_NHWC: jax.Array) -> jax.Array:
     )
 
 
-def _block_c(params: Params, name: str, x_NHWC: jax.Array, branch_NHWC: jax.Array) -> jax.Array:
-    single = [f"branch7x7_{index}" for index in range(1, 4)]
-    double = [f"branch7x7dbl_{index}" for index in range(1, 6)]
-    return jnp.concatenate(
+def _block_c(params: Params, name: str, x_NHWC: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The block's output, and that of its 1x1 branch."""
+    branches = ("branch1x1", "branch7x7_1", "branch7x7dbl_1")
+    plain, single, double, pooled = _pointwise(
+        params, name, x_NHWC, *branches, pooled="branch_pool"
+    )
+    singles = [f"branch7x7_{index}" for index in range(2, 4)]
+    doubles = [f"branch7x7dbl_{index}" for index in range(2, 6)]
+    whole = jnp.concatenate(
         [
-            branch_NHWC,
-            _chain(params, name, x_NHWC, *single),
-            _chain(params, name, x_NHWC, *double),
-            _chain(params, name, _average_pool(x_NHWC), "branch_pool"),
+            plain,
+            _chain(params, name, single, *singles),
+            _chain(params, name, double, *doubles),
+            pooled,
         ],
         axis=-1,
     )
+    return whole, plain
 
 
 def _block_d(params: Params, name: str, x_NHWC: jax.Array) -> jax.Array:
-    single = _chain(params, name, x_NHWC, "branch3x3_1")
-    double = _chain(params, name, x_NHWC, "branch7x7x3_1", "branch7x7x3_2", "branch7x7x3_3")
+    single, double = _pointwise(params, name, x_NHWC, "branch3x3_1", "branch7x7x3_1")
+    double = _chain(params, name, double, "branch7x7x3_2", "branch7x7x3_3")
     return jnp.concatenate(
         [
             _conv(params, f"{name}/branch3x3_2", single, stride=2, padding="VALID"),
@@ -156,17 +164,23 @@ def _block_d(params: Params, name: str, x_NHWC: jax.Array) -> jax.Array:
     )
 
 
-def _block_e(params: Params, name: str, x_NHWC: jax.Array, pool_NHWC: jax.Array) -> jax.Array:
-    single = _chain(params, name, x_NHWC, "branch3x3_1")
-    double = _chain(params, name, x_NHWC, "branch3x3dbl_1", "branch3x3dbl_2")
+def _block_e(params: Params, name: str, x_NHWC: jax.Array, *, maximum: bool) -> jax.Array:
+    """The last two blocks, which differ in how one branch pools."""
+    branches = ("branch1x1", "branch3x3_1", "branch3x3dbl_1")
+    averaged = None if maximum else "branch_pool"
+    plain, single, double, *pooled = _pointwise(params, name, x_NHWC, *branches, pooled=averaged)
+    if maximum:
+        highest = _max_pool(x_NHWC, stride=1, padding="SAME")
+        pooled = [_conv(params, f"{name}/branch_pool", highest)]
+    double = _chain(params, name, double, "branch3x3dbl_2")
     return jnp.concatenate(
         [
-            _chain(params, name, x_NHWC, "branch1x1"),
+            plain,
             _chain(params, name, single, "branch3x3_2a"),
             _chain(params, name, single, "branch3x3_2b"),
             _chain(params, name, double, "branch3x3dbl_3a"),
             _chain(params, name, double, "branch3x3dbl_3b"),
-            _chain(params, name, pool_NHWC, "branch_pool"),
+            *pooled,
         ],
         axis=-1,
     )
@@ -178,23 +192,63 @@ def _chain(params: Params, name: str, x_NHWC: jax.Array, *branches: str) -> jax.
     return x_NHWC
 
 
+def _pointwise(
+    params: Params, name: str, x_NHWC: jax.Array, *branches: str, pooled: str | None = None
+) -> list[jax.Array]:
+    """All 1x1 convolutions of one input as a single product, which a CPU computes faster.
+
+    Args:
+      pooled: a branch that reads the input's 3x3 average. An average over positions and a product
+        over channels commute, so it is taken of the fewer channels that come out. Its result is
+        the last one.
+    """
+    names = [f"{name}/{branch}" for branch in (*branches, *([pooled] if pooled else []))]
+    kernels = [params[f"{path}/kernel"] for path in names]
+    y_NHWC = _product(x_NHWC, jnp.concatenate(kernels, axis=-1))
+    ends = np.cumsum([kernel.shape[-1] for kernel in kernels])[:-1]
+    parts = jnp.split(y_NHWC, ends, axis=-1)
+    if pooled:
+        parts[-1] = _average_pool(parts[-1])
+    return [_activation(params, path, part) for path, part in zip(names, parts)]
+
+
 def _conv(
     params: Params, name: str, x_NHWC: jax.Array, *, stride: int = 1, padding: str = "SAME"
 ) -> jax.Array:
-    y_NHWC = jax.lax.conv_general_dilated(
+    y_NHWC = _product(x_NHWC, params[f"{name}/kernel"], stride=stride, padding=padding)
+    return _activation(params, name, y_NHWC)
+
+
+def _product(
+    x_NHWC: jax.Array, kernel_HWIO: jax.Array, *, stride: int = 1, padding: str = "SAME"
+) -> jax.Array:
+    return jax.lax.conv_general_dilated(
         x_NHWC,
-        params[f"{name}/kernel"],
+        kernel_HWIO,
         window_strides=(stride, stride),
         padding=padding,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         precision=_HIGHEST,  # TF32 would change the third digit of FID
     )
+
+
+def _activation(params: Params, name: str, y_NHWC: jax.Array) -> jax.Array:
     return jax.nn.relu(y_NHWC + params[f"{name}/bias"][None, None, None])
 
 
 def _max_pool(x_NHWC: jax.Array, *, stride: int, padding: str) -> jax.Array:
-    window, strides = (1, 3, 3, 1), (1, stride, stride, 1)
-    return jax.lax.reduce_window(x_NHWC, -jnp.inf, jax.lax.max, window, strides, padding)
+    """Largest of 3x3, rows and columns apart: a CPU takes a fifth of a window reduction's time."""
+    for axis in (1, 2):
+        if padding == "SAME":
+            around = [(1, 1) if other == axis else (0, 0) for other in range(4)]
+            x_NHWC = jnp.pad(x_NHWC, around, constant_values=-jnp.inf)
+        last = (x_NHWC.shape[axis] - 3) // stride * stride
+        first, second, third = (
+            jax.lax.slice_in_dim(x_NHWC, shift, shift + last + 1, stride, axis=axis)
+            for shift in range(3)
+        )
+        x_NHWC = jnp.maximum(jnp.maximum(first, second), third)
+    return x_NHWC
 
 
 def _average_pool(x_NHWC: jax.Array) -> jax.Array:

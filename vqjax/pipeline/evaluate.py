@@ -15,7 +15,8 @@ from rich.table import Table
 from vqjax import settings
 from vqjax.config import LatentDiffusionConfig
 from vqjax.errors import VqjaxError
-from vqjax.eval import adm, digits, scores_report
+from vqjax.eval import adm, judges, scores_report
+from vqjax.eval.judge import Judge
 from vqjax.io import images, inception, lpips, published
 from vqjax.io.image_set import ImageSet
 from vqjax.io.image_shards import Shards
@@ -25,7 +26,7 @@ from vqjax.pipeline.processes import Team
 from vqjax.pipeline.sources import Source
 from vqjax.sampling import png
 
-EMBEDDED_COUNT = 10_000
+SMALL_COUNT = 10_000
 _SMALL_BATCH, _LARGE_BATCH = 100, 16
 _SHOWN, _COLUMNS = 40, 10  # pictures of each side in the report
 _SHOWN_SIDE = 96  # pixels: smaller pictures are shown enlarged
@@ -82,7 +83,7 @@ def run(wanted: settings.EvaluateSettings) -> dict[str, Any]:
     if "against" in job.sets:
         with journal.stage("compare"):
             difference, worst = _compared(job)
-    embedded = any(source.embedded for source in job.sources.values())
+    judge = next(iter(_judges(job)), None)
     content = {
         "command": journal.record["command"],
         "settings": journal.record["settings"],
@@ -90,7 +91,7 @@ def run(wanted: settings.EvaluateSettings) -> dict[str, Any]:
         "models": models,
         "difference": difference,
         "worst": [_about_pair(pair, job.sets["source"].labels) for pair in worst],
-        "real_halves": digits.real_halves() if embedded else None,
+        "real_halves": None if judge is None else judge.real_halves(),
         "missing": missing(job),
         "notes": _notes(job, models),
         "seconds": journal.record["seconds"],
@@ -122,6 +123,9 @@ def prepare(wanted: settings.EvaluateSettings) -> Evaluation:
     texts = {"source": wanted.source} | ({"against": wanted.against} if wanted.against else {})
     opened = {side: sources.open_source(text, wanted.config) for side, text in texts.items()}
     _check_twins(opened)
+    for source in opened.values():
+        if source.judge is not None:
+            source.judge.check()
     count, batch = _count(wanted, opened), _batch(wanted, opened)
     sets, shards = {}, {}
     for side, source in opened.items():
@@ -156,7 +160,7 @@ def prepare(wanted: settings.EvaluateSettings) -> Evaluation:
 
 def default_count(config: LatentDiffusionConfig) -> int:
     """Images per model where nobody says how many."""
-    return EMBEDDED_COUNT if config.name == sources.EMBEDDED else adm.PUBLISHED_COUNT
+    return SMALL_COUNT if judges.of_model(config.name) else adm.PUBLISHED_COUNT
 
 
 def record_of(job: Evaluation) -> dict[str, Any]:
@@ -181,9 +185,9 @@ def record_of(job: Evaluation) -> dict[str, Any]:
 def missing(job: Evaluation) -> list[str]:
     """What was not computed, one sentence each: why, and where people get what it needs.
 
-    Nothing is missing for the embedded digits, whose evaluation networks are in the package.
+    Nothing is missing for models of small data, whose evaluation networks are in the package.
     """
-    if all(source.embedded for source in job.sources.values()):
+    if all(source.judge for source in job.sources.values()):
         return []
     found = []
     if job.weights is None:
@@ -277,12 +281,13 @@ def _about(job: Evaluation, side: str) -> dict[str, Any]:
 def _scores(job: Evaluation, side: str, real: adm.Seen | None) -> dict[str, Any]:
     found: dict[str, Any] = {}
     pictures = job.sets[side]
-    if job.sources[side].embedded:
+    judge = job.sources[side].judge
+    if judge is not None:
         in_memory, labels = _all(pictures), pictures.labels
         assert labels is not None
-        found["digits"] = digits.evaluate_images(in_memory, labels) | {
-            "memorization": digits.memorization(in_memory),
-            "against_held_out": digits.evaluate_images(in_memory, labels, reference="held"),
+        found[judge.kind] = judge.evaluate_images(in_memory, labels) | {
+            "memorization": judge.memorization(in_memory),
+            "against_held_out": judge.evaluate_images(in_memory, labels, reference="held"),
         }
     if job.weights is not None:
         seen = _look(job, pictures, job.sources[side].sha256, side)
@@ -303,8 +308,10 @@ def _compared(job: Evaluation) -> tuple[dict[str, Any], list[twins.Pair]]:
     if len(job.shards) == 2:
         latents = job.shards["source"].latents(), job.shards["against"].latents()
         difference["latent_mse"] = twins.latent_mse(*latents)
-    if all(s.embedded for s in job.sources.values()):
-        difference |= digits.paired_difference(_all(against), _all(source))
+    judged = _judges(job)
+    if len(judged) == 1 and all(s.judge for s in job.sources.values()):
+        difference |= judged[0].paired_difference(_all(against), _all(source))
+        difference["fd_name"] = judged[0].name
     return difference, worst
 
 
@@ -315,15 +322,16 @@ def _notes(job: Evaluation, models: dict[str, Any]) -> list[str]:
             "given pictures are compared in their order: that pairs share noise and class is not "
             "checked"
         )
-    if any(source.embedded for source in job.sources.values()):
-        notes.append(
-            "the embedded model tests the pipeline and relative damage on 8x8-pixel digits; it "
-            "says nothing about ImageNet"
-        )
+    notes += [judge.about for judge in _judges(job)]
     wanted = job.settings
     given = (wanted.reference, wanted.inception, *(wanted.lpips or ()))
     notes += published.doubts(path for path in given if path is not None)
     return list(dict.fromkeys(notes))
+
+
+def _judges(job: Evaluation) -> list[Judge]:
+    """Of all sources, each once."""
+    return list(dict.fromkeys(source.judge for source in job.sources.values() if source.judge))
 
 
 def _about_pair(pair: twins.Pair, labels_N: np.ndarray | None) -> dict[str, Any]:
@@ -352,7 +360,7 @@ def _png(images_NHWC: np.ndarray, columns: int) -> bytes:
 
 
 def _all(pictures: ImageSet) -> np.ndarray:
-    """All pictures at once: digits are small."""
+    """All pictures at once: they are small where this is asked for."""
     return np.concatenate(list(pictures.batches(1024)))
 
 
@@ -366,12 +374,12 @@ def _show(content: dict[str, Any], folder: pathlib.Path) -> None:
             shown.add_row(*(cell if isinstance(cell, str) else cell[0] for cell in row))
         console.print(shown)
     for about in content["models"].values():
-        if "digits" in about:
-            memory = about["digits"]["memorization"]
+        for kind in about.keys() & judges.JUDGES.keys():
+            memory = about[kind]["memorization"]
             console.print(
                 f"{about['label']}: {memory['closer_to_train']:.1%} of samples lie nearer to a "
-                f"training digit than to a held-out one, {memory['copies']:.1%} are copies "
-                f"(held-out digits: {memory['held_out']['closer_to_train']:.1%}, "
+                f"training picture than to a held-out one, {memory['copies']:.1%} are copies "
+                f"(held-out {kind}: {memory['held_out']['closer_to_train']:.1%}, "
                 f"{memory['held_out']['copies']:.1%})"
             )
     for sentence in content["missing"]:

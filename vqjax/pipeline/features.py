@@ -51,4 +51,4 @@ def look(
                 advance(len(pictures))
                 yield seen
 
-    return adm.gather(rows(), images.count)
+    return adm.gather(rows(), images)

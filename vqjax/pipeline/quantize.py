@@ -24,6 +24,7 @@ from vqjax.core.plan import Plan, make_plan
 from vqjax.core.scalar import ScalarLayer, scalar_baseline
 from vqjax.core.tensor import VQTensor
 from vqjax.errors import DoesNotFitError, QualityGateError, VqjaxError
+from vqjax.eval import judges
 from vqjax.io import leaves, native, orbax_model
 from vqjax.pipeline import (
     calibrate,
@@ -224,6 +225,9 @@ def prepare(wanted: settings.QuantizeSettings) -> Job:
             f"{wanted.source} is quantized already ({len(quantized)} weights); "
             "start from the full-precision model"
         )
+    judge = judges.of_model(model.config.name)
+    if judge is not None:
+        judge.check()
     folded = folding.fold(model.config, model.params)
     model = dataclasses.replace(model, params=folded.params)
     shapes = {path: tuple(leaf.shape) for path, leaf in tree.flatten(folded.params).items()}

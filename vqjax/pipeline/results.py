@@ -15,7 +15,7 @@ from vqjax.core.flops import layer_flops, total
 from vqjax.core.model import Model
 from vqjax.core.scalar import ScalarLayer
 from vqjax.core.tensor import VQTensor
-from vqjax.eval import digits, fidelity, figures, report
+from vqjax.eval import fidelity, figures, judges, report
 from vqjax.pipeline import environment, layer_figures, timesteps
 from vqjax.pipeline.journal import Journal, peak_memory_bytes
 from vqjax.settings import FLOAT_BITS
@@ -51,7 +51,7 @@ def write(
 ) -> None:
     """Computes every figure and writes report.json, report.md, report.html and samples.png."""
     labels = class_ids(job.model.config, job.samples)
-    embedded = job.model.config.name == "digits"
+    judge = judges.of_model(job.model.config.name)
     content: dict[str, Any] = {
         "model": {"name": job.model.config.name, "parameters": unet_weights(job)},
         "weights": _weights(job, model),
@@ -59,8 +59,7 @@ def write(
         "tuning": {"steps": job.tune_steps},
         "layers": [_layer(job, path, done, held_out[path]) for path in job.plan],
         "metrics": {
-            name: digits.evaluate_images(pictures[name].images, labels) if embedded else None
-            for name in MODELS
+            name: judge and judge.evaluate_images(pictures[name].images, labels) for name in MODELS
         },
         "fidelity": _fidelity(pictures["full_precision"], pictures["quantized"]),
         "fidelity_scalar_baseline": _fidelity(
@@ -77,13 +76,13 @@ def write(
         },
         "warnings": _warnings(job, done.scalar),
     }
-    if embedded:
+    if judge is not None:
         before = pictures["full_precision"].images
         content["paired"] = {
-            name: digits.paired_difference(before, pictures[name].images) for name in MODELS[1:]
+            name: judge.paired_difference(before, pictures[name].images) for name in MODELS[1:]
         }
-        content["real_halves"] = digits.real_halves()
-        content["memorization"] = digits.memorization(before)
+        content["real_halves"] = judge.real_halves()
+        content["memorization"] = judge.memorization(before)
     figured = _figures(job, content, pictures, labels)
     for name, data in report.build(content, figured).items():
         journal.write(name, data)
@@ -203,13 +202,12 @@ def _warnings(job: "Job", scalar: dict[str, ScalarLayer]) -> list[str]:
             "The scalar baseline is as its search left it: not tuned, activations in floating "
             "point. `python -m vqjax.bench ablation` compares it tuned, with 8-bit activations."
         )
-    if job.model.config.name == "digits":
+    judge = judges.of_model(job.model.config.name)
+    if judge is not None:
+        warnings.append(f"{judge.about[0].upper()}{judge.about[1:]}.")
         warnings.append(
-            "The embedded model tests the pipeline and relative damage on 8x8-pixel digits; it "
-            "says nothing about ImageNet."
-        )
-        warnings.append(
-            f"Scores on {job.samples} images are rough: digit-FD falls like 1/N. Compare equal N."
+            f"Scores on {job.samples} images are rough: {judge.name} falls like 1/N. Compare equal "
+            "N."
         )
     return warnings
 
@@ -245,7 +243,8 @@ def show(content: dict[str, Any], folder: pathlib.Path) -> None:
                   f"{weights['bytes_after'] / 1e6:.2f} ({factor:.1f}x less)", "")  # fmt: skip
     table.add_row("bits per weight", "32", f"{weights['bits_per_weight']:.3f}", "")
     table.add_row("bits per activation", "32", str(content["activations"]["bits"]), "32")
-    scores = {"fd": "digit-FD", "accuracy": "class accuracy", "is": "inception score"}
+    first = content["metrics"]["quantized"] or {}
+    scores = {"fd": first.get("name"), "accuracy": "class accuracy", "is": "inception score"}
     for key, name in scores.items():
         if content["metrics"]["quantized"] is not None:
             values = [f"{content['metrics'][model][key]:.3f}" for model in MODELS]

@@ -14,7 +14,7 @@ from typing import Any
 
 from vqjax import settings as lib
 from vqjax.errors import VqjaxError, gathered
-from vqjax.io import published
+from vqjax.io import published, tfds_images
 from vqjax.pipeline import run_results
 from vqjax.pipeline.sources import EMBEDDED
 
@@ -125,6 +125,8 @@ def resolved(run: Run, files: pathlib.Path) -> Run:
         for field in _FILES:
             named = getattr(wanted, field, None)
             if named is None or (field in ("source", "against") and str(named) == EMBEDDED):
+                continue
+            if str(named).startswith(tfds_images.PREFIX):  # a dataset: what reads it finds it
                 continue
             path = next((p for p in (files / named, pathlib.Path(named)) if p.exists()), None)
             if path is None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from vqjax.errors import VqjaxError
-from vqjax.eval import adm, digits
+from vqjax.eval import adm, judge, judges
 from vqjax.io import published
 from vqjax.pipeline import sources
 
@@ -80,7 +80,8 @@ def of_evaluation(folder: pathlib.Path) -> dict[str, Any]:
     found: dict[str, Any] = {"n": content["models"]["source"]["n"]}
     for side, prefix in (("source", ""), ("against", "full.")):
         scores = content["models"].get(side, {})
-        for kind, fields, more in (("adm", adm.SCORES, ""), ("digits", digits.SCORES, "digits.")):
+        kinds = [(kind, judge.SCORES, f"{kind}.") for kind in judges.JUDGES]
+        for kind, fields, more in [("adm", adm.SCORES, ""), *kinds]:
             values = {f"{prefix}{more}{f}": scores.get(kind, {}).get(f) for f in fields}
             found |= {name: value for name, value in values.items() if value is not None}
     near = content["difference"] or {}

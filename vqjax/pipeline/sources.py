@@ -11,10 +11,13 @@ from vqjax import io
 from vqjax.config import PRESETS, LatentDiffusionConfig
 from vqjax.core.model import Model
 from vqjax.errors import VqjaxError
-from vqjax.io import image_folder, images, leaves, orbax_model, published
+from vqjax.eval import judges
+from vqjax.eval.judge import Judge
+from vqjax.io import image_folder, images, leaves, orbax_model, published, tfds_images
 from vqjax.io.image_set import ImageSet
 
 EMBEDDED = "digits"
+"""The model in the package."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -32,9 +35,9 @@ class Source:
     pictures: ImageSet | None = None
 
     @property
-    def embedded(self) -> bool:
-        """Whether it samples the embedded digits."""
-        return self.model is not None and self.model.config.name == EMBEDDED
+    def judge(self) -> Judge | None:
+        """What else looks at its samples, where it is a model of small data."""
+        return None if self.model is None else judges.of_model(self.model.config.name)
 
 
 def open_source(where: str, preset: str | None = None) -> Source:
@@ -49,7 +52,7 @@ def open_source(where: str, preset: str | None = None) -> Source:
     """
     path = pathlib.Path(where)
     if path.suffix == ".npz" or (path.is_dir() and not _is_model_folder(path)):
-        return Source(where, hash_of_pictures(path), pictures=_open_pictures(path))
+        return Source(where, hash_of_pictures(where), pictures=_open_pictures(path))
     model = io.load_model(where, config=PRESETS[preset]() if preset else None)
     arrays, _ = leaves.to_arrays(model.params)
     return Source(where, leaves.content_hash(model.config.to_dict(), arrays), model=model)
@@ -58,11 +61,11 @@ def open_source(where: str, preset: str | None = None) -> Source:
 def class_ids(config: LatentDiffusionConfig, count: int, seed: int) -> np.ndarray:
     """Class of each sample, int64 [count]; that of sample i depends on the seed and i alone.
 
-    Uniform at random, as the literature draws them: an inception score is taken in splits. Digits
-    come in turn, since their scores take all samples at once.
+    Uniform at random, as the literature draws them: an inception score is taken in splits. Those
+    of small data come in turn, since their scores take all samples at once.
     """
     classes = max(config.null_class, 1)
-    if config.name == EMBEDDED:
+    if judges.of_model(config.name) is not None:
         return np.arange(count) % classes
     return np.random.default_rng(seed).integers(classes, size=count)
 
@@ -84,8 +87,14 @@ def _is_picture(file: pathlib.Path) -> bool:
     return file.suffix.lower() in image_folder.FORMATS
 
 
-def hash_of_pictures(path: pathlib.Path) -> str:
-    """SHA-256 of a file, or over the names and contents of a folder's picture files."""
+def hash_of_pictures(where: str) -> str:
+    """SHA-256 of a file, or over the names and contents of a folder's picture files.
+
+    Of a dataset, what `tfds_images.fingerprint` says.
+    """
+    if where.startswith(tfds_images.PREFIX):
+        return tfds_images.fingerprint(where)
+    path = pathlib.Path(where)
     if not path.is_dir():
         return published.sha256_of(path) if path.exists() else ""  # what opens it says so
     digest = hashlib.sha256()
