@@ -15,7 +15,6 @@ from vqjax.kernels import gpu_arrays, triton_gpu
 from vqjax.kernels.problem import Operands, Problem
 from vqjax.kernels.schedule import Tiles, power_of_two
 
-
 jit = triton.jit  # in files named triton.py, readers of types take the package's name for theirs
 
 
