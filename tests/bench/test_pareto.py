@@ -40,8 +40,8 @@ def test_what_a_point_does_not_depend_on_keeps_it(monkeypatch):
 
     first, longer, moved = keys(), keys(tune_steps=7), keys(work=pathlib.Path("elsewhere"))
     assert first == moved
-    assert first[(2.0, "untuned")] == longer[(2.0, "untuned")]
-    assert first[(2.0, "tuned")] != longer[(2.0, "tuned")]
+    assert first[pareto.Point(2.0, "untuned")] == longer[pareto.Point(2.0, "untuned")]
+    assert first[pareto.Point(2.0, "tuned")] != longer[pareto.Point(2.0, "tuned")]
     assert not set(first.values()) & set(keys(count=7).values())
 
 
