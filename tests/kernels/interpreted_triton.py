@@ -3,8 +3,8 @@
 
 Whether kernels are compiled or interpreted is decided where they are defined, for a whole process;
 hence a program of its own. It reads cases from its input (JSON, a list of `Case.plain`) and writes
-their results to OUT (.npz, in their order). Triton's interpreter takes tensors of PyTorch; `Tensor` has
-what it asks of them.
+their results to OUT (.npz, in their order). Triton's interpreter takes tensors of PyTorch; `Tensor`
+has what it asks of them.
 """
 
 import dataclasses
