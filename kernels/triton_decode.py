@@ -15,7 +15,8 @@ from vqjax.kernels import gpu_arrays, triton_gpu
 from vqjax.kernels.problem import Operands, Problem
 from vqjax.kernels.schedule import Tiles, power_of_two
 
-jit = triton.jit  # in files named triton.py, readers of types take the package's name for theirs
+jit = triton.jit
+"""For modules named triton.py, in which type checkers take the package for the module itself."""
 
 
 def code_constants(problem: Problem) -> dict[str, int]:
