@@ -33,7 +33,7 @@ def test_labels_are_moved_apart_and_no_further():
     rng = np.random.default_rng(0)
     for _ in range(50):
         places = rng.random(5)
-        moved = np.array(pareto_figure.spread(places, 0.12))
+        moved = np.array(pareto_figure.spread(places.tolist(), 0.12))
         assert (np.diff(np.sort(moved)) > 0.12 - 1e-9).all()
         assert (np.argsort(moved) == np.argsort(places)).all()
         assert moved.mean() == pytest.approx(places.mean())
