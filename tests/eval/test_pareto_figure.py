@@ -32,8 +32,8 @@ def test_labels_are_moved_apart_and_no_further():
     assert pareto_figure.spread([0.5, 0.5], 0.1) == pytest.approx([0.45, 0.55])
     rng = np.random.default_rng(0)
     for _ in range(50):
-        places = rng.random(5).tolist()
-        moved = np.array(pareto_figure.spread(places, 0.12))
+        places = rng.random(5)
+        moved = np.array(pareto_figure.spread(places.tolist(), 0.12))
         assert (np.diff(np.sort(moved)) > 0.12 - 1e-9).all()
         assert (np.argsort(moved) == np.argsort(places)).all()
         assert moved.mean() == pytest.approx(places.mean())

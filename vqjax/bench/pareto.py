@@ -41,8 +41,8 @@ class Point(NamedTuple):
 @jax.default_matmul_precision("highest")  # scores must not depend on the device
 def run(wanted: BenchParetoSettings) -> None:
     """Measures the points that are not yet in the JSON file; prints and draws all of them."""
-    everything = points(wanted)
     embedded.check(wanted.bits, wanted.count)
+    everything = points(wanted)
     if wanted.figure is not None and not wanted.figure.parent.is_dir():
         raise VqjaxError(f"--figure {wanted.figure}: no folder {wanted.figure.parent}; make it")
     keys = dict(zip(everything, _keys(wanted, everything)))
