@@ -32,7 +32,9 @@ _SCORE_SHARE = 0.18  # speed of enumerating sums, relative to a large matrix pro
 NETWORK_SHARE = 0.45  # the same for the networks
 _BACKWARD = 4  # forward calls that one step takes which is computed, again, and gone back through
 _TRAINED = 3  # forward calls that a step of training takes
-_COMPILE_SECONDS = 75.0  # of all programs together; zero from the second run on one machine
+# Of XLA on two cores; nothing from the second run on one machine. Networks, and each kind of layer.
+_COMPILE_NETWORKS, _COMPILE_TUNED_NETWORK = 60.0, 50.0
+_COMPILE_LAYER, _COMPILE_TUNED_LAYER = 4.0, 3.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,12 +97,16 @@ def estimate(
 
     observed = 2 * 2 * calibration.images * calibration.steps if ranges else 0
     tuned = 2 * tune_pairs * (1 + _TRAINED)
+    alike = len({(unet[path], plan[path]) for path in plan})
+    compiled = _COMPILE_NETWORKS + alike * _COMPILE_LAYER
+    if tune_pairs:
+        compiled += _COMPILE_TUNED_NETWORK + alike * _COMPILE_TUNED_LAYER
     return Estimate(
         bytes_before=4 * (weights + folded_weights),
         bytes_after=math.ceil(stored.total / 8) + 2 * (weights - stored.weights),
         memory=division.parts,
         seconds={
-            "compile": _COMPILE_SECONDS,
+            "compile": compiled,
             "calibrate": inputs(calibration) + weighed * forward / NETWORK_SHARE / speed,
             "compress": search / speed / _SCORE_SHARE,
             "ranges": observed * 2 * forward / NETWORK_SHARE / speed,
