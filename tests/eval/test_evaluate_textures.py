@@ -58,7 +58,7 @@ def test_unseen_crops_are_known():
 
 @NEEDS_PICTURES
 def test_lost_high_frequencies_show():
-    """Half of the resolution is gone, which a mean square error hardly sees."""
+    """A quarter, then half of the resolution is gone."""
     data = textures_data.load()
     images, labels = data.held_images[:COUNT], data.held_labels[:COUNT]
 
@@ -70,4 +70,5 @@ def test_lost_high_frequencies_show():
         textures.JUDGE.evaluate_images(crops, labels, reference="held")["fd"]
         for crops in (images, blurred(24), blurred(16))
     ]
-    assert 2 * distances[0] < distances[1] < distances[2]
+    assert distances[0] < distances[1] < distances[2]
+    assert 4 * distances[0] < distances[2]
