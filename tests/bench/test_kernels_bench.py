@@ -128,7 +128,7 @@ def test_inputs_go_past_the_cache_where_they_are_waited_for(monkeypatch):
 
 def test_copies_are_of_their_own_and_all_run():
     operands = (jnp.ones((2, 3)), jnp.arange(3.0))
-    work = kernels.repeated(lambda pair: pair[0] * pair[1], operands, 3)
+    work = kernels.repeated(lambda pair: pair[0] * pair[1][None], operands, 3)
     (several,) = work.args
     assert len({x.unsafe_buffer_pointer() for x, _ in several}) == 3
     ys = work()
