@@ -42,7 +42,7 @@ def test_layers_are_timed_and_a_cpu_has_nothing_to_tune(tmp_path, capsys):
         assert record["error"] < 1e-5
         assert record["path"] in ("lut", "xla")
         # A CPU is compared with what it reached itself, never with a GPU's peaks.
-        assert 0 < record["roofline_share"] < 2
+        assert record["roofline_share"] > 0
         assert record["operations"] <= record["dense_operations"]
         assert record["moved_bytes"] < record["dense_moved_bytes"]
     assert found["peaks"]["source"].startswith("measured on this CPU")
