@@ -215,9 +215,13 @@ def ablation(rows: Sequence[dict[str, Any]]) -> Picture:
         for axes in (left, right):
             axes.grid(axis="y", color=ink, alpha=0.13, linewidth=0.6)
         handles, names = right.get_legend_handles_labels()
-        columns = len(names)
         figure.legend(
-            handles, names, loc="outside lower center", ncols=columns, labelcolor=ink, fontsize=7.5
+            handles,
+            names,
+            loc="outside lower center",
+            ncols=len(names),
+            labelcolor=ink,
+            fontsize=7.5,
         )
 
     return picture(draw, (9.3, 3.1))

@@ -1,10 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which judge looks at the samples of which model."""
+"""The judges of small data, and which of them looks at the samples of which model."""
 
-from vqjax.eval import digits, textures
 from vqjax.eval.judge import Judge
+from vqjax.io import digits_data, textures_data
 
-JUDGES = {judge.kind: judge for judge in (digits.JUDGE, textures.JUDGE)}
+DIGITS = Judge(
+    kind="digits",
+    name="digit-FD",
+    asset="digits_eval.safetensors",
+    data=digits_data.load,
+    about="the embedded model tests the pipeline and relative damage on 8x8-pixel digits; it says "
+    "nothing about ImageNet",
+)
+TEXTURES = Judge(
+    kind="textures",
+    name="texture-FD",
+    asset="textures_eval.safetensors",
+    data=textures_data.load,
+    about="texture scores tell how well crops of nine known photographs are reproduced; crops of "
+    "one picture are alike, and say nothing about ImageNet",
+)
+
+JUDGES = {judge.kind: judge for judge in (DIGITS, TEXTURES)}
 """By the name of the model's config, which is that of its data."""
 
 

@@ -35,7 +35,7 @@ def draw(rows: Sequence[Mapping[str, Any]], halves: Mapping[str, float]) -> byte
 
     Args:
       rows: points as `vqjax.bench.pareto.with_intervals` returns them.
-      halves: of `digits.real_halves`: "fd", "fd_sd" and "n".
+      halves: of `judges.DIGITS.real_halves`: "fd", "fd_sd" and "n".
 
     Raises:
       ValueError: if there is no point but full precision.

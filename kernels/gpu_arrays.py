@@ -5,13 +5,15 @@ Dimension key:  O outputs   E entries of all codebooks (M * K)   P weights of a 
                 power of two
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from vqjax.kernels.problem import Problem, Scaling
-from vqjax.kernels.schedule import power_of_two
+from vqjax.kernels.schedule import SMALLEST, Tiles, power_of_two
 
 CODE_BITS = (4, 8, 12)
 _MOST_BOOKS = 8
@@ -48,6 +50,32 @@ def flat_books(codebooks_MKG: jax.Array) -> jax.Array:
     books, entries, group = codebooks_MKG.shape
     books_EG = codebooks_MKG.reshape(books * entries, group)
     return jnp.pad(books_EG, ((0, 0), (0, power_of_two(group) - group)))
+
+
+def frame(problem: Problem, tiles: Tiles) -> dict[str, Any]:
+    """Returns grid, shape and type of what a fused kernel stores, as `launch` takes them.
+
+    Programs are numbered by tile of rows, tile of outputs, and split; the parts of the splits stand
+    below each other, and are scaled after they were added.
+    """
+    down, across = -(-problem.rows // tiles.rows), -(-problem.outputs // tiles.outputs)
+    return {
+        "grid": (down, across, tiles.splits),
+        "shape": (tiles.splits * problem.rows, problem.outputs),
+        "dtype": problem.result if tiles.splits == 1 else problem.sums,
+    }
+
+
+def compile_small(
+    run: Callable[..., jax.Array], problem: Problem, x_shape: tuple[int, ...]
+) -> None:
+    """Compiles `run(operands, problem=, schedule=)` for the default device by both schedules.
+
+    Whatever the compiler raises passes on.
+    """
+    for schedule in SMALLEST:
+        work = functools.partial(run, problem=problem, schedule=schedule)
+        jax.jit(work).lower(problem.abstract(x_shape)).compile()
 
 
 def add_splits(y: jax.Array, splits: int, scaling: Scaling, dtype: Any) -> jax.Array:

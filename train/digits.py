@@ -24,6 +24,8 @@ class Args(Training):
 
     out: pathlib.Path = pathlib.Path("digits.safetensors")
     work: pathlib.Path = pathlib.Path("vqjax-runs/digits")
+    autoencoder_steps: int = 2000
+    unet_steps: int = 7000
 
 
 def augment(images_BHWC: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -35,9 +35,9 @@ class Training:
     """Checkpoints; an unfinished run found there is continued to the same result."""
     seed: int = 0
     """Of the initialization, the batches and the noise."""
-    autoencoder_steps: int = 2000
+    autoencoder_steps: int
     """Half of them before and half after the codebook is made."""
-    unet_steps: int = 7000
+    unet_steps: int
     """Steps of the U-Net; it averages its weights over the last thousands."""
 
 

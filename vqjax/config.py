@@ -201,20 +201,12 @@ class LatentDiffusionConfig:
 
         Nobody ships it; `python -m vqjax.train.textures` trains it.
         """
-        return cls(
+        digits = cls.digits()
+        return dataclasses.replace(
+            digits,
             name="textures",
-            unet=UNetConfig(
-                model_channels=32,
-                channel_mult=(2, 3),
-                num_res_blocks=1,
-                attention_resolutions=(2,),
-                context_dim=64,
-            ),
-            first_stage=AutoencoderConfig(
-                resolution=32, ch=32, ch_mult=(1, 2), num_res_blocks=1, n_embed=2048
-            ),
+            first_stage=dataclasses.replace(digits.first_stage, ch_mult=(1, 2), n_embed=2048),
             n_classes=10,  # nine photographs, and none
-            guidance=1.5,
         )
 
 

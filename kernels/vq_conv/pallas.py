@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from vqjax.kernels import gpu_arrays, pallas_decode
 from vqjax.kernels import pallas_gpu as gpu
 from vqjax.kernels.problem import AnyOperands, IntegerOperands, Problem, Scaling
-from vqjax.kernels.schedule import SMALLEST, Schedule, Tiles
+from vqjax.kernels.schedule import Schedule, Tiles
 from vqjax.kernels.vq_conv import ref
 from vqjax.kernels.vq_conv.window import Window, unread
 
@@ -52,9 +52,8 @@ def compile_small(problem: Problem) -> None:
     """Compiles both schedules of a small problem for the default device; raises what it meets."""
     image = (1, problem.rows)
     window = Window.of(problem.window, problem.strides, "SAME", image)
-    for schedule in SMALLEST:
-        run = functools.partial(vq_conv, problem=problem, schedule=schedule, window=window)
-        jax.jit(run).lower(problem.abstract((1, *image, problem.inputs))).compile()
+    run = functools.partial(vq_conv, window=window)
+    gpu_arrays.compile_small(run, problem, (1, *image, problem.inputs))
 
 
 def _fused(
@@ -76,9 +75,7 @@ def _fused(
             gpu_arrays.flat_books(operands.codebooks_MKG),
             *(array for array in scaling if array is not None),
         ),
-        grid=(-(-problem.rows // tiles.rows), -(-problem.outputs // tiles.outputs), tiles.splits),
-        shape=(tiles.splits * problem.rows, problem.outputs),
-        dtype=problem.result if tiles.splits == 1 else problem.sums,
+        **gpu_arrays.frame(problem, tiles),
         tiles=tiles,
         name="vq_conv",
         interpret=interpret,

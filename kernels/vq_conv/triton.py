@@ -14,7 +14,7 @@ import triton.language as tl  # pyright: ignore[reportMissingImports]
 
 from vqjax.kernels import gpu_arrays, triton_decode, triton_gpu
 from vqjax.kernels.problem import Operands, Problem
-from vqjax.kernels.schedule import SMALLEST, Schedule, Tiles
+from vqjax.kernels.schedule import Schedule, Tiles
 from vqjax.kernels.triton_decode import add_product, finish, jit, read_codes, sum_places
 from vqjax.kernels.vq_conv import ref
 from vqjax.kernels.vq_conv.window import Window
@@ -43,9 +43,8 @@ def compile_small(problem: Problem) -> None:
     """Compiles both schedules of a small problem for the default device; raises what it meets."""
     image = (1, problem.rows)
     window = Window.of(problem.window, problem.strides, "SAME", image)
-    for schedule in SMALLEST:
-        run = functools.partial(vq_conv, problem=problem, schedule=schedule, window=window)
-        jax.jit(run).lower(problem.abstract((1, *image, problem.inputs))).compile()
+    run = functools.partial(vq_conv, window=window)
+    gpu_arrays.compile_small(run, problem, (1, *image, problem.inputs))
 
 
 def _fused(
@@ -63,9 +62,7 @@ def _fused(
             scaling.factors_O,
             scaling.biases_O,
         ),
-        grid=(-(-problem.rows // tiles.rows), -(-problem.outputs // tiles.outputs), tiles.splits),
-        shape=(tiles.splits * problem.rows, problem.outputs),
-        dtype=problem.result if tiles.splits == 1 else problem.sums,
+        **gpu_arrays.frame(problem, tiles),
         tiles=tiles,
         name="vq_conv",
         constants=triton_decode.code_constants(problem)

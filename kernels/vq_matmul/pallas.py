@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from vqjax.kernels import gpu_arrays, pallas_decode
 from vqjax.kernels import pallas_gpu as gpu
 from vqjax.kernels.problem import AnyOperands, IntegerOperands, Problem, Scaling
-from vqjax.kernels.schedule import SMALLEST, Schedule, Tiles, power_of_two
+from vqjax.kernels.schedule import Schedule, Tiles, power_of_two
 from vqjax.kernels.vq_matmul import ref
 
 
@@ -40,9 +40,7 @@ def vq_matmul(
 
 def compile_small(problem: Problem) -> None:
     """Compiles both schedules of a small problem for the default device; raises what it meets."""
-    for schedule in SMALLEST:
-        run = functools.partial(vq_matmul, problem=problem, schedule=schedule)
-        jax.jit(run).lower(problem.abstract((problem.rows, problem.inputs))).compile()
+    gpu_arrays.compile_small(vq_matmul, problem, (problem.rows, problem.inputs))
 
 
 def _fused(operands: AnyOperands, problem: Problem, tiles: Tiles, interpret: bool) -> jax.Array:
@@ -62,9 +60,7 @@ def _fused(operands: AnyOperands, problem: Problem, tiles: Tiles, interpret: boo
             gpu_arrays.flat_books(operands.codebooks_MKG),
             *(array for array in scaling if array is not None),
         ),
-        grid=(-(-problem.rows // tiles.rows), -(-problem.outputs // tiles.outputs), tiles.splits),
-        shape=(tiles.splits * problem.rows, problem.outputs),
-        dtype=problem.result if tiles.splits == 1 else problem.sums,
+        **gpu_arrays.frame(problem, tiles),
         tiles=tiles,
         name="vq_matmul",
         interpret=interpret,

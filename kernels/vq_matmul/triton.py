@@ -7,14 +7,12 @@ Dimension key:  B rows of x   I inputs   O outputs   R rows of a tile   T output
                 D depth of a tile   V vectors of a tile   G weights of a vector   S splits
 """
 
-import functools
-
 import jax
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 
 from vqjax.kernels import gpu_arrays, triton_decode, triton_gpu
 from vqjax.kernels.problem import Operands, Problem
-from vqjax.kernels.schedule import SMALLEST, Schedule, Tiles, power_of_two
+from vqjax.kernels.schedule import Schedule, Tiles, power_of_two
 from vqjax.kernels.triton_decode import (
     add_product,
     finish,
@@ -42,9 +40,7 @@ def vq_matmul(
 
 def compile_small(problem: Problem) -> None:
     """Compiles both schedules of a small problem for the default device; raises what it meets."""
-    for schedule in SMALLEST:
-        run = functools.partial(vq_matmul, problem=problem, schedule=schedule)
-        jax.jit(run).lower(problem.abstract((problem.rows, problem.inputs))).compile()
+    gpu_arrays.compile_small(vq_matmul, problem, (problem.rows, problem.inputs))
 
 
 def _fused(operands: Operands, problem: Problem, tiles: Tiles, capability: int | None) -> jax.Array:
@@ -60,9 +56,7 @@ def _fused(operands: Operands, problem: Problem, tiles: Tiles, capability: int |
             scaling.factors_O,
             scaling.biases_O,
         ),
-        grid=(-(-problem.rows // tiles.rows), -(-problem.outputs // tiles.outputs), tiles.splits),
-        shape=(tiles.splits * problem.rows, problem.outputs),
-        dtype=problem.result if tiles.splits == 1 else problem.sums,
+        **gpu_arrays.frame(problem, tiles),
         tiles=tiles,
         name="vq_matmul",
         constants=triton_decode.code_constants(problem)

@@ -12,7 +12,7 @@ from vqjax import sampling
 from vqjax.bench import embedded, pareto
 from vqjax.bench.__main__ import main
 from vqjax.errors import VqjaxError
-from vqjax.eval import digits
+from vqjax.eval.judge import Judge
 from vqjax.io import native
 from vqjax.pipeline import quantize
 from vqjax.pipeline.journal import Journal
@@ -108,7 +108,7 @@ def test_every_point_is_made_once(small_model, tmp_path, monkeypatch, capsys):
     words += ["--count", "8", "--work", str(work), "--json", str(file)]
     # Which takes longer than all else, and has tests of its own.
     halves = {"fd": 4.5, "fd_sd": 0.6, "n": 898}
-    monkeypatch.setattr(digits, "real_halves", lambda: halves)
+    monkeypatch.setattr(Judge, "real_halves", lambda judge: halves)
     monkeypatch.setattr(embedded, "tuned", lambda start, method, seed, teaching: start.model)
     assert main([*words, "--figure", str(figure)]) == 0
     assert "full precision" in capsys.readouterr().out

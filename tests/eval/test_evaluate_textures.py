@@ -9,7 +9,8 @@ from PIL import Image
 
 from vqjax.config import PRESETS
 from vqjax.errors import VqjaxError
-from vqjax.eval import digits, judges, textures
+from vqjax.eval import judges
+from vqjax.eval.judges import DIGITS, TEXTURES
 from vqjax.io import textures_data
 
 NEEDS_PICTURES = pytest.mark.skipif(
@@ -19,15 +20,15 @@ COUNT = 900
 
 
 def test_judges_are_found_by_the_name_of_a_model():
-    assert judges.of_model("digits") is digits.JUDGE
-    assert judges.of_model("textures") is textures.JUDGE
+    assert judges.of_model("digits") is DIGITS
+    assert judges.of_model("textures") is TEXTURES
     assert judges.of_model("cin256-v2") is None
     for kind in judges.JUDGES:
         assert PRESETS[kind]().name == kind
 
 
 def test_extractors_have_as_many_classes_as_the_model():
-    params = textures.JUDGE.extractors().params
+    params = TEXTURES.extractors().params
     assert len(params) == 3
     for one in params:
         assert one["head/kernel"].shape == (64, textures_data.CLASSES)
@@ -48,9 +49,7 @@ def test_what_is_not_here_is_said_before_any_work(monkeypatch):
 @NEEDS_PICTURES
 def test_unseen_crops_are_known():
     data = textures_data.load()
-    for rows, stated in zip(
-        textures.JUDGE.features(data.held_images), textures.JUDGE.extractors().accuracies
-    ):
+    for rows, stated in zip(TEXTURES.features(data.held_images), TEXTURES.extractors().accuracies):
         found = np.mean(np.argmax(rows.logits, -1) == data.held_labels)
         assert found == pytest.approx(stated["held_accuracy"], abs=0.003)
         assert found > 0.75
@@ -67,7 +66,7 @@ def test_lost_high_frequencies_show():
         return np.stack([np.asarray(i.resize((32, 32), Image.Resampling.BICUBIC)) for i in small])
 
     distances = [
-        textures.JUDGE.evaluate_images(crops, labels, reference="held")["fd"]
+        TEXTURES.evaluate_images(crops, labels, reference="held")["fd"]
         for crops in (images, blurred(24), blurred(16))
     ]
     assert distances[0] < distances[1] < distances[2]

@@ -11,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.io import models as small
-from tests.kernels.test_lowering import CAPABILITIES, lowered
+from tests.kernels.machine_code import CAPABILITIES, assembled, kept_modules
+from tests.kernels.test_lowering import lowered
 from tests.kernels.test_pallas import INTERPRET, PROPERTY
 from vqjax.core.activations import InputRange
-from vqjax.core.integer import integer_kernel, packed_integer_kernel
+from vqjax.core.integer import integer_kernel, integerize
 from vqjax.errors import VqjaxError
 from vqjax.kernels import decode, dispatch
 from vqjax.kernels.problem import IntegerOperands, Problem
@@ -158,7 +159,8 @@ def test_packed_and_decoded_integers_are_equal(name):
     tensor = small.integer_tensor(rng, shape)
     read = InputRange(step_B=jnp.array([0.02, 0.03]), zero_B=jnp.array([100.0, 31.0]), bits=8)
     x = jnp.asarray(rng.standard_normal(x_shape), jnp.float32)
-    decoded, kept = integer_kernel(tensor), packed_integer_kernel(tensor)
+    decoded = integer_kernel(tensor)
+    kept = integerize({"kernel": tensor}, stay_packed=["kernel"])["kernel"]
     if geometry:
         expected = decoded.convolution(x, read, **geometry)
         found = packed.integer_convolution(x, kept, read, None, **geometry)
@@ -217,20 +219,7 @@ def test_misfits_are_said_before_anything_runs():
 @pytest.mark.slow
 @pytest.mark.parametrize("device_kind", CAPABILITIES)
 def test_tensor_cores_multiply_integers(device_kind, tmp_path, monkeypatch):
-    """In machine code, with the triton wheel."""
-    triton = pytest.importorskip("triton")
-    backends = pytest.importorskip("triton.backends.compiler")
-    lowering = pytest.importorskip("jax._src.pallas.triton.lowering")
-    made: list[str] = []
-    original = lowering.lower_jaxpr_to_triton_module
-
-    def keep(*args, **kwargs):
-        result = original(*args, **kwargs)
-        made.append(result.module.operation.get_asm(print_generic_op_form=True))
-        return result
-
-    monkeypatch.setattr(lowering, "lower_jaxpr_to_triton_module", keep)
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # jax-triton leaves triton without one
+    made = kept_modules(monkeypatch, tmp_path)
     problem = problem_of("vq_matmul", 16, (960, 64), (4, 16), 8)
     run = functools.partial(matmul_pallas.vq_matmul, problem=problem, schedule=SMALLEST[0])
     lowered(device_kind, run, problem.abstract((16, 960)))
@@ -240,13 +229,7 @@ def test_tensor_cores_multiply_integers(device_kind, tmp_path, monkeypatch):
     conv = functools.partial(conv_pallas.vq_conv, **options)
     lowered(device_kind, conv, problem.abstract((1, 6, 6, 96)))
     for text in made:
-        file = tmp_path / "kernel.ttir"
-        file.write_text(text)
-        compiled = triton.compile(
-            str(file),
-            target=backends.GPUTarget("cuda", CAPABILITIES[device_kind], 32),
-            options={"num_warps": 4, "num_stages": 2},
-        )
-        assert compiled.asm["cubin"]
-        assert "mma.sync" in compiled.asm["ptx"]
-        assert ".s8.s8.s32" in compiled.asm["ptx"]
+        found = assembled(text, device_kind, tmp_path, {"num_warps": 4, "num_stages": 2})
+        assert found["cubin"]
+        assert "mma.sync" in found["ptx"]
+        assert ".s8.s8.s32" in found["ptx"]

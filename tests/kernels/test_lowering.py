@@ -2,12 +2,12 @@
 """Kernels lowered for CUDA without a GPU: what JAX's Triton backend refuses is seen here."""
 
 import functools
-import pathlib
 
 import jax
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
+from tests.kernels.machine_code import CAPABILITIES, assembled, kept_modules
 from vqjax.kernels.problem import Problem
 from vqjax.kernels.schedule import SMALLEST, Schedule, by_rule
 from vqjax.kernels.specs import Layer
@@ -16,8 +16,6 @@ from vqjax.kernels.vq_conv.specs import LAYERS as CONV_LAYERS
 from vqjax.kernels.vq_conv.window import Window
 from vqjax.kernels.vq_matmul import pallas as matmul_pallas
 from vqjax.kernels.vq_matmul.specs import LAYERS as MATMUL_LAYERS
-
-CAPABILITIES = {"NVIDIA A100-SXM4-80GB": 80, "NVIDIA H200": 90}
 
 
 def lowered(device_kind: str, run, operands) -> str:
@@ -67,28 +65,11 @@ def test_every_layer_of_the_models_lowers(device_kind):
 @pytest.mark.parametrize("device_kind", CAPABILITIES)
 @pytest.mark.parametrize("layer", [MATMUL_LAYERS[0], CONV_LAYERS[1]], ids=lambda layer: layer.op)
 def test_kernels_compile_to_machine_code(layer, device_kind, tmp_path, monkeypatch):
-    """With the triton wheel, which brings NVIDIA's assembler: further than lowering goes."""
-    triton = pytest.importorskip("triton")
-    backends = pytest.importorskip("triton.backends.compiler")
-    lowering = pytest.importorskip("jax._src.pallas.triton.lowering")
-    made: list[str] = []
-    original = lowering.lower_jaxpr_to_triton_module
-
-    def keep(*args, **kwargs):
-        result = original(*args, **kwargs)
-        made.append(result.module.operation.get_asm(print_generic_op_form=True))
-        return result
-
-    monkeypatch.setattr(lowering, "lower_jaxpr_to_triton_module", keep)
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # jax-triton leaves triton without one
+    """Further than lowering goes."""
+    made = kept_modules(monkeypatch, tmp_path)
     schedule = SMALLEST[0]
     lowered(device_kind, *of_layer(layer, 2, "bfloat16", schedule))
-    file: pathlib.Path = tmp_path / "kernel.ttir"
-    file.write_text(made[0])
-    compiled = triton.compile(
-        str(file),
-        target=backends.GPUTarget("cuda", CAPABILITIES[device_kind], 32),
-        options={"num_warps": schedule.tiles.warps, "num_stages": schedule.tiles.stages},
-    )
-    assert compiled.asm["cubin"]
-    assert "mma" in compiled.asm["ptx"]
+    options = {"num_warps": schedule.tiles.warps, "num_stages": schedule.tiles.stages}
+    found = assembled(made[0], device_kind, tmp_path, options)
+    assert found["cubin"]
+    assert "mma" in found["ptx"]

@@ -9,7 +9,7 @@ import pytest
 import vqjax
 from vqjax import models
 from vqjax.config import LatentDiffusionConfig
-from vqjax.eval import digits as scores
+from vqjax.eval.judges import DIGITS
 from vqjax.io import digits_data
 from vqjax.train import digits, latent_diffusion
 
@@ -55,6 +55,6 @@ def test_the_shipped_model_reconstructs_digits_it_never_saw():
 @pytest.mark.slow
 def test_the_shipped_model_draws_the_class_it_is_asked_for():
     labels = np.arange(200) % 10
-    found = scores.evaluate_images(vqjax.sample("digits", labels, guidance=1.5), labels)
+    found = DIGITS.evaluate_images(vqjax.sample("digits", labels, guidance=1.5), labels)
     assert found["accuracy"] >= 0.95
     assert found["fd"] < 20  # at N = 200; about 4 at N = 10,000

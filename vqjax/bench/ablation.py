@@ -5,7 +5,6 @@ A cell is a bit width, a way of tuning and a seed. All cells of a seed sample fr
 and classes, so differences between them have small errors even where scores have not.
 """
 
-import dataclasses
 import functools
 import time
 from collections.abc import Sequence
@@ -20,7 +19,9 @@ from vqjax.bench import embedded, results
 from vqjax.bench.embedded import FULL
 from vqjax.bench.tables import wide_console
 from vqjax.core.model import Model
-from vqjax.eval import digits, figures
+from vqjax.eval import figures
+from vqjax.eval.judge import SCORES
+from vqjax.eval.judges import DIGITS
 from vqjax.io import native
 from vqjax.pipeline import environment
 from vqjax.pipeline.journal import fingerprint
@@ -40,12 +41,12 @@ def run(wanted: BenchAblationSettings) -> None:
     """Measures the cells that are not yet in the JSON file; prints and draws all of them."""
     embedded.check(wanted.bits, wanted.count)
     everything, identity = cells(wanted), embedded.identity()
-    measured = dataclasses.replace(wanted, bits=(), methods=(), seeds=0, json=None, figure=None)
+    measured = wanted.count, wanted.tune_steps, wanted.tuning, wanted.order
     keys = {cell: fingerprint(identity, repr(measured), repr(cell)) for cell in everything}
     content = {
         "command": command_line("vqjax.bench", wanted, "ablation"),
         "environment": environment.describe(),
-        "reference": {"real_halves": digits.real_halves()},
+        "reference": {"real_halves": DIGITS.real_halves()},
     }
     kept = results.Results(wanted.json, content, keys.values())
     done = sum(kept.get(key) is not None for key in keys.values())
@@ -105,7 +106,7 @@ def summary(records: Sequence[results.Record]) -> list[dict[str, Any]]:
         groups.setdefault((record["bits"], record["method"]), []).append(record)
     return [
         {"bits": bits, "method": method, "seeds": len(rows), "n": rows[0]["n"]}
-        | {name: float(np.mean([row[name] for row in rows])) for name in digits.SCORES}
+        | {name: float(np.mean([row[name] for row in rows])) for name in SCORES}
         | (_against_full(rows) if method != FULL else {})
         for (bits, method), rows in groups.items()
     ]
@@ -128,7 +129,7 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
     table = Table(title="Tuning, means over seeds", title_justify="left")
     for name in ("bits", "tuning"):
         table.add_column(name)
-    shown = (*digits.SCORES, "psnr", "ssim")
+    shown = (*SCORES, "psnr", "ssim")
     for name in ("seeds", "N", "digit-FD rises by", *shown):
         table.add_column("digit-FD" if name == "fd" else name, justify="right")
     for row in rows:

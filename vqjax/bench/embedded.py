@@ -22,7 +22,9 @@ from vqjax.core import tree
 from vqjax.core.model import Model
 from vqjax.core.scalar import ScalarLayer
 from vqjax.errors import VqjaxError
-from vqjax.eval import digits, fidelity
+from vqjax.eval import fidelity
+from vqjax.eval.judge import SCORES
+from vqjax.eval.judges import DIGITS
 from vqjax.io import native
 from vqjax.pipeline import quantize, timesteps, tuning
 from vqjax.pipeline.journal import Journal, fingerprint
@@ -104,7 +106,8 @@ def compressed(work: pathlib.Path, bits: float) -> Compressed:
     job = quantize.prepare(QuantizeSettings(bits=bits, act_bits=ACT_BITS, tune_steps=0, out=out))
     record = quantize.record_of(job)
     journal = Journal.open(out, record)
-    about = {"command": record["command"], "fingerprint": fingerprint(record["source_sha256"])}
+    shared = record["source_sha256"], record["settings"]["calibration"], record["settings"]["seed"]
+    about = {"command": record["command"], "fingerprint": fingerprint(*shared)}
     common = Journal.open(here / "common", about)
     _copy(common, journal)
     job, done = quantize.compressed(job, journal)
@@ -223,13 +226,13 @@ def sample(model: Model, count: int, seed: int, name: str) -> np.ndarray:
 
 
 def scores(images_NHWC: np.ndarray, full_NHWC: np.ndarray | None = None) -> dict[str, Any]:
-    """`digits.SCORES` and `n`; with the twins of full precision also what was lost.
+    """`SCORES` and `n`; with the twins of full precision also what was lost.
 
-    That is `fd_difference` and `fd_difference_sd` of `digits.paired_difference`, `psnr` in dB with
+    That is `fd_difference` and `fd_difference_sd` of `DIGITS.paired_difference`, `psnr` in dB with
     its standard error `psnr_se`, `identical` and `ssim`.
     """
-    whole = digits.evaluate_images(images_NHWC, classes(len(images_NHWC)))
-    found = {name: whole[name] for name in (*digits.SCORES, "n")}
+    whole = DIGITS.evaluate_images(images_NHWC, classes(len(images_NHWC)))
+    found = {name: whole[name] for name in (*SCORES, "n")}
     if full_NHWC is None:
         return found
     psnr_N = fidelity.psnr(full_NHWC, images_NHWC)
@@ -237,7 +240,7 @@ def scores(images_NHWC: np.ndarray, full_NHWC: np.ndarray | None = None) -> dict
     differing_N = psnr_N[np.isfinite(psnr_N)]
     return {
         **found,
-        **digits.paired_difference(full_NHWC, images_NHWC),
+        **DIGITS.paired_difference(full_NHWC, images_NHWC),
         "psnr": mean,
         "psnr_se": float(np.std(differing_N) / max(differing_N.size - 1, 1) ** 0.5),
         "identical": identical,

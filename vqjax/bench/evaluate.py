@@ -17,7 +17,7 @@ import numpy as np
 from rich.table import Table
 
 from vqjax.bench import rivals, tables
-from vqjax.bench.clock import Cost, costs_in_turn
+from vqjax.bench.clock import costs_in_turn
 from vqjax.errors import VqjaxError
 from vqjax.eval import adm, metrics
 from vqjax.io import inception as weights_io
@@ -193,21 +193,17 @@ def measure(part: Part, repeat: int) -> dict[str, Any]:
         "count": part.count,
         "rounds": 1 if part.once else repeat,
         "per_second": part.count / costs[OURS].seconds,
-        **_cost(costs[OURS]),
+        **costs[OURS]._asdict(),
     }
     for name in part.rival:
         record["rival"] = {
             "name": name,
-            **_cost(costs[name]),
+            **costs[name]._asdict(),
             "ratio": costs[name].seconds / costs[OURS].seconds,
             "processor_ratio": costs[name].processor_seconds / costs[OURS].processor_seconds,
             "difference": part.difference and part.difference(results[OURS], results[name]),
         }
     return record
-
-
-def _cost(cost: Cost) -> dict[str, float]:
-    return cost._asdict()
 
 
 def tensorflow_version() -> str | None:

@@ -15,7 +15,9 @@ from vqjax.bench.embedded import FULL
 from vqjax.bench.tables import wide_console
 from vqjax.core.model import Model
 from vqjax.errors import VqjaxError
-from vqjax.eval import digits, pareto_figure
+from vqjax.eval import pareto_figure
+from vqjax.eval.judge import SCORES
+from vqjax.eval.judges import DIGITS
 from vqjax.io import native
 from vqjax.pipeline import environment, quantize
 from vqjax.pipeline import results as report
@@ -50,7 +52,7 @@ def run(wanted: BenchParetoSettings) -> None:
         "command": command_line("vqjax.bench", wanted, "pareto"),
         "seed": wanted.seed,
         "environment": environment.describe(),
-        "reference": {"real_halves": digits.real_halves()},
+        "reference": {"real_halves": DIGITS.real_halves()},
     }
     wanted.work.mkdir(parents=True, exist_ok=True)
     kept = results.Results(wanted.json or wanted.work / "pareto.json", content, keys.values())
@@ -140,7 +142,7 @@ def with_intervals(records: Sequence[results.Record]) -> list[dict[str, Any]]:
     """
     rows = []
     for record in records:
-        names = ("bits", "method", "bits_per_weight", "bytes", "n", *digits.SCORES)
+        names = ("bits", "method", "bits_per_weight", "bytes", "n", *SCORES)
         row: dict[str, Any] = {name: record[name] for name in names}
         if record["method"] != FULL:
             row |= {name: record[name] for name in ("fd_difference", "psnr", "ssim")}

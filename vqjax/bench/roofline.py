@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from vqjax.bench.work import matmul_peak
 from vqjax.kernels.device import Device
 
-CPU_CACHE = 64 * 2**20
-"""Bytes that are taken to be past the cache of a CPU, which does not tell."""
+ASSUMED_CACHE = 64 * 2**20
+"""Bytes that are taken to be past the cache of a CPU, which does not tell, or an unknown GPU."""
 
 _STREAM = 128 * 2**20  # bytes of an array that is streamed
 
@@ -56,12 +56,12 @@ def of(device: Device, dtype: str) -> Machine:
     if device.platform == "cpu":
         found = stream_bandwidth(), matmul_peak(dtype)
         speeds = f"{found[0] / 1e9:.3g} GB/s and {found[1] / 1e9:.3g} GFLOP/s"
-        return Machine(*found, CPU_CACHE, f"measured on this CPU: {speeds}")
+        return Machine(*found, ASSUMED_CACHE, f"measured on this CPU: {speeds}")
     file = importlib.resources.files("vqjax.bench") / "peaks.json"
     data = json.loads(file.read_text(encoding="utf-8"))
     known = data["devices"].get(device.kind)
     if known is None:
-        return Machine(None, None, CPU_CACHE, f"no published peaks of {device.kind} at hand")
+        return Machine(None, None, ASSUMED_CACHE, f"no published peaks of {device.kind} at hand")
     operations = known["operations"].get(dtype)
     if operations is None:
         reason = f"{device.kind} has no peak for {dtype}"

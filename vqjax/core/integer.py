@@ -120,18 +120,6 @@ def integer_kernel(tensor: VQTensor) -> IntegerKernel:
     return found
 
 
-def packed_integer_kernel(tensor: VQTensor) -> PackedIntegerKernel:
-    """Makes a quantized kernel one of integers that stays packed.
-
-    Raises:
-      VqjaxError: as `integer_kernel`.
-    """
-    name = f"kernel {tensor.shape}"
-    found = _convert({name: tensor}, (name,))[name]
-    assert isinstance(found, PackedIntegerKernel)
-    return found
-
-
 def integerize(params: Mapping[str, Any], stay_packed: Collection[str] = ()) -> dict[str, Any]:
     """Returns the tree with an `IntegerKernel` for every `VQTensor`; other leaves as they are.
 

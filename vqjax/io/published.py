@@ -33,21 +33,17 @@ class PublishedFile:
         size = self.size if isinstance(self.size, str) else f"{self.size:,} bytes"
         return f"{self.name}: {self.what}; {size}, {digest} ({self.known_from}); {self.url}"
 
-    def doubt(self, path: str | os.PathLike, sha256: str = "") -> str | None:
-        """Why a file is another one than the published; None where nothing speaks against it.
-
-        Args:
-          sha256: of the file, where it is known already.
-        """
+    def doubt(self, path: str | os.PathLike) -> str | None:
+        """Why a file is another one than the published; None where nothing speaks against it."""
         size = os.path.getsize(path)
         if isinstance(self.size, int) and size != self.size:
             found, expected = f"{size:,} bytes", f"{self.size:,}"
-        elif self.sha256 and not (sha256 or (sha256 := sha256_of(path))).startswith(self.sha256):
+        elif self.sha256 and not (sha256 := sha256_of(path)).startswith(self.sha256):
             found, expected = f"sha256 {sha256[: len(self.sha256)]}...", f"{self.sha256}..."
         else:
             return None
         return (
-            f"{path}: found {found}, the published file has {expected} ({self.known_from}); "
+            f"{self.name}: found {found}, the published file has {expected} ({self.known_from}); "
             "results compare with published ones only if the content is the same. It is at "
             f"{self.url}"
         )

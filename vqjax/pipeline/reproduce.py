@@ -79,7 +79,7 @@ def run(wanted: settings.ReproduceSettings) -> dict[str, Any]:
         "command": shlex.join(["python", "-m", "vqjax.reproduce", wanted.run]),
         "run": asked.to_dict(),
         "results": results,
-        "notes": [sentence.replace(f"{wanted.files}/", "") for sentence in doubts],
+        "notes": doubts,
         "environment": environment.describe(),
     }
     native.write_atomically(out / RECORD, (json.dumps(record, indent=2) + "\n").encode())
