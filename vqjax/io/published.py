@@ -34,7 +34,13 @@ class PublishedFile:
         return f"{self.name}: {self.what}; {size}, {digest} ({self.known_from}); {self.url}"
 
     def doubt(self, path: str | os.PathLike) -> str | None:
-        """Why a file is another one than the published; None where nothing speaks against it."""
+        """Why the file at `path` is another one than the published; None where nothing says so.
+
+        The sentence names the file as published, not by its path: records keep it.
+
+        Raises:
+          OSError: if the file cannot be read.
+        """
         size = os.path.getsize(path)
         if isinstance(self.size, int) and size != self.size:
             found, expected = f"{size:,} bytes", f"{self.size:,}"
