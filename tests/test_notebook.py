@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Colab notebook runs from the first cell to the last, on few samples."""
 
+import dataclasses
 import pathlib
 
 import nbclient
 import nbformat
 import pytest
 
+from tests.io import models
 from vqjax.core.plan import LayerSpec, Plan, kernel_shapes
+from vqjax.io import native
 from vqjax.pipeline import quantize
 from vqjax.settings import QuantizeSettings
 
@@ -20,9 +23,9 @@ def outputs(cell, kind: str) -> list[str]:
     return [found[kind] for found in data if kind in found]
 
 
-def plan() -> Plan:
+def plan(source: pathlib.Path) -> Plan:
     """Searches two layers and rounds the others: all that the notebook needs to go on."""
-    kernels = kernel_shapes(quantize.prepare(QuantizeSettings()).shapes)
+    kernels = kernel_shapes(quantize.prepare(QuantizeSettings(source=str(source))).shapes)
     layers = dict.fromkeys(kernels, LayerSpec("first_last", "scalar", 1, 1, 256, 8))
     layers["unet/middle_block/res1/conv1/kernel"] = LayerSpec("conv3x3", "conv3x3", 9, 2, 16, 8)
     layers["unet/time_embed/dense2/kernel"] = LayerSpec("time", "linear", 8, 2, 16, 8)
@@ -33,12 +36,16 @@ def plan() -> Plan:
 @pytest.mark.slow
 @pytest.mark.parametrize("path", sorted(ROOT.glob("notebooks/*.ipynb")), ids=lambda p: p.stem)
 def test_notebook_runs(path, tmp_path, monkeypatch):
-    (tmp_path / "plan.json").write_text(plan().to_json())
+    # Random weights of another size, under the name that its evaluation networks go by.
+    source = tmp_path / "small.safetensors"
+    native.save_model(source, models.dense(dataclasses.replace(models.TINY, name="digits")))
+    (tmp_path / "plan.json").write_text(plan(source).to_json())
     for name, value in {
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
+        "VQJAX_NOTEBOOK_SOURCE": str(source),
         "VQJAX_NOTEBOOK_SAMPLES": "8",
-        "VQJAX_NOTEBOOK_CALIBRATION": "4",
+        "VQJAX_NOTEBOOK_CALIBRATION": "2",
         "VQJAX_NOTEBOOK_TUNE_STEPS": "0",
         "VQJAX_NOTEBOOK_PLAN": str(tmp_path / "plan.json"),
     }.items():

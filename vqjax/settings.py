@@ -360,7 +360,7 @@ class BenchEvaluateSettings:
     inception: pathlib.Path | None = None
     """The FID network; default: random weights, since what is timed does not depend on them."""
     pictures: int = 64
-    """Of 256 pixels that the network sees in a round; whole batches of 64 are fastest."""
+    """Of 256 pixels that the network sees in a round; a multiple of 64, its batch."""
     samples: int = 5_000
     """Rows of features that stand for samples, in statistics and precision and recall."""
     reference: int = 2_000

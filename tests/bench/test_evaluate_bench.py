@@ -34,6 +34,7 @@ def small(monkeypatch):
         return adm.Rows(rows, rows, rows)
 
     monkeypatch.setattr(adm, "_features", network)
+    monkeypatch.setattr(adm, "BATCH", 4)
 
 
 def test_every_part_is_measured(small, tmp_path, capsys):
@@ -67,6 +68,7 @@ def test_every_part_is_measured(small, tmp_path, capsys):
     ("words", "message"),
     [
         (["--pictures", "0"], "--pictures 0: expected 1 or more"),
+        (["--pictures", "65"], "--pictures 65: expected a multiple of 64"),
         (["--reference", "3"], "--reference 3: expected 4 or more"),
         (["--inception", "absent.pth"], "absent.pth"),
     ],

@@ -66,6 +66,10 @@ def run(wanted: BenchEvaluateSettings) -> None:
     for name, lowest in least.items():
         if getattr(wanted, name) < lowest:
             raise VqjaxError(f"--{name} {getattr(wanted, name)}: expected {lowest} or more")
+    if wanted.pictures % adm.BATCH:  # the network would see blank ones for the rest
+        raise VqjaxError(
+            f"--pictures {wanted.pictures}: expected a multiple of {adm.BATCH}, whole batches"
+        )
     weights = (
         random_weights(wanted.seed)
         if wanted.inception is None
