@@ -39,7 +39,7 @@ TINY = LatentDiffusionConfig(
         context_dim=8,
     ),
     first_stage=STAGE,
-    n_classes=11,  # so that it can stand for the model of digits
+    n_classes=4,
 )
 UPDOWN = LatentDiffusionConfig(
     name="small-updown",

@@ -101,8 +101,8 @@ def test_the_report_shows_worst_pairs_first_and_stands_alone(whole):
 def test_classes_of_samples_do_not_depend_on_their_number():
     few, many = (sources.class_ids(models.TINY, count, seed=5) for count in (10, 1000))
     np.testing.assert_array_equal(few, many[:10])
-    assert set(many) == set(range(models.TINY.n_classes - 1))  # never "no class"
-    assert np.bincount(many).min() > 70
+    assert set(many) == {0, 1, 2}  # never "no class"
+    assert np.bincount(many).min() > 250
 
 
 def fake_features(params, images_BHWC):

@@ -19,7 +19,6 @@ from vqjax.pipeline import calibrate, estimate, layer_figures, planning, quantiz
 from vqjax.pipeline.journal import Journal
 from vqjax.settings import Calibration, QuantizeSettings
 
-CONFIG = dataclasses.replace(small.TINY, n_classes=4)
 CALIBRATION = Calibration(images=2, steps=4, batch=2)
 PATHS = (
     "unet/input_blocks_0/conv/kernel",
@@ -32,7 +31,7 @@ CODED = LayerSpec("first_last", "scalar", 1, 1, 256, 8)
 @pytest.fixture(scope="module")
 def job(tmp_path_factory) -> quantize.Job:
     path = tmp_path_factory.mktemp("source") / "small.safetensors"
-    native.save_model(path, small.dense(CONFIG))
+    native.save_model(path, small.dense(small.TINY))
     job = quantize.prepare(QuantizeSettings(source=str(path), calibration=CALIBRATION, bits=3))
     return dataclasses.replace(job, plan=Plan(dict.fromkeys(PATHS, CODED)))
 
@@ -65,7 +64,7 @@ def done(job) -> quantize.Layers:
 
 def _visited() -> dict[str, np.ndarray]:
     """Two timesteps of two images, as if sampled."""
-    x_TBHWC = np.random.default_rng(5).normal(size=(2, 2, *CONFIG.latent_shape))
+    x_TBHWC = np.random.default_rng(5).normal(size=(2, 2, *small.TINY.latent_shape))
     return {"x": x_TBHWC.astype(np.float32), "t": np.array([501, 1]), "ids": np.array([2, 0])}
 
 
@@ -115,7 +114,7 @@ def test_large_models_are_tested_on_few_images():
     plenty = Calibration()
     large = dataclasses.replace(small.STAGE, resolution=256)
     images = [
-        layer_figures.held_out_settings(dataclasses.replace(CONFIG, first_stage=s), plenty)
+        layer_figures.held_out_settings(dataclasses.replace(small.TINY, first_stage=s), plenty)
         for s in (small.STAGE, large)
     ]
     assert [(w.images, w.batch, w.steps) for w in images] == [(16, 16, 13), (4, 4, 13)]
