@@ -82,42 +82,56 @@ def _to_words(codes_OVD, entries: int, size: int, xp):
     return xp.stack(bytes_L, axis=2).astype(xp.uint8)
 
 
-def unpack(packed_OY: jax.Array, count: int, entries: int) -> jax.Array:
-    """The inverse of `pack`: the first `count` codes of each row, int32 [O, C]."""
+def unpack(
+    packed_OY: jax.Array | np.ndarray, count: int, entries: int
+) -> jax.Array | np.ndarray:
+    """The inverse of `pack`: the first `count` codes of each row, int32 [O, C].
+
+    NumPy bytes are unpacked by NumPy, as in `pack`.
+    """
+    xp = np if isinstance(packed_OY, np.ndarray) else jnp
     size, bits = code_word(entries)
     if size > 1:
-        return _from_words(packed_OY, count, entries)
+        return _from_words(packed_OY, count, entries, xp)
     rows = packed_OY.shape[0]
     mask = (1 << bits) - 1
     if 8 % bits == 0:
-        shifts = jnp.arange(0, 8, bits, dtype=jnp.int32).reshape(1, 1, -1)
-        codes = (packed_OY.astype(jnp.int32)[..., None] >> shifts) & mask
+        shifts = xp.arange(0, 8, bits, dtype=xp.int32).reshape(1, 1, -1)
+        codes = (packed_OY.astype(xp.int32)[..., None] >> shifts) & mask
         return codes.reshape(rows, -1)[:, :count]
     # A code of up to 16 bits touches at most three bytes.
     start_C = np.arange(count) * bits
-    window_OC = jnp.zeros((rows, count), jnp.int32)
-    padded_OY = jnp.pad(packed_OY, ((0, 0), (0, 2))).astype(jnp.int32)
+    window_OC = xp.zeros((rows, count), xp.int32)
+    padded_OY = xp.pad(packed_OY, ((0, 0), (0, 2))).astype(xp.int32)
     for byte in range(3):
         window_OC |= padded_OY[:, start_C // 8 + byte] << (8 * byte)
-    return (window_OC >> jnp.asarray(start_C % 8, jnp.int32)[None]) & mask
+    return (window_OC >> xp.asarray(start_C % 8, xp.int32)[None]) & mask
 
 
-def _from_words(packed_OY: jax.Array, count: int, entries: int) -> jax.Array:
+def _from_words(packed_OY, count: int, entries: int, xp):
     """Long division of every word by K, byte by byte: no integer is longer than 32 bits."""
     size, bits = code_word(entries)
     rows, words = packed_OY.shape[0], -(-count // size)
-    bits_OX = jnp.unpackbits(packed_OY, axis=1, bitorder="little")[:, : row_bits(count, entries)]
-    bits_OX = jnp.pad(bits_OX, ((0, 0), (0, words * bits - bits_OX.shape[1])))
-    bytes_OVL = jnp.packbits(bits_OX.reshape(rows, words, bits), axis=2, bitorder="little")
-    bytes_L = [bytes_OVL[..., index].astype(jnp.int32) for index in range(bytes_OVL.shape[2])]
-    codes_D = []
-    for _ in range(size):
-        rest = jnp.zeros((rows, words), jnp.int32)
-        for index in reversed(range(len(bytes_L))):
-            rest = rest * 256 + bytes_L[index]
-            bytes_L[index], rest = rest // entries, rest % entries
-        codes_D.append(rest)
-    return jnp.stack(codes_D, axis=2).reshape(rows, words * size)[:, :count]
+    bits_OX = xp.unpackbits(packed_OY, axis=1, bitorder="little")[:, : row_bits(count, entries)]
+    bits_OX = xp.pad(bits_OX, ((0, 0), (0, words * bits - bits_OX.shape[1])))
+    bytes_OVL = xp.packbits(bits_OX.reshape(rows, words, bits), axis=2, bitorder="little")
+    bytes_L = [bytes_OVL[..., index].astype(xp.int32) for index in range(bytes_OVL.shape[2])]
+
+    def divided(bytes_L, _):
+        rest, quotients_L = xp.zeros((rows, words), xp.int32), []
+        for byte in reversed(bytes_L):
+            rest = rest * 256 + byte
+            quotients_L.insert(0, rest // entries)
+            rest = rest % entries
+        return quotients_L, rest
+
+    if xp is np:
+        codes_DOV = np.zeros((size, rows, words), np.int32)
+        for place in range(size):
+            bytes_L, codes_DOV[place] = divided(bytes_L, place)
+    else:  # unrolled, XLA works out remainders anew for every code, and compiles for seconds
+        _, codes_DOV = jax.lax.scan(divided, bytes_L, length=size)
+    return xp.moveaxis(codes_DOV, 0, 2).reshape(rows, words * size)[:, :count]
 
 
 def real_codebooks(codebooks_MKG: jax.Array, codebook_scale: jax.Array | None) -> jax.Array:

@@ -4,13 +4,16 @@
 import os
 import pathlib
 
-# Compilation is most of the tests' time: XLA optimizes less, which nearly halves it. Both workers
-# and the programs that tests start share what they compile, and so do later runs; the key of an
-# entry holds program, flags and jax version.
+from tests import xla_flags
+
+# Compilation is most of the tests' time: XLA optimizes less, with emitters that take less. Both
+# workers and the programs that tests start share what they compile, and so do later runs; the key
+# of an entry holds program, flags and jax version.
 for _name, _value in {
     "JAX_COMPILATION_CACHE_DIR": str(pathlib.Path(__file__).parents[1] / "build" / "xla"),
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+    "XLA_FLAGS": xla_flags.CHEAP,
 }.items():
     os.environ.setdefault(_name, _value)  # before jax is imported, which reads them then
 
@@ -37,18 +40,12 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path not in slow)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _files_with_slow_tests_are_compiled_as_users_compile(request):
-    """Whole searches and full-size models run longer than they compile."""
-    own = [item for item in request.session.items if item.path == request.path]
-    if not any(item.get_closest_marker("slow") for item in own):
-        yield
-        return
+@pytest.fixture(scope="module")
+def compiled_as_users_compile():
+    """For files whose work takes longer than compiling it."""
     before = jax.config.values["jax_disable_most_optimizations"]
     jax.config.update("jax_disable_most_optimizations", False)
-    with pytest.MonkeyPatch.context() as patch:  # for the programs that these tests start
-        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")
-        yield
+    yield
     jax.config.update("jax_disable_most_optimizations", before)
 
 

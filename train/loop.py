@@ -58,7 +58,10 @@ def train(
       DivergedError: if a loss is not finite or losses grow beyond `most`; names the step. The last
         checkpoint in `folder` is from before.
     """
-    options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
+    # A save ends before the next step: in the background it would only warn that it is waited for.
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=2, create=True, enable_async_checkpointing=False
+    )
     with ocp.CheckpointManager(folder, options=options) as manager:
         first = manager.latest_step() or 0
         if first:
@@ -72,7 +75,6 @@ def train(
                 watch.add(index, {key: float(value) for key, value in metrics.items()})
                 if time.monotonic() - saved > SAVE_INTERVAL or index == steps - 1:
                     manager.save(index + 1, args=ocp.args.StandardSave(state))
-                    manager.wait_until_finished()
                     saved = time.monotonic()
                 advance(1, watch.note())
     return state

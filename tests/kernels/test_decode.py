@@ -34,7 +34,7 @@ def test_packed_rows_are_little_endian_bit_strings(entries, count, rows, seed, m
         ]
         number = sum(word << (bits * place) for place, word in enumerate(numbers))
         assert bytes(stored) == number.to_bytes(len(stored), "little")
-    np.testing.assert_array_equal(decode.unpack(jnp.asarray(packed), count, entries), codes)
+    np.testing.assert_array_equal(decode.unpack(packed, count, entries), codes)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 
+from tests import xla_flags
+
 ROOT = pathlib.Path(__file__).parents[2]
 
 # Signs of life follow each other faster here, so that the loss of a process shows in seconds.
@@ -33,7 +35,7 @@ def contents(folder: pathlib.Path) -> dict[str, str]:
 
 def start(*words: object, devices: int = 1, **environment: str) -> subprocess.Popen:
     """`python -m vqjax.quantize` with simulated devices; output and errors in one pipe."""
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    flags = xla_flags.simulated(devices)
     settings = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     return subprocess.Popen(
         [sys.executable, "-c", _HASTY, *map(str, words)],

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests import xla_flags
 from tests.io import models
 from vqjax import evaluate as command
 from vqjax import settings as lib
@@ -62,7 +63,7 @@ def whole(twins, tmp_path_factory):
 def test_a_killed_run_gives_the_same_numbers_on_any_number_of_devices(twins, whole, tmp_path):
     settings = wanted(twins, tmp_path / "run")
     words = lib.command_line("vqjax.evaluate", settings).split()[1:]
-    flags = "--xla_force_host_platform_device_count=2"
+    flags = xla_flags.simulated(2)
     process = subprocess.Popen(
         [sys.executable, *words],
         env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},

@@ -9,6 +9,8 @@ import sys
 import numpy as np
 import pytest
 
+from tests import xla_flags
+
 ROOT = pathlib.Path(__file__).parents[2]
 
 _DEVICES = """
@@ -38,7 +40,7 @@ print(*seen)
 
 @pytest.mark.slow
 def test_eight_devices_have_the_losses_of_one(tmp_path):
-    flags = "--xla_force_host_platform_device_count=8"
+    flags = xla_flags.simulated(8)
     environment = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     found = subprocess.run(
         [sys.executable, "-c", _DEVICES, str(tmp_path)],

@@ -186,7 +186,7 @@ def _additive(matrix: Matrix, setting: Setting, bench: _Bench):
 
     (tensor, _), seconds = compiled_seconds(search, bench.clock)
     stored = spec.stored(matrix.kernel.shape)
-    entropy = entropy_coded_bits(np.asarray(tensor.unpack()), stored)
+    entropy = entropy_coded_bits(jax.device_get(tensor).unpack(), stored)
     q_ON = np.asarray(tensor.decode_matrix(), np.float64)
     return Quantized(q_ON, tensor.bits_per_weight, entropy), seconds, chosen
 

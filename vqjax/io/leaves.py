@@ -323,7 +323,8 @@ def _size_misfits(parts: Mapping[str, Any], grouping: str, shape: tuple[int, ...
         if parts[part] is not None:
             found += [f"{part}: {bad}" for bad in not_finite(np.asarray(parts[part]))]
     if not found and entries & (entries - 1):
-        codes_OC = decode_lib.unpack(jnp.asarray(parts["codes"]), count, entries)
-        if np.any(np.asarray(decode_lib.pack(np.asarray(codes_OC), entries)) != parts["codes"]):
+        stored = np.asarray(parts["codes"])
+        codes_OC = decode_lib.unpack(stored, count, entries)
+        if np.any(decode_lib.pack(codes_OC, entries) != stored):
             found.append(f"codes beyond the {entries} codebook entries")
     return found

@@ -10,6 +10,7 @@ Dimension key:  O outputs   N fan-in
 import dataclasses
 from typing import TYPE_CHECKING, NamedTuple
 
+import jax
 import numpy as np
 
 from vqjax import progress
@@ -79,7 +80,7 @@ def of_search(
 
 def codes_entropy(tensor: VQTensor, stored: StoredBits) -> float:
     """Stored bits per weight if the codes took their empirical entropy."""
-    return entropy_coded_bits(np.asarray(tensor.unpack()), stored)
+    return entropy_coded_bits(jax.device_get(tensor).unpack(), stored)
 
 
 def held_out_settings(config: LatentDiffusionConfig, calibration: Calibration) -> Calibration:
