@@ -82,9 +82,7 @@ def _to_words(codes_OVD, entries: int, size: int, xp):
     return xp.stack(bytes_L, axis=2).astype(xp.uint8)
 
 
-def unpack(
-    packed_OY: jax.Array | np.ndarray, count: int, entries: int
-) -> jax.Array | np.ndarray:
+def unpack(packed_OY: jax.Array | np.ndarray, count: int, entries: int) -> jax.Array | np.ndarray:
     """The inverse of `pack`: the first `count` codes of each row, int32 [O, C].
 
     NumPy bytes are unpacked by NumPy, as in `pack`.

@@ -29,20 +29,32 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 
 
+# A run gives the memory of its programs back; the tests of one process shall share them.
+jax.clear_caches = lambda: None
+QUANTIZE_TINY = ("test_quantize", "test_reproduce", "test_full_size", "test_tuning", "test_workers")
+
+
 def pytest_configure(config):
     # pytest-xdist would begin with the files of most tests and end with a single long one.
     config.option.loadscopereorder = False
 
 
 def pytest_collection_modifyitems(items):
-    """Files with slow tests go first, so that both workers are done at about the same time."""
+    """One worker takes a file whole, and all files that quantize the same small model.
+
+    Files with slow tests go first, so that both workers are done at about the same time.
+    """
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    items.sort(key=lambda item: (item.path.stem not in QUANTIZE_TINY, item.path not in slow))
+    for item in items:
+        stem = item.path.stem
+        group = "quantize tiny" if stem in QUANTIZE_TINY else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def compiled_as_users_compile():
-    """For files whose work takes longer than compiling it."""
+    """For tests whose work takes longer than compiling it."""
     before = jax.config.values["jax_disable_most_optimizations"]
     jax.config.update("jax_disable_most_optimizations", False)
     yield

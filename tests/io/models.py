@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small models with random weights, made from the key table alone."""
 
+import dataclasses
 import functools
 import zlib
 
@@ -38,7 +39,7 @@ TINY = LatentDiffusionConfig(
         attention_resolutions=(),
         context_dim=8,
     ),
-    first_stage=STAGE,
+    first_stage=dataclasses.replace(STAGE, resolution=16),
     n_classes=4,
 )
 UPDOWN = LatentDiffusionConfig(

@@ -55,7 +55,9 @@ def test_numpy_reader_decodes_as_we_do(exported):
     for name, leaf in expected.items():
         leaf = leaf.decode() if isinstance(leaf, VQTensor) else leaf
         # Powers of two with fractions differ in the last place from one library to another.
-        np.testing.assert_allclose(found[name], np.asarray(leaf, np.float32), 1e-6, err_msg=name)
+        np.testing.assert_allclose(
+            found[name], np.asarray(leaf, np.float32), rtol=1e-6, atol=1e-6, err_msg=name
+        )
 
 
 def test_numpy_reader_is_short_and_needs_numpy_alone():
