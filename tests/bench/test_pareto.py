@@ -90,7 +90,7 @@ def test_mistakes_cost_no_work(words, message, tmp_path, monkeypatch, capsys):
 def small_model(tmp_path, monkeypatch):
     """In place of the embedded model: random weights of ten classes."""
     path = tmp_path / "small.safetensors"
-    native.save_model(path, models.dense(dataclasses.replace(models.TINY, n_classes=11)))
+    native.save_model(path, models.dense(models.LIKE_DIGITS))
     prepare, calibration = quantize.prepare, Calibration(images=2, steps=3, batch=2)
     monkeypatch.setattr(
         quantize,

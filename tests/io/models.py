@@ -42,6 +42,7 @@ TINY = LatentDiffusionConfig(
     first_stage=dataclasses.replace(STAGE, resolution=16),
     n_classes=4,
 )
+LIKE_DIGITS = dataclasses.replace(TINY, first_stage=STAGE, n_classes=11)
 UPDOWN = LatentDiffusionConfig(
     name="small-updown",
     unet=UNetConfig(

@@ -242,16 +242,16 @@ def test_a_damaged_shard_is_named(twins, tmp_path):
 
 
 def test_twins_must_be_as_many_of_one_size(twins, tmp_path):
-    adm_npz.save_npz(tmp_path / "a.npz", [pictures(1)], count=12)
+    adm_npz.save_npz(tmp_path / "a.npz", [pictures(1)[:, :8, :8]], count=12)
     adm_npz.save_npz(tmp_path / "b.npz", [pictures(1, 11)], count=11)
     settings = wanted(twins, tmp_path / "run", source=str(tmp_path / "a.npz"), count=None)
-    with pytest.raises(VqjaxError, match=r"12 of 16 x 16 and .* 12 of 32 x 32"):
+    with pytest.raises(VqjaxError, match=r"12 of 8 x 8 and .* 12 of 16 x 16"):
         evaluate.prepare(settings)
     other = wanted(twins, tmp_path / "run", **{"source": str(tmp_path / "a.npz"), "count": 5})
     with pytest.raises(VqjaxError, match="--count 5: 12 pictures are given"):
         evaluate.prepare(other)
     pair = {"source": str(tmp_path / "a.npz"), "against": str(tmp_path / "b.npz"), "count": None}
-    with pytest.raises(VqjaxError, match=r"12 of 16 x 16 and .* 11 of 16 x 16"):
+    with pytest.raises(VqjaxError, match=r"12 of 8 x 8 and .* 11 of 16 x 16"):
         evaluate.prepare(wanted(twins, tmp_path / "run", **pair))
 
 
