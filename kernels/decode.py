@@ -13,6 +13,7 @@ each other like codes. A last word of fewer codes takes the bits that it needs. 
 """
 
 import functools
+from typing import overload
 
 import jax
 import jax.numpy as jnp
@@ -82,7 +83,11 @@ def _to_words(codes_OVD, entries: int, size: int, xp):
     return xp.stack(bytes_L, axis=2).astype(xp.uint8)
 
 
-def unpack(packed_OY: jax.Array | np.ndarray, count: int, entries: int) -> jax.Array | np.ndarray:
+@overload
+def unpack(packed_OY: np.ndarray, count: int, entries: int) -> np.ndarray: ...
+@overload
+def unpack(packed_OY: jax.Array, count: int, entries: int) -> jax.Array: ...
+def unpack(packed_OY, count, entries):
     """The inverse of `pack`: the first `count` codes of each row, int32 [O, C].
 
     NumPy bytes are unpacked by NumPy, as in `pack`.
