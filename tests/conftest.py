@@ -37,6 +37,7 @@ QUANTIZE_TINY = ("test_quantize", "test_reproduce", "test_full_size", "test_tuni
 def pytest_configure(config):
     # pytest-xdist would begin with the files of most tests and end with a single long one.
     config.option.loadscopereorder = False
+    config.addinivalue_line("markers", "xdist_group(name): tests for one worker; for pytest-xdist")
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
