@@ -28,10 +28,8 @@ import pytest  # noqa: E402
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 
-
-# A run gives the memory of its programs back; the tests of one process shall share them.
+# A run gives the memory of its programs back; tests of one process shall share them.
 jax.clear_caches = lambda: None
-QUANTIZE_TINY = ("test_quantize", "test_reproduce", "test_full_size", "test_tuning", "test_workers")
 
 
 def pytest_configure(config):
@@ -42,23 +40,24 @@ def pytest_configure(config):
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items):
-    """One worker takes a file whole, and all files that quantize the same small model.
+    """One worker takes a file whole, or all files of the group that they name.
 
-    Files with slow tests go first, so that both workers are done at about the same time.
+    Named groups go first, then files with slow tests: both workers are done at about the same time.
     """
+    named = {item.path for item in items if item.get_closest_marker("xdist_group")}
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: (item.path.stem not in QUANTIZE_TINY, item.path not in slow))
+    items.sort(key=lambda item: (item.path not in named, item.path not in slow))
     for item in items:
-        stem = item.path.stem
-        group = "quantize tiny" if stem in QUANTIZE_TINY else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
+        if item.path not in named:
+            item.add_marker(pytest.mark.xdist_group(str(item.path)))
 
 
 @pytest.fixture
-def compiled_as_users_compile():
-    """For tests whose work takes longer than compiling it."""
+def optimized(monkeypatch):
+    """For tests whose work takes longer than compiling it: programs are optimized."""
     before = jax.config.values["jax_disable_most_optimizations"]
     jax.config.update("jax_disable_most_optimizations", False)
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")  # in what the test starts
     yield
     jax.config.update("jax_disable_most_optimizations", before)
 

@@ -23,6 +23,8 @@ from vqjax.io import keys
 from vqjax.quantize.__main__ import main as quantize
 from vqjax.sample.__main__ import main as sample
 
+pytestmark = pytest.mark.xdist_group("quantize tiny")
+
 NAME = "cin256-v2"
 FULL_SIZE = pytest.mark.skipif(
     os.environ.get("VQJAX_FULL_SIZE") != "1",

@@ -161,7 +161,7 @@ def _reference_error(path, weights, moment):
     return _output_error(weights.T, decoded.T, moment), bits
 
 
-@pytest.mark.usefixtures("compiled_as_users_compile")
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.slow
 @pytest.mark.parametrize("path", golden_params("aq", "ref_*_2b_xtx_b1.npz"))
 def test_error_and_bits_are_below_the_reference(path):

@@ -36,7 +36,7 @@ def _shares(ref_RF: np.ndarray, gen_NF: np.ndarray, *, margin: float) -> tuple[f
     return (between <= radii[0]).any(1).mean(), (between <= radii[1][:, None]).any(0).mean()
 
 
-@pytest.mark.usefixtures("compiled_as_users_compile")
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.slow
 @pytest.mark.parametrize("path", fixtures.files("evaluator"))
 def test_fixture(path, monkeypatch):

@@ -11,6 +11,8 @@ from tests import recipe
 from tests.conftest import relative_rms
 from vqjax import models
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 
 @functools.cache
 def load(path):

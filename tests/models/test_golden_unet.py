@@ -14,6 +14,8 @@ from vqjax import models
 from vqjax.config import PRESETS
 from vqjax.models.unet import UNet, timestep_embedding
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 
 @pytest.mark.parametrize("path", golden_params("golden", "*.npz"))
 def test_every_fixture_has_a_test(path):

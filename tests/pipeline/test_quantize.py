@@ -23,6 +23,8 @@ from vqjax.pipeline import quantize
 from vqjax.pipeline.journal import Journal
 from vqjax.settings import Calibration, QuantizeSettings
 
+pytestmark = pytest.mark.xdist_group("quantize tiny")
+
 ROOT = pathlib.Path(__file__).parents[2]
 CALIBRATION = Calibration(images=2, steps=3, batch=2)
 BITS = 1.2

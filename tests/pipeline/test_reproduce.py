@@ -13,6 +13,8 @@ from vqjax.errors import QualityGateError, VqjaxError
 from vqjax.io import native, orbax_model, published
 from vqjax.pipeline import quantize, reproduce, run_cost, run_file, run_results
 
+pytestmark = pytest.mark.xdist_group("quantize tiny")
+
 NAMES = list(run_file.packaged())
 
 

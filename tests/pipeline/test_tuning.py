@@ -21,6 +21,8 @@ from vqjax.io import native
 from vqjax.pipeline import quantize, tuning
 from vqjax.settings import Calibration, QuantizeSettings, Tuning
 
+pytestmark = pytest.mark.xdist_group("quantize tiny")
+
 
 @functools.cache
 def compressed() -> Model:

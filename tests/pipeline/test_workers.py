@@ -16,7 +16,7 @@ from vqjax.io import native
 from vqjax.pipeline import quantize
 from vqjax.settings import Calibration, QuantizeSettings
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("quantize tiny")]
 SAMPLES = 4
 
 

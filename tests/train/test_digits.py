@@ -52,7 +52,7 @@ def test_the_shipped_model_reconstructs_digits_it_never_saw():
     assert np.sqrt(np.mean((decoded(model.params, x) - x) ** 2)) < 0.1
 
 
-@pytest.mark.usefixtures("compiled_as_users_compile")
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.slow
 def test_the_shipped_model_draws_the_class_it_is_asked_for():
     labels = np.arange(200) % 10

@@ -49,7 +49,7 @@ def test_finished_weights_have_the_agreed_scale(data):
         assert variance == pytest.approx(extractors.TOTAL_VARIANCE, rel=0.02)
 
 
-@pytest.mark.usefixtures("compiled_as_users_compile")
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.slow
 def test_training_learns_and_repeats_exactly(data):
     images, labels = data.train_images, data.train_labels

@@ -318,13 +318,14 @@ def show(found: Mapping[str, Any]) -> None:
         )
     for batch in dict.fromkeys(record["batch"] for record in found["records"]):
         chosen = [record for record in found["records"] if record["batch"] == batch]
-        packed, dense = (
+        packed, dense, packed_bytes, dense_bytes = (
             sum(record["count"] * record[name] for record in chosen)
-            for name in ("seconds", "dense_seconds")
+            for name in ("seconds", "dense_seconds", "packed_bytes", "dense_bytes")
         )
         console.print(
             f"All layers, batch {batch}: {1e3 * packed:,.1f} ms, dense {1e3 * dense:,.1f} ms, "
-            f"{dense / packed:.2f} x dense"
+            f"{dense / packed:.2f} x dense; weights {packed_bytes / 1e6:,.1f} MB, "
+            f"dense {dense_bytes / 1e6:,.1f} MB"
         )
 
 

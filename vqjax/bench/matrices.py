@@ -23,7 +23,6 @@ from vqjax.bench.baselines import Quantized
 from vqjax.bench.clock import CompileClock, compiled_seconds
 from vqjax.bench.inputs import Matrix
 from vqjax.core import grouping, moments, shrinkage
-from vqjax.core.bits import entropy_coded_bits
 from vqjax.core.compress import Effort, compress_layer
 from vqjax.core.granularity import input_scale_gain
 from vqjax.core.plan import LayerSpec, best_spec
@@ -31,6 +30,7 @@ from vqjax.core.rate import relative_bound
 from vqjax.core.scalar import scalar_baseline
 from vqjax.errors import VqjaxError
 from vqjax.pipeline.journal import fingerprint
+from vqjax.pipeline.layer_figures import codes_entropy
 from vqjax.settings import BenchAqSettings
 
 NOMINAL = (2, 4)
@@ -186,7 +186,7 @@ def _additive(matrix: Matrix, setting: Setting, bench: _Bench):
 
     (tensor, _), seconds = compiled_seconds(search, bench.clock)
     stored = spec.stored(matrix.kernel.shape)
-    entropy = entropy_coded_bits(jax.device_get(tensor).unpack(), stored)
+    entropy = codes_entropy(tensor, stored)
     q_ON = np.asarray(tensor.decode_matrix(), np.float64)
     return Quantized(q_ON, tensor.bits_per_weight, entropy), seconds, chosen
 
