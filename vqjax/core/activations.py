@@ -28,6 +28,8 @@ these four there in its models of 4 bits (github.com/ThisisBillhe/EfficientDM)."
 
 _SHRINK = 0.85 ** np.arange(8, dtype=np.float32)
 """Shares of the least and of the largest value seen that candidate ranges reach to."""
+CANDIDATES = len(_SHRINK) ** 2
+"""F of `candidate_ranges`."""
 
 
 @functools.partial(

@@ -46,6 +46,11 @@ class LayerInput:
     window: int = 1
 
     @property
+    def numbers(self) -> int:
+        """What it reads of one image, about: positions of the output times input channels."""
+        return self.positions * self.fan_in // self.window**2
+
+    @property
     def moment_bytes(self) -> int:
         """Memory of its moments."""
         held = moments_lib.held_size(self.fan_in, self.window)

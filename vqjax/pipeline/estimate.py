@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vqjax.config import LatentDiffusionConfig
+from vqjax.core.activations import CANDIDATES
 from vqjax.core.flops import layer_flops, total
 from vqjax.core.grouping import groups_per_row, matrix_shape
 from vqjax.core.plan import LayerSpec, Plan
@@ -32,7 +33,7 @@ _SCORE_SHARE = 0.18  # speed of enumerating sums, relative to a large matrix pro
 NETWORK_SHARE = 0.45  # the same for the networks
 _BACKWARD = 4  # forward calls that one step takes which is computed, again, and gone back through
 _TRAINED = 3  # forward calls that a step of training takes
-_RANGES = 16  # forward calls that one takes whose inputs are rounded to every candidate range
+_ROUNDING = 800  # operations of a large matrix product in the time that one number is rounded in
 # Of XLA on two cores; nothing from the second run on one machine. Networks, and each kind of layer.
 _COMPILE_NETWORKS, _COMPILE_TUNED_NETWORK = 60.0, 50.0
 _COMPILE_LAYER, _COMPILE_TUNED_LAYER = 5.5, 5.0
@@ -96,7 +97,8 @@ def estimate(
         calls = wanted.images * wanted.steps * 2
         return calls * (2 * forward / NETWORK_SHARE + moments) / speed
 
-    observed = 2 * calibration.images * calibration.steps if ranges else 0
+    looked = 2 * calibration.images * calibration.steps if ranges else 0
+    rounded = CANDIDATES * sum(size.numbers for size in sizes.values())
     tuned = 2 * tune_pairs * (1 + _TRAINED)
     alike = len({(unet[path], plan[path]) for path in plan})
     compiled = _COMPILE_NETWORKS + alike * _COMPILE_LAYER
@@ -110,7 +112,7 @@ def estimate(
             "compile": compiled,
             "calibrate": inputs(calibration) + weighed * forward / NETWORK_SHARE / speed,
             "compress": search / speed / _SCORE_SHARE,
-            "ranges": _RANGES * observed * 2 * forward / NETWORK_SHARE / speed,
+            "ranges": looked * (4 * forward / NETWORK_SHARE + rounded * _ROUNDING) / speed,
             "tune": tuned * 2 * forward / NETWORK_SHARE / speed,
             "sample": 3 * samples * pictures / speed / NETWORK_SHARE,
             "held-out errors": inputs(held_out_settings(config, calibration)),

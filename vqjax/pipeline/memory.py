@@ -124,14 +124,13 @@ def _kept(sizes: Mapping[str, LayerInput], pairs: int) -> int:
 
     Twice the inputs of all layers: before their norm and after it.
     """
-    inputs = sum(size.positions * size.fan_in // size.window**2 for size in sizes.values())
-    return 2 * 2 * pairs * inputs
+    return 2 * 2 * pairs * sum(size.numbers for size in sizes.values())
 
 
 def _activations(
     config: LatentDiffusionConfig, sizes: Mapping[str, LayerInput], calibration: Calibration
 ) -> int:
     """Bytes of the widest place of the networks at work."""
-    inputs = max(size.positions * size.fan_in // size.window**2 for size in sizes.values())
+    inputs = max(size.numbers for size in sizes.values())
     pixels = config.first_stage.resolution**2 * config.first_stage.ch
     return _ACTIVATION_COPIES * 4 * 2 * calibration.batch * max(inputs, pixels)
