@@ -75,6 +75,43 @@ def test_same_key_same_bytes_and_the_moment_matters():
     assert without.rel_output_mse == pytest.approx(without.rel_weight_mse)
 
 
+def test_codebooks_made_on_a_part_of_the_rows_serve_all_rows(monkeypatch):
+    """Less search over all rows, an error as low, and rows outside the part no worse off."""
+    kernel, moment = _problem((64, 320))
+    spec = _spec(books=2, entries=8)
+    effort = compress.Effort(start_steps=6, feedback_rounds=4, descent_rounds=4)
+    monkeypatch.setattr(compress, "_PART", 16)  # 256 vectors, 32 rows
+
+    def compressed():
+        ends = []
+        tensor, stats = compress.compress_layer(
+            kernel, moment, spec, key=jax.random.key(0), effort=effort, on_stage=ends.append
+        )
+        error_ON = grouping.to_matrix(np.asarray(kernel - tensor.decode()))
+        return np.sum(error_ON @ np.asarray(moment) * error_ON, axis=1), stats, ends
+
+    errors_O, stats, ends = compressed()
+    monkeypatch.setattr(compress, "_PART", 10**6)
+    _, whole, all_ends = compressed()
+    assert ends.count("feedback") > 1
+    assert len(stats.history) < ends.count("least_squares")
+    assert len(whole.history) == all_ends.count("least_squares")
+    assert stats.history[-1] < 1.05 * whole.history[-1]
+    part_R = np.arange(32) * 10
+    others = np.setdiff1d(np.arange(320), part_R)
+    assert errors_O[others].mean() < 1.2 * errors_O[part_R].mean()
+
+
+def test_a_part_without_weights_leaves_the_other_rows_theirs(monkeypatch):
+    kernel, moment = _problem((16, 320))
+    monkeypatch.setattr(compress, "_PART", 4)
+    empty = kernel.at[:, np.arange(32) * 10].set(0.0)
+    _, stats = compress.compress_layer(
+        empty, moment, _spec(books=2, entries=8), key=jax.random.key(0), effort=QUICK
+    )
+    assert stats.rel_output_mse < 0.3
+
+
 @pytest.mark.parametrize(("books", "entries"), [(1, 300), (2, 64), (6, 16)])
 def test_any_number_of_codebooks_and_entries(books, entries):
     kernel, moment = _problem((16, 8))

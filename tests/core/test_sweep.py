@@ -89,10 +89,13 @@ def test_codebooks_fitted_to_some_rows_are_kept_only_where_all_rows_gain():
 def test_unused_entries_move_next_to_the_busiest():
     weight, moment, codes, books_MKG, scales = _problem()
     codes = jnp.where(codes == 2, 1, codes)
-    fit = codebooks.improve(weight, moment, codes, books_MKG, scales, jax.random.key(0))
+    last_MKG, momentum = books_MKG - 0.1, 0.8
+    fit = codebooks.improve(
+        weight, moment, codes, books_MKG, scales, jax.random.key(0), None, last_MKG, momentum
+    )
     np.testing.assert_array_equal(fit.books_MKG[:, 2], books_MKG[:, 2])
     used = [0, 1, 3, 4]
-    onward = 1.5 * (fit.books_MKG - books_MKG)
+    onward = (fit.books_MKG - books_MKG) + momentum * (fit.books_MKG - last_MKG)
     moved = np.asarray(fit.onward_MKG - fit.books_MKG)
     np.testing.assert_allclose(moved[:, used], onward[:, used], rtol=1e-3, atol=1e-5)
     assert np.all(np.abs(moved[:, 2]).max(axis=-1) > 0)
@@ -100,7 +103,7 @@ def test_unused_entries_move_next_to_the_busiest():
 
 @pytest.mark.parametrize("condition", [1.0, 1e4, 1e7])
 def test_float32_tells_losses_apart_that_the_search_must_tell_apart(condition):
-    """Rounds end at gains of 3e-3: float32 is right to a thirtieth of that, however ill S is.
+    """Rounds end at gains of 1e-3: float32 is right to a tenth of that, however ill S is.
 
     Losses are judged from (W - Q) S, whose error is relative to the loss itself: nothing large is
     subtracted.

@@ -16,7 +16,7 @@ from vqjax.io import native
 from vqjax.pipeline import environment
 from vqjax.settings import BenchAqSettings, command_line
 
-REDUCED = Effort(start_steps=20, feedback_rounds=1, descent_rounds=0, store_rounds=1)
+REDUCED = Effort(start_steps=20, feedback_rounds=4, descent_rounds=0, store_rounds=1)
 """Few rounds: what a first look at a large model on a small machine can afford."""
 
 Record = dict[str, Any]

@@ -20,9 +20,9 @@ from vqjax.core.encode import dot
 from vqjax.core.sweep import reconstruct
 
 _TINY = 1e-30
-_ONWARD = 1.5
-"""Search and least squares in turn creep: going on by so many times the last change ends with 1 to
-4 % less error after as many rounds."""
+_ONWARD, MOMENTUM = 1.0, 0.8
+"""Search and least squares in turn creep. The next search starts further along: by so many times
+the change that least squares made, and that since the round before (heavy ball, Polyak 1964)."""
 
 
 class Fit(NamedTuple):
@@ -31,7 +31,7 @@ class Fit(NamedTuple):
     Attributes:
       books_MKG, scales_O: of no larger loss than the given ones; the given ones where float32
         gained nothing.
-      onward_MKG: where the next search from scratch starts: further along the same change, unused
+      onward_MKG: where the next search from scratch starts: further along the same way, unused
         entries moved (`revive`).
       loss: tr((W - Q) S (W - Q)^T).
     """
@@ -163,12 +163,23 @@ def fit_rows(rows: int, groups: int) -> int:
 
 @functools.partial(jax.jit, static_argnames="rows")
 def improve(
-    w_ON, moment_NN, codes_OJM, books_MKG, scales_O, key, outputs=None, *, rows: int | None = None
+    w_ON,
+    moment_NN,
+    codes_OJM,
+    books_MKG,
+    scales_O,
+    key,
+    outputs=None,
+    last_MKG=None,
+    momentum=0.0,
+    *,
+    rows: int | None = None,
 ) -> Fit:
     """Least squares for the codes as they are: codebooks first, then scales.
 
     Args:
       outputs: rows that hold anything; default: all. The rest is padding.
+      last_MKG, momentum: codebooks of the round before, and how far their change carries on.
       rows: fit the codebooks to so many of them, at equal distances. Scales and loss are always
         those of all rows, and a fit that does not lower their loss is discarded.
     """
@@ -194,5 +205,8 @@ def improve(
     given_MKG, books_MKG = books_MKG, jnp.where(better, fitted_MKG, books_MKG)
     scales_O = jnp.where(better, fitted_O, scales_O)
     weights_MK = entry_weights(codes_OJM, scales_O, diagonal_N, entries)
-    onward_MKG = revive(books_MKG + _ONWARD * (books_MKG - given_MKG), weights_MK, key)
+    onward_MKG = books_MKG + _ONWARD * (books_MKG - given_MKG)
+    if last_MKG is not None:
+        onward_MKG += momentum * (books_MKG - last_MKG)
+    onward_MKG = revive(onward_MKG, weights_MK, key)
     return Fit(books_MKG, scales_O, onward_MKG, jnp.minimum(after, before))
