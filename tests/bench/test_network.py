@@ -83,7 +83,7 @@ def test_every_layer_of_the_plan_is_there_and_one_fan_in_grows():
     pieces = network.pieces_of(config_lib.PRESETS["cin256-v2"]())
     scaling = [piece for piece in pieces if piece.part == "scaling"]
     assert len({piece.shape[:-1] for piece in scaling}) == 1
-    assert [piece.shape[-1] for piece in scaling] == [256, 512, 1024]
+    assert [piece.shape[-1] for piece in scaling] == [512, 1024, 2048]
     (wide,) = [piece for piece in pieces if piece.part == "wide"]
     assert 2000 < np.prod(wide.shape[:-1]) <= 4608
     layers = {piece.path: piece.shape for piece in pieces if piece.part == "layer"}
@@ -143,13 +143,28 @@ def test_a_machine_of_constant_speed_is_predicted():
 
     def record(fan_in, outputs):
         flops = work.stage_flops((fan_in, outputs), spec, rounds, 100)
-        seconds = {stage: 0.01 + count / 1e9 for stage, count in flops.items()} | {"start": 2.0}
+        seconds = {stage: 0.01 + flops[stage] / 1e9 for stage in rounds} | {"start": 2.0}
         return {"seconds": seconds, "rounds": rounds, "flops": flops}
 
     found = network.Prediction.of([record(64, 32), record(64, 128), record(256, 32)])
     piece = network.Piece("layer", "unet/a/kernel", (640, 320), spec)
     expected = sum(record(640, 320)["seconds"].values())
     assert found.seconds(piece, 100) == pytest.approx(expected, rel=1e-6)
+
+
+def test_rounds_on_a_part_are_predicted_for_all_rows_where_there_is_no_part():
+    spec = LayerSpec("feed_forward", "linear", 8, 4, 16)
+    parted = {"feedback": 1, "part feedback": 5}
+
+    def record(outputs, rounds):
+        flops = work.stage_flops((640, outputs), spec, rounds, 100)
+        return {"seconds": {s: flops[s] / 1e9 for s in rounds}, "rounds": rounds, "flops": flops}
+
+    found = network.Prediction.of([record(outputs, parted) for outputs in (1024, 2048, 4096)])
+    for outputs, rounds in ((4096, parted), (320, {"feedback": 5})):
+        piece = network.Piece("layer", "unet/a/kernel", (640, outputs), spec)
+        expected = sum(record(outputs, rounds)["seconds"].values())
+        assert found.seconds(piece, 100) == pytest.approx(expected, rel=1e-3)
 
 
 def test_predictions_are_never_negative():

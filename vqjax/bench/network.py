@@ -26,13 +26,14 @@ from vqjax import models, progress
 from vqjax.bench import results, work
 from vqjax.bench.clock import CompileClock, StageClock
 from vqjax.core import folding, grouping, tree
-from vqjax.core.compress import Effort, compress_layer
+from vqjax.core.compress import Effort, compress_layer, part_rows
 from vqjax.core.plan import LayerSpec, make_plan
 from vqjax.pipeline.journal import fingerprint, peak_memory_bytes
 from vqjax.settings import BenchAqSettings
 
 BITS = 2.0
-STAGES = ("moments", "factor", "start", "feedback", "descent", "least_squares", "store")
+ON_PART = ("part feedback", "part descent", "part least_squares")
+STAGES = ("moments", "factor", "start", *ON_PART, "feedback", "descent", "least_squares", "store")
 PER_OUTPUT = ("feedback", "descent", "least_squares", "store")  # the other stages do not see O
 ROWS = {"complete": 16_384, "reduced": 2_048}
 _BLOCK_ROWS = 1024
@@ -117,7 +118,8 @@ def pieces_of(config: config_lib.LatentDiffusionConfig) -> list[Piece]:
     coded = [piece for piece in layers if piece.spec.grouping != "scalar"]
     coded.sort(key=lambda piece: (grouping.matrix_shape(piece.shape)[1], piece.path))
     middle = coded[len(coded) // 2]
-    counts = (256, 512, 1024) if jax.default_backend() == "cpu" else (1024, 2048, 4096)
+    # So many that codebooks are made on a part of the rows.
+    counts = (512, 1024, 2048) if jax.default_backend() == "cpu" else (2048, 4096, 8192)
     scaling = [
         dataclasses.replace(middle, part="scaling", shape=(*middle.shape[:-1], count))
         for count in counts
@@ -199,7 +201,7 @@ class Prediction:
     def of(cls, records: Sequence[dict[str, Any]]) -> "Prediction":
         """Least squares of relative errors on a few measurements of different sizes."""
         constant, slope = {}, {}
-        for stage in records[0]["seconds"]:
+        for stage in sorted({stage for record in records for stage in record["seconds"]}):
             seconds = np.array([max(r["seconds"].get(stage, 0.0), 1e-6) for r in records])
             flops = np.array([r["flops"].get(stage, 0.0) for r in records])
             constant[stage], slope[stage] = _line(flops, seconds)
@@ -207,11 +209,19 @@ class Prediction:
 
     def seconds(self, piece: Piece, rows: int) -> float:
         """Of one layer, compilation apart."""
-        counts = work.stage_flops(piece.shape, piece.spec, self.rounds, rows)
+        outputs, fan_in = grouping.matrix_shape(piece.shape)
+        groups = grouping.groups_per_row(fan_in, piece.spec.group)
+        rounds, skipped = self.rounds, ()
+        if part_rows(outputs, groups, piece.spec) == outputs:  # all rows take the rounds of a part
+            rounds = rounds | {n.removeprefix("part "): rounds[n] for n in ON_PART if n in rounds}
+            skipped = ON_PART
+        counts = work.stage_flops(piece.shape, piece.spec, rounds, rows)
         if piece.spec.grouping == "scalar":
             return self.constant["moments"] + self.slope["moments"] * counts["moments"]
-        return sum(self.constant.values()) + sum(
-            self.slope[stage] * count for stage, count in counts.items() if stage in self.slope
+        return sum(
+            constant + self.slope[stage] * counts.get(stage, 0.0)
+            for stage, constant in self.constant.items()
+            if stage not in skipped
         )
 
 

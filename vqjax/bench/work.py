@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from vqjax.core import grouping
 from vqjax.core.codebooks import fit_rows
+from vqjax.core.compress import part_rows
 from vqjax.core.encode import EXACT_LIMIT
 from vqjax.core.plan import LayerSpec
 
@@ -28,7 +29,8 @@ def stage_flops(
     """Operations that the method needs, a multiply-add counted as two; stages without a count miss.
 
     A sweep is one product of [O, N] with S, half of it where errors only move on to later columns,
-    plus one addition and one comparison for each sum of codewords that is tried.
+    plus one addition and one comparison for each sum of codewords that is tried. Stages on a
+    part of the rows take that part of it.
 
     Args:
       rounds: how often each stage ran.
@@ -39,6 +41,7 @@ def stage_flops(
         return {"moments": 2.0 * rows * fan_in**2}
     product = 2.0 * outputs * fan_in**2
     groups = grouping.groups_per_row(fan_in, spec.group)
+    part = part_rows(outputs, groups, spec) / outputs
     fitted = fit_rows(outputs, groups) / outputs
     tried = 2.0 * outputs * groups * _sums(spec)
     counts = {
@@ -49,6 +52,11 @@ def stage_flops(
         "descent": product + tried,
         "least_squares": (_JUDGING + _STEPS * fitted) * product,
         "store": _STORED_SWEEPS * (product + tried),
+    }
+    counts |= {
+        "part feedback": part * counts["feedback"],
+        "part descent": part * counts["descent"],
+        "part least_squares": (_JUDGING * part + _STEPS * min(part, fitted)) * product,
     }
     return {stage: count * rounds.get(stage, 0) for stage, count in counts.items()}
 

@@ -18,9 +18,11 @@ from rich.console import Console
 from rich.table import Table
 
 from vqjax.config import LatentDiffusionConfig
+from vqjax.core import compress
 from vqjax.core.activations import CANDIDATES
 from vqjax.core.flops import layer_flops, total
 from vqjax.core.grouping import groups_per_row, matrix_shape
+from vqjax.core.initialization import SAMPLE
 from vqjax.core.plan import LayerSpec, Plan
 from vqjax.pipeline.calibrate import LayerInput
 from vqjax.pipeline.layer_figures import held_out_settings
@@ -28,7 +30,7 @@ from vqjax.pipeline.memory import Division
 from vqjax.pipeline.sensitivity import LEAST_IMAGES, POSITIONS
 from vqjax.settings import Calibration
 
-_SEARCH_SWEEPS = 13  # feedback and descent rounds of one layer, and their least-squares updates
+_SWEEPS, _LAST_SWEEPS = 20, 8  # over the vectors that codebooks are made on; over all after a part
 _SCORE_SHARE = 0.18  # speed of enumerating sums, relative to a large matrix product
 NETWORK_SHARE = 0.45  # the same for the networks
 _BACKWARD = 4  # forward calls that one step takes which is computed, again, and gone back through
@@ -131,8 +133,12 @@ def search_flops(shape: tuple[int, ...], spec: LayerSpec) -> float:
     if spec.grouping == "scalar":
         return 0.0
     sums = min(float(spec.entries) ** spec.codebooks, 2.0**16)
-    scores = 2.0 * outputs * groups_per_row(fan_in, spec.group) * spec.group * sums
-    return _SEARCH_SWEEPS * (scores + 4.0 * outputs * fan_in**2)
+    groups = groups_per_row(fan_in, spec.group)
+    part = compress.part_rows(outputs, groups, spec)
+    rows = _SWEEPS * part + (_LAST_SWEEPS * outputs if part < outputs else 0)
+    first = SAMPLE * compress.start_steps(spec, compress.Effort())
+    scores = 2.0 * (rows * groups + first) * spec.group * sums
+    return scores + 4.0 * rows * fan_in**2
 
 
 def flops_per_second(size: int = 768) -> float:
