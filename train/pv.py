@@ -51,7 +51,7 @@ class PVConfig:
         Adam's: biases often start at 0.
       delta_decay: share by which the target returns to the weight after each step. 0 is a
         straight-through buffer, 1 starts each step at the weight: the linearized V step.
-      beam: hypotheses of the code search; 0 enumerates where there are up to 65,536 sums.
+      beam: hypotheses of the code search; 0 enumerates where there are up to 262,144 sums.
       max_code_change, trust_ratio, force_change, temperature: limits of a V step, see `Limits`.
       invalidate: which moments vectors lose when they move.
       codebook_moments: "decay" takes from the moments of an entry the share of its vectors that

@@ -63,3 +63,16 @@ def test_blocks_cover_all_codebooks_within_the_limit(books, entries):
     blocks = encode._blocks(books, entries)
     assert set(itertools.chain(*blocks)) == set(range(books))
     assert all(entries ** len(block) <= encode.EXACT_LIMIT for block in blocks)
+
+
+@pytest.mark.parametrize("entries", [3, 16, 21])
+def test_enumeration_is_complete_for_any_number_of_entries(entries):
+    """Sums are taken sixteen at a time: what fills the last sixteen must never be chosen."""
+    rng = np.random.default_rng(entries)
+    books = jnp.asarray(rng.normal(size=(2, entries, 4)), jnp.float32)
+    wanted = jnp.asarray(rng.normal(size=(40, 4)) * 3, jnp.float32)
+    metric = jnp.eye(4, dtype=jnp.float32)
+    codes = encode.encode_exact(wanted, metric, books)
+    sums = np.asarray(encode.all_sums(books))
+    nearest = np.argmin(((np.asarray(wanted)[:, None] - sums[None]) ** 2).sum(-1), axis=1)
+    np.testing.assert_array_equal(np.asarray(codes)[:, 0] * entries + codes[:, 1], nearest)

@@ -33,7 +33,7 @@ def nearest_codes(
       wanted_VG: float; anything in places that do not count.
       previous_VM: codes to start from, int32.
       books_MKG: float.
-      beam: hypotheses; 0 is `encode.encode`, which enumerates up to 65,536 sums.
+      beam: hypotheses; 0 is `encode.encode`, which enumerates up to 262,144 sums.
       short_V: bool, vectors of which the first `tail` weights count and no others; None: there are
         none.
       differ: return the nearest other codes found where the nearest are the previous ones.

@@ -20,6 +20,7 @@ from rich.table import Table
 from vqjax.config import LatentDiffusionConfig
 from vqjax.core import compress
 from vqjax.core.activations import CANDIDATES
+from vqjax.core.encode import EXACT_LIMIT
 from vqjax.core.flops import layer_flops, total
 from vqjax.core.grouping import groups_per_row, matrix_shape
 from vqjax.core.initialization import SAMPLE
@@ -132,7 +133,7 @@ def search_flops(shape: tuple[int, ...], spec: LayerSpec) -> float:
     outputs, fan_in = matrix_shape(shape)
     if spec.grouping == "scalar":
         return 0.0
-    sums = min(float(spec.entries) ** spec.codebooks, 2.0**16)
+    sums = min(float(spec.entries) ** spec.codebooks, EXACT_LIMIT)
     groups = groups_per_row(fan_in, spec.group)
     part = compress.part_rows(outputs, groups, spec)
     rows = _SWEEPS * part + (_LAST_SWEEPS * outputs if part < outputs else 0)
