@@ -129,7 +129,8 @@ def picture_flops(config: LatentDiffusionConfig, forward: float, calls: int) -> 
 
 
 def search_flops(shape: tuple[int, ...], spec: LayerSpec) -> float:
-    """Multiply-adds, times two, of searching one layer; 0 where values are only rounded."""
+    """Operations of searching one layer: an addition and a comparison for every sum of entries, and
+    products with S; 0 where values are only rounded."""
     outputs, fan_in = matrix_shape(shape)
     if spec.grouping == "scalar":
         return 0.0
@@ -138,8 +139,7 @@ def search_flops(shape: tuple[int, ...], spec: LayerSpec) -> float:
     part = compress.part_rows(outputs, groups, spec)
     rows = _SWEEPS * part + (_LAST_SWEEPS * outputs if part < outputs else 0)
     first = SAMPLE * compress.start_steps(spec, compress.Effort())
-    scores = 2.0 * (rows * groups + first) * spec.group * sums
-    return scores + 4.0 * rows * fan_in**2
+    return 2.0 * (rows * groups + first) * sums + 4.0 * rows * fan_in**2
 
 
 def flops_per_second(size: int = 768) -> float:
