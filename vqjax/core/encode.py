@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from vqjax.kernels.decode import sum_entries
 
 EXACT_LIMIT = 262_144
-"""Sums of entries up to which all are enumerated: a beam that finds worse ones takes as long."""
+"""Sums of entries up to which all are enumerated: beams find worse ones in about that time."""
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -50,11 +50,10 @@ def _smallest_over_q(cross_PQ: jax.Array, cost_QO: jax.Array) -> jax.Array:
     Sixteen values of q are taken per step so that the accumulator stays in registers; the plain
     reduction takes five times as long on a CPU.
     """
-    unroll, count = 16, cross_PQ.shape[1]
-    if count % unroll:
-        spare = -count % unroll
-        cross_PQ = jnp.pad(cross_PQ, ((0, 0), (0, spare)))
-        cost_QO = jnp.pad(cost_QO, ((0, spare), (0, 0)), constant_values=jnp.inf)
+    unroll = 16
+    spare = -cross_PQ.shape[1] % unroll
+    cross_PQ = jnp.pad(cross_PQ, ((0, 0), (0, spare)))
+    cost_QO = jnp.pad(cost_QO, ((0, spare), (0, 0)), constant_values=jnp.inf)
     start = jnp.full((cross_PQ.shape[0], cost_QO.shape[1]), jnp.inf, jnp.float32)
 
     def step(index: jax.Array, least_PO: jax.Array) -> jax.Array:

@@ -78,5 +78,6 @@ def code_distortion(group: int, books: int, entries: int) -> float:
     rate = length / group
     shape = 1.72 * group**-0.5 * (1 - 2 ** (-1.2 * rate))
     sums = 0.1 * max(0.0, rate - 2) if books > 1 else 0.0
+    # Fitted where 2^16 sums were enumerated; beyond today's limit, beams lose what they lost then.
     search = 0.043 * (length - 16) if length > math.log2(EXACT_LIMIT) else 0.0
     return 2.0 ** (-2 * rate) * (1 + shape) * (1 + sums) * (1 + search)
