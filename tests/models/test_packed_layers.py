@@ -15,7 +15,7 @@ from vqjax.core.activations import InputRange
 from vqjax.core.scales import LogScales
 from vqjax.kernels import dispatch
 from vqjax.models import packed
-from vqjax.models.layers import Conv, Dense, group_norm, layer_norm
+from vqjax.models.layers import Conv, Dense, GroupNorm, layer_norm
 
 # Packed weights are added up before the bias is rounded, decoded ones after.
 TOL = {"float32": 1e-6, "float16": 2e-3, "bfloat16": 1e-2}
@@ -77,7 +77,7 @@ def test_the_choice_of_a_layer_is_known_before_it_runs(name):
 
 def test_norms_keep_the_dtype_of_their_input():
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 3, 3, 32)), jnp.bfloat16)
-    for norm in (group_norm(1e-5, "norm"), layer_norm("norm")):
+    for norm in (GroupNorm(1e-5, name="norm"), layer_norm("norm")):
         params = norm.init(jax.random.key(0), x)
         found: Any = norm.apply(params, x)
         exact = norm.apply(params, x.astype(jnp.float32))

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from vqjax.config import AutoencoderConfig
-from vqjax.models.layers import Conv, attend, group_norm, pointwise, upsample_nearest
+from vqjax.models.layers import Conv, GroupNorm, attend, pointwise, upsample_nearest
 
 EPSILON = 1e-6  # every GroupNorm of the first stage; the U-Net's residual blocks use 1e-5
 
@@ -23,8 +23,8 @@ class ResBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
-        h = Conv(self.features, name="conv1")(nn.silu(group_norm(EPSILON, "norm1")(x_BHWC)))
-        h = Conv(self.features, name="conv2")(nn.silu(group_norm(EPSILON, "norm2")(h)))
+        h = Conv(self.features, name="conv1")(nn.silu(GroupNorm(EPSILON, name="norm1")(x_BHWC)))
+        h = Conv(self.features, name="conv2")(nn.silu(GroupNorm(EPSILON, name="norm2")(h)))
         if x_BHWC.shape[-1] != self.features:
             x_BHWC = pointwise(self.features, "skip")(x_BHWC)
         return x_BHWC + h
@@ -36,7 +36,7 @@ class AttnBlock(nn.Module):
     @nn.compact
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
         b, h, w, c = x_BHWC.shape
-        normed = group_norm(EPSILON, "norm")(x_BHWC)
+        normed = GroupNorm(EPSILON, name="norm")(x_BHWC)
         q, k, v = (pointwise(c, name)(normed).reshape(b, h * w, 1, c) for name in "qkv")
         return x_BHWC + pointwise(c, "proj_out")(attend(q, k, v).reshape(b, h, w, c))
 
@@ -74,7 +74,7 @@ class Level(nn.Module):
 
 
 def _out(x_BHWC: jax.Array, features: int) -> jax.Array:
-    h = nn.silu(group_norm(EPSILON, "norm_out")(x_BHWC))
+    h = nn.silu(GroupNorm(EPSILON, name="norm_out")(x_BHWC))
     return Conv(features, name="conv_out")(h)
 
 

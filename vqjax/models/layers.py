@@ -165,23 +165,43 @@ def pointwise(features: int, name: str) -> Conv:
     return Conv(features, window=1, padding=(0, 0), name=name)
 
 
-class _GroupNorm(nn.GroupNorm):
+class GroupNorm(nn.Module):
+    """GroupNorm (arXiv:1803.08494) over `GROUPS` groups of channels, [..., C] with a leading batch.
+
+    Computed in float32, as its parameters are; the result has the dtype of x. The variance is that
+    of x - mean: the one-pass form loses digits on small activations. Sums run over positions first
+    and over the few channels of a group last: a CPU vectorizes over channels then, and takes a
+    tenth of the time of a reduction over both at once.
+    """
+
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        channels = x.shape[-1]
+        scale_C = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
+        bias_C = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
+        scale_C, bias_C = (p.reshape((1,) * (x.ndim - 1) + (-1,)) for p in (scale_C, bias_C))
+        positions = tuple(range(1, x.ndim - 1))
+
+        def over_groups(x: jax.Array) -> jax.Array:
+            """Means of groups, for each channel, [B, 1 ..., C]."""
+            mean_BC = jnp.mean(x, positions)
+            mean_BG = jnp.mean(mean_BC.reshape(len(x), GROUPS, -1), axis=-1)
+            mean_BC = jnp.repeat(mean_BG, channels // GROUPS, axis=-1)
+            return jnp.expand_dims(mean_BC, positions)
+
+        centred = x.astype(jnp.float32)
+        centred -= over_groups(centred)
+        factor = jax.lax.rsqrt(over_groups(centred**2) + self.epsilon) * scale_C
+        return (centred * factor + bias_C).astype(x.dtype)
+
+
+class _LayerNorm(nn.LayerNorm):
     """Computed in float32, as its parameters are; the result has the dtype of x."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return super().__call__(x).astype(x.dtype)
-
-
-class _LayerNorm(nn.LayerNorm):
-    """The same."""
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return super().__call__(x).astype(x.dtype)
-
-
-def group_norm(epsilon: float, name: str) -> nn.GroupNorm:
-    """GroupNorm with two-pass variance: the one-pass form loses digits on small activations."""
-    return _GroupNorm(GROUPS, epsilon=epsilon, use_fast_variance=False, name=name)
 
 
 def layer_norm(name: str) -> nn.LayerNorm:

@@ -19,9 +19,9 @@ from vqjax.config import UNetConfig
 from vqjax.models.layers import (
     Conv,
     Dense,
+    GroupNorm,
     attend,
     average_pool,
-    group_norm,
     layer_norm,
     pointwise,
     upsample_nearest,
@@ -61,14 +61,14 @@ class ResBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x_BHWC: jax.Array, emb_BT: jax.Array) -> jax.Array:
-        h = nn.silu(group_norm(1e-5, "norm1")(x_BHWC))
+        h = nn.silu(GroupNorm(1e-5, name="norm1")(x_BHWC))
         if self.resample is not None:
             resample = average_pool if self.resample == "down" else upsample_nearest
             h, x_BHWC = resample(h), resample(x_BHWC)
         h = Conv(self.features, name="conv1")(h)
         width = 2 * self.features if self.scale_shift else self.features
         emb_B11C = Dense(width, name="emb")(nn.silu(emb_BT))[:, None, None].astype(h.dtype)
-        norm2 = group_norm(1e-5, "norm2")
+        norm2 = GroupNorm(1e-5, name="norm2")
         if self.scale_shift:
             scale, shift = jnp.split(emb_B11C, 2, axis=-1)
             h = norm2(h) * (1 + scale) + shift
@@ -147,7 +147,7 @@ class SpatialTransformer(nn.Module):
     @nn.compact
     def __call__(self, x_BHWC: jax.Array, context_BNX: jax.Array | None) -> jax.Array:
         b, h, w, c = x_BHWC.shape
-        y_BHWC = pointwise(c, "proj_in")(group_norm(1e-6, "norm")(x_BHWC))
+        y_BHWC = pointwise(c, "proj_in")(GroupNorm(1e-6, name="norm")(x_BHWC))
         y_BLC = y_BHWC.reshape(b, h * w, c)
         for d in range(self.depth):
             y_BLC = TransformerBlock(self.heads, name=f"block_{d}")(y_BLC, context_BNX)
@@ -162,7 +162,7 @@ class AttentionBlock(nn.Module):
     @nn.compact
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
         b, h, w, c = x_BHWC.shape
-        x_BLC = group_norm(1e-5, "norm")(x_BHWC).reshape(b, h * w, c)
+        x_BLC = GroupNorm(1e-5, name="norm")(x_BHWC).reshape(b, h * w, c)
         # Channels of the projection are ordered (head, query | key | value, channel of the head).
         qkv = Dense(3 * c, name="qkv")(x_BLC).reshape(b, h * w, self.heads, 3, c // self.heads)
         y_BLC = Dense(c, name="proj_out")(attend(qkv[..., 0, :], qkv[..., 1, :], qkv[..., 2, :]))
@@ -240,7 +240,7 @@ class Head(nn.Module):
 
     @nn.compact
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
-        return Conv(self.features, name="conv")(nn.silu(group_norm(1e-5, "norm")(x_BHWC)))
+        return Conv(self.features, name="conv")(nn.silu(GroupNorm(1e-5, name="norm")(x_BHWC)))
 
 
 def _attention(
