@@ -13,11 +13,13 @@ each other like codes. A last word of fewer codes takes the bits that it needs. 
 """
 
 import functools
-from typing import overload
+from typing import TypeVar, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+Array = TypeVar("Array", jax.Array, np.ndarray)
 
 MAX_ENTRIES = 65_536
 _WORD_CODES, _WORD_BITS = 16, 64
@@ -137,13 +139,13 @@ def _from_words(packed_OY, count: int, entries: int, xp):
     return xp.moveaxis(codes_DOV, 0, 2).reshape(rows, words * size)[:, :count]
 
 
-def real_codebooks(codebooks_MKG: jax.Array, codebook_scale: jax.Array | None) -> jax.Array:
+def real_codebooks(codebooks_MKG: Array, codebook_scale: Array | None) -> Array:
     """Returns the codebooks in float32: int8 ones are multiples of `codebook_scale`."""
     books_MKG = codebooks_MKG.astype(jnp.float32)
     return books_MKG if codebook_scale is None else books_MKG * codebook_scale.astype(jnp.float32)
 
 
-def sum_entries(codes_OJM: jax.Array, books_MKG: jax.Array) -> jax.Array:
+def sum_entries(codes_OJM: Array, books_MKG: Array) -> Array:
     """Returns the sum over m of the chosen entries, [O, J, G], added in the order of m."""
     total_OJG = books_MKG[0][codes_OJM[..., 0]]
     for m in range(1, books_MKG.shape[0]):
@@ -164,17 +166,18 @@ def decode_integers(packed_OY: jax.Array, codebooks_MKG: jax.Array, *, groups: i
 
 
 def decode(
-    packed_OY: jax.Array,
-    codebooks_MKG: jax.Array,
-    scales_O: jax.Array,
-    codebook_scale: jax.Array | None = None,
+    packed_OY: Array,
+    codebooks_MKG: Array,
+    scales_O: Array,
+    codebook_scale: Array | None = None,
     *,
     groups: int,
-) -> jax.Array:
+) -> Array:
     """Returns the weight matrix in float32, [O, groups * G].
 
     Row o, vector j is scales[o] * sum over m of codebooks[m, code[o, j, m]] (AQLM,
-    arXiv:2401.06118, section 3.1). Differentiable in the codebooks and the scales.
+    arXiv:2401.06118, section 3.1). Differentiable in the codebooks and the scales. NumPy arrays
+    are decoded by NumPy, as in `pack`.
 
     Args:
       packed_OY: uint8, the codes of a row in the order (j, m), as `pack` makes them.

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 class Moments(NamedTuple):
@@ -31,8 +32,9 @@ class Moments(NamedTuple):
 def no_moments(array: jax.Array, mass_shape: tuple[int, ...] | None = None) -> Moments:
     """Returns the moments before the first step; by default one mass is shared by all numbers."""
     dtype = jnp.promote_types(array.dtype, jnp.float32)
-    mass = jnp.zeros((1,) * array.ndim if mass_shape is None else mass_shape, dtype)
-    zeros = jnp.zeros(array.shape, dtype)
+    mass_shape = (1,) * array.ndim if mass_shape is None else mass_shape
+    # NumPy's zeros are moved, not compiled for each shape.
+    mass, zeros = (jnp.asarray(np.zeros(shape, dtype)) for shape in (mass_shape, array.shape))
     return Moments(zeros, zeros, mass, mass)
 
 

@@ -31,6 +31,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vqjax import models, sampling
 from vqjax.config import LatentDiffusionConfig
+from vqjax.core import cores
 from vqjax.core.activations import Activations
 from vqjax.core.model import Model
 from vqjax.sampling import ddim
@@ -125,6 +126,7 @@ def distill(
     *,
     activations: Activations | None = None,
     weight_of_t: Callable[[np.ndarray], np.ndarray] = np.ones_like,
+    compile_ahead: Callable[[Any, Any], None] = lambda weights, state: None,
     metrics: Callable[[Any], loop.Metrics] = lambda state: {},
     on_restart: Callable[[Any], Any] | None = None,
     devices: Sequence[Any] | None = None,
@@ -140,6 +142,8 @@ def distill(
       folder: absolute path of the checkpoints.
       activations: what the student's ranges are the tables of.
       weight_of_t: weights of timesteps, in the order of the sampler; mean 1.
+      compile_ahead: compiles programs of the weights optimizer, given weights and its state; called
+        beside the teacher's first lesson.
       metrics: of the weights optimizer's state, shown beside the loss.
       on_restart: what becomes of that state where new trajectories begin.
       devices: batches are split over them, as many as divide the batch; parameters are on all.
@@ -162,6 +166,7 @@ def distill(
         weights_optimizer.init(student.weights),
         ranges_optimizer.init(student.ranges),
     )
+    state = jax.device_put(state, everywhere)
 
     compute = jax.jit(
         functools.partial(
@@ -176,7 +181,16 @@ def distill(
     apply: Any = jax.jit(optax.apply_updates)
     update_ranges, show = jax.jit(ranges_optimizer.update), jax.jit(metrics)
 
+    @functools.cache
+    def compiled() -> Callable[[], Any]:
+        """What waits for the programs of a step. From the first call on other threads compile."""
+        (student, weights_state, _), like = state, lessons.like()
+        program = cores.beside(lambda: compute.lower(student, like).compile())
+        others = cores.beside(lambda: compile_ahead(student.weights, weights_state))
+        return lambda: (program(), others())[0]
+
     def lesson(index: int) -> tuple[bool, Taught]:
+        compiled()  # while the teacher samples
         return index > 0 and index % lessons.steps_per_round == 0, lessons(index)
 
     def step(state, lesson: tuple[bool, Taught]):
@@ -184,7 +198,7 @@ def distill(
         (student, weights_state, ranges_state), (restarted, taught) = state, lesson
         if restarted and on_restart is not None:
             weights_state = on_restart(weights_state)
-        loss, gradients = compute(student, taught)
+        loss, gradients = compiled()()(student, taught)
         updates, weights_state = weights_optimizer.update(
             gradients.weights, weights_state, student.weights
         )
@@ -196,7 +210,7 @@ def distill(
 
     return loop.train(
         name,
-        jax.device_put(state, everywhere),
+        state,
         step,
         recipe.steps,
         folder,
@@ -302,6 +316,17 @@ class Lessons:
         pairs = self._order(number)[place * self._recipe.batch :][: self._recipe.batch]
         batch = jax.tree.map(lambda rows: rows[pairs], self._pool)
         return jax.device_put(batch, self._sharding)
+
+    def like(self) -> Taught:
+        """The shapes, types and places of a batch."""
+        pairs, ids = self._recipe.batch, self._conditional
+
+        def array(dtype: Any, *shape: int) -> Any:
+            return jax.ShapeDtypeStruct((pairs, *shape), dtype, sharding=self._sharding)
+
+        latent = array(np.float32, *self._shape)
+        number = array(np.int32)
+        return Taught(latent, number, number if ids else None, latent, latent if ids else None)
 
     def _order(self, number: int) -> np.ndarray:
         count = self._together * len(self.schedule.timesteps)

@@ -24,6 +24,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.core import Tracer
 
@@ -227,6 +228,29 @@ def semi_pv(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def compile_ahead(config: PVConfig, params: Any, state: PVState) -> None:
+    """Compiles what `update` of `semi_pv(config)` runs, for one weight of each kind.
+
+    `update` does so by itself; here it can be done beside other work, with little memory.
+    """
+    rate = jnp.zeros((), float)
+    now = _Now(rate, rate, state.count + 1, state.key)
+    leaves, treedef = _leaves(params)
+    kinds = {}
+    for index, (leaf, own) in enumerate(zip(leaves, treedef.flatten_up_to(state.leaves))):
+        if _is_coded(leaf):
+            shapes = [(array.shape, array.dtype) for array in jax.tree.leaves((leaf, own))]
+            kinds.setdefault((leaf.shape, leaf.grouping, tuple(shapes)), (index, leaf, own))
+    compiled, fixed = _of_weight(), _without_schedules(config)
+
+    def compile_one(kind: tuple) -> None:
+        index, leaf, own = kind
+        grad = jax.device_put(np.zeros(leaf.shape, np.float32), leaf.codebooks_MKG.sharding)
+        jax.block_until_ready(compiled(fixed, now, index, leaf, grad, own))
+
+    cores.each(compile_one, kinds.values())
+
+
 def moved_fraction(state: PVState) -> jax.Array:
     """Returns the share of all vectors whose codes the last step changed, scalar."""
     codes = _code_states(state)
@@ -267,7 +291,6 @@ def _leaves(params: Any) -> tuple[list[Any], Any]:
     return jax.tree.flatten(params, is_leaf=_is_coded)
 
 
-@functools.partial(jax.jit, static_argnums=1)
 def _weight_state(weight: CodedWeight, config: PVConfig) -> WeightState:
     codebooks = scales = codes = None
     if config.train_codebooks:
@@ -275,7 +298,8 @@ def _weight_state(weight: CodedWeight, config: PVConfig) -> WeightState:
         codebooks = adam.no_moments(weight.codebooks_MKG, mass_shape)
         scales = adam.no_moments(weight.scales_O)
     if config.train_codes:
-        start_OJG = weight.vectors()
+        traced = isinstance(weight.codes_OJM, Tracer)
+        start_OJG = weight.vectors() if traced else jnp.asarray(weight.host_vectors())
         moments = adam.no_moments(start_OJG, (*start_OJG.shape[:2], 1))
         target = None if config.delta_decay == 1 else start_OJG
         codes = CodeState(target, moments, jnp.zeros((), jnp.float32))

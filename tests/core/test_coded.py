@@ -160,3 +160,31 @@ def test_other_codebooks_are_refused():
     tensor = dataclasses.replace(tensor, codebooks=tensor.codebooks.astype(jnp.bfloat16))
     with pytest.raises(VqjaxError, match="codebooks in bfloat16: only float32, float16, int8"):
         CodedWeight.of(tensor)
+
+
+@pytest.mark.parametrize(("bits", "entries"), [(None, 12), (16, 300), (8, 12), (8, 256)])
+def test_the_host_decodes_the_same(bits, entries):
+    tensor = _tensor(bits, entries=entries)
+    near = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6)
+    near(tensor.host_matrix(), tensor.decode_matrix())
+    weight = _trained(CodedWeight.of(tensor))
+    vectors = jax.jit(lambda weight: weight.vectors(), compiler_options=xla_flags.EMITTERS_OF_USERS)
+    near(weight.host_vectors(), vectors(weight))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    books=st.integers(1, 6), spread=st.floats(0.1, 3), known=st.booleans(), seed=st.integers(0, 99)
+)
+def test_the_host_rounds_integer_codebooks_to_the_same_bits(books, spread, known, seed):
+    rng = np.random.default_rng(seed)
+    books_MKG = rng.normal(size=(books, 8, 4)).astype(np.float32)
+    codes_OJM = rng.integers(0, 7, (5, 6, books))
+    step = None
+    if known:  # one that fits, or hardly, or not
+        step = integer_codebooks(books_MKG, codes_OJM)[1] * np.float32(spread)
+    host = integer_codebooks(books_MKG, codes_OJM, step)
+    compiled = jax.jit(integer_codebooks, compiler_options=xla_flags.EMITTERS_OF_USERS)
+    for ours, theirs in zip(host, compiled(books_MKG, codes_OJM, step), strict=True):
+        assert ours.dtype == theirs.dtype
+        np.testing.assert_array_equal(ours, theirs)

@@ -23,6 +23,7 @@ from vqjax.core.scales import LogScales
 from vqjax.core.tensor import VQTensor
 from vqjax.errors import VqjaxError
 from vqjax.kernels import decode as decode_lib
+from vqjax.kernels.decode import Array
 
 LARGEST = 127
 """What the int8 entries of one vector add up to at most, in size."""
@@ -31,13 +32,16 @@ _TINY = np.finfo(np.float32).tiny
 
 
 def integer_codebooks(
-    books_MKG: jax.Array, codes_OJM: jax.Array, step: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array]:
+    books_MKG: Array, codes_OJM: Array, step: Array | None = None
+) -> tuple[Array, Array]:
     """Rounds codebooks to int8 so that the sum of every vector in use fits into int8, too.
 
     Each of M roundings moves a sum by up to half a step, so the largest sum in use takes
     127 - M/2 steps; nor may an entry in use exceed 127 of them, or cutting it off would move its
     sums. Entries that no vector uses are cut off. The last vector of a row counts with its padding.
+
+    NumPy arrays are rounded by NumPy, to the same bits: a model has too many shapes to compile for
+    each.
 
     Args:
       books_MKG: float.
@@ -49,46 +53,53 @@ def integer_codebooks(
       books_MKG: int8, within -127 ... 127.
       step: scalar of the type of the codebooks; an entry is its integer times the step.
     """
+    xp = np if isinstance(codes_OJM, np.ndarray) else jnp
     books, entries, _ = books_MKG.shape
     room = LARGEST - books / 2
-    codes_OJM = codes_OJM.astype(jnp.int32)
-    used_MKG = jnp.where(_used(codes_OJM, entries)[..., None], books_MKG, 0.0)
+    codes_OJM = codes_OJM.astype(np.int32)
+    used_MKG = xp.where(_used(codes_OJM, entries)[..., None], books_MKG, 0.0)
     largest_entry = _largest(used_MKG)
     largest_sum = _largest(decode_lib.sum_entries(codes_OJM, books_MKG))
 
-    def stored(step: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return _whole(books_MKG / step).astype(jnp.int8), step
+    def stored(step: Array) -> tuple[Array, Array]:
+        return _whole(books_MKG / step).astype(np.int8), step
 
     # Products, not quotients: compiled or not, they have the same last bit.
-    due = jnp.maximum(largest_sum * (1 / room), largest_entry * (1 / LARGEST))
-    due = jnp.maximum(due, _TINY)
+    due = xp.maximum(largest_sum * (1 / room), largest_entry * (1 / LARGEST))
+    due = xp.maximum(due, _TINY)
     if step is None:
         return stored(due)
     given = step.astype(books_MKG.dtype)
     # How far the roundings of one vector can move its sum: not at all where nothing is rounded.
-    moves_MKG = jnp.abs(jnp.clip(used_MKG / given, -LARGEST, LARGEST) - _whole(used_MKG / given))
-    moved = jnp.sum(jnp.max(moves_MKG, axis=(1, 2)))
+    moves_MKG = xp.abs(xp.clip(used_MKG / given, -LARGEST, LARGEST) - _whole(used_MKG / given))
+    moved = xp.sum(xp.max(moves_MKG, axis=(1, 2)))
     keep = largest_sum / given + moved < LARGEST + 0.5
     keep &= largest_entry <= (LARGEST + 0.49) * given
     # Rounded sums are up to M/2 below the real ones: so much larger is still the same step.
     keep &= given <= due * room / (room - books / 2 - 0.1)
+    if xp is np:
+        return stored(given if keep else due)
     # Not `where`: XLA would round each entry anew for every vector that uses it.
     return jax.lax.cond(keep, lambda: stored(given), lambda: stored(due))
 
 
-def _used(codes_OJM: jax.Array, entries: int) -> jax.Array:
+def _used(codes_OJM: Array, entries: int) -> Array:
     """Returns which entries any vector uses, bool [M, K]."""
     books = codes_OJM.shape[-1]
-    book_11M = jnp.arange(books, dtype=jnp.int32).reshape(1, 1, books)
+    book_11M = np.arange(books, dtype=np.int32).reshape(1, 1, books)
+    if isinstance(codes_OJM, np.ndarray):
+        used_MK = np.zeros((books, entries), bool)
+        used_MK[book_11M, codes_OJM] = True
+        return used_MK
     return jnp.zeros((books, entries), bool).at[book_11M, codes_OJM].set(True)
 
 
-def _whole(steps: jax.Array) -> jax.Array:
-    return jnp.clip(jnp.round(steps), -LARGEST, LARGEST)
+def _whole(steps: Array) -> Array:
+    return steps.round().clip(-LARGEST, LARGEST)
 
 
-def _largest(values: jax.Array) -> jax.Array:
-    return jnp.max(jnp.abs(values), initial=0.0)
+def _largest(values: Array) -> Array:
+    return abs(values).max(initial=0.0)
 
 
 @functools.partial(
@@ -144,11 +155,13 @@ class CodedWeight:
         name = str(tensor.codebooks.dtype)
         if name not in bits:
             raise VqjaxError(f"codebooks in {name}: only {', '.join(bits)} can be trained")
-        codes_OJM, codebooks_MKG, scales_O = _numbers(tensor)
+        host = jax.device_get(tensor)
+        books_MKG = decode_lib.real_codebooks(host.codebooks, host.codebook_scale)
+        codes_OJM = host.unpack().astype(np.uint8 if books_MKG.shape[1] <= 256 else np.uint16)
         return cls(
-            codes_OJM=codes_OJM,
-            codebooks_MKG=codebooks_MKG,
-            scales_O=scales_O,
+            codes_OJM=jnp.asarray(codes_OJM),
+            codebooks_MKG=jnp.asarray(books_MKG),
+            scales_O=tensor.scales.values(),
             scale_range=tensor.scales.range,
             input_scales=tensor.input_scales,
             codebook_scale=tensor.codebook_scale,
@@ -163,18 +176,18 @@ class CodedWeight:
         Raises:
           VqjaxError: if the parts do not fit together; see `VQTensor.pack`.
         """
-        stored, step = _stored(self)
+        stored, step = jax.device_get(self)._stored_codebooks()
         scales = LogScales.of(self.scales_O)
         if self.scale_range is not None:
             scales = LogScales.on_grid(self.scales_O, self.scale_range)
         return VQTensor.pack(
             np.asarray(self.codes_OJM).astype(np.int32),
-            stored,
+            jnp.asarray(stored),
             scales,
             shape=self.shape,
             grouping=self.grouping,
             input_scales=self.input_scales,
-            codebook_scale=step,
+            codebook_scale=None if step is None else jnp.asarray(step),
         )
 
     @property
@@ -197,12 +210,12 @@ class CodedWeight:
     def _stored_codebooks(self) -> tuple[jax.Array, jax.Array | None]:
         """Returns the codebooks in the type that is stored, and the step of int8 ones."""
         if self.codebook_bits == 16:
-            return self.codebooks_MKG.astype(jnp.float16), None
+            return self.codebooks_MKG.astype(np.float16), None
         if self.codebook_bits is None:
             return self.codebooks_MKG, None
         if self.grouping == "scalar" and self.codebook_scale is not None:
-            grid_MKG = jnp.round(self.codebooks_MKG / self.codebook_scale)
-            return grid_MKG.astype(jnp.int8), self.codebook_scale
+            grid_MKG = (self.codebooks_MKG / self.codebook_scale).round()
+            return grid_MKG.astype(np.int8), self.codebook_scale
         return integer_codebooks(self.codebooks_MKG, self.codes_OJM, self.codebook_scale)
 
     def rounded_codebooks(self) -> jax.Array:
@@ -248,6 +261,14 @@ class CodedWeight:
         """Returns the weights without input scales, float [O, J, G]: what codes are chosen for."""
         return self.sums() * self.rounded_scales()[:, None, None]
 
+    def host_vectors(self) -> np.ndarray:
+        """Returns `vectors`, rounding errors apart, made by NumPy; see `VQTensor.host_matrix`."""
+        stored, step = jax.device_get(self)._stored_codebooks()
+        books_MKG = decode_lib.real_codebooks(stored, step)
+        sums_OJG = decode_lib.sum_entries(np.asarray(self.codes_OJM).astype(np.int32), books_MKG)
+        sums_OJG.reshape(len(sums_OJG), -1)[:, self.fan_in :] = 0
+        return sums_OJG * np.asarray(self.rounded_scales())[:, None, None]
+
     def matrix(self) -> jax.Array:
         """Returns the matrix view, float [O, N], differentiable in codebooks and scales."""
         scales_N = self.input_scales_N
@@ -257,18 +278,3 @@ class CodedWeight:
     def decode(self, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
         """Returns the kernel in its own shape, as `VQTensor.decode` will."""
         return grouping_lib.from_matrix(self.matrix(), self.shape).astype(dtype)
-
-
-# Compiled as wholes: operation by operation, every shape of weight would compile each of them.
-@jax.jit
-def _numbers(tensor: VQTensor) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns codes [O, J, M], codebooks [M, K, G] and row scales [O] of a tensor."""
-    entries = tensor.codebooks.shape[1]
-    codes_OJM = tensor.unpack().astype(jnp.uint8 if entries <= 256 else jnp.uint16)
-    books_MKG = decode_lib.real_codebooks(tensor.codebooks, tensor.codebook_scale)
-    return codes_OJM, books_MKG, tensor.scales.values()
-
-
-@jax.jit
-def _stored(weight: CodedWeight) -> tuple[jax.Array, jax.Array | None]:
-    return weight._stored_codebooks()

@@ -190,7 +190,7 @@ def _statistics(kernel, moment, tensor: VQTensor, history: tuple[float, ...]) ->
     moment_NN = np.eye(w_ON.shape[1], dtype=np.float32) if moment is None else moment
     weight_mse, output_mse = scalar.relative_errors(
         grouping.padded(w_ON, (rows, columns)),
-        grouping.padded(tensor.decode_matrix(), (rows, columns)),
+        grouping.padded(tensor.host_matrix(), (rows, columns)),
         grouping.padded(moment_NN, (columns, columns)),
     )
     return LayerStats(weight_mse, output_mse, tensor.bits_per_weight, history)
@@ -540,4 +540,6 @@ def _round(
     return books_MKG.astype(jnp.float16), None
 
 
-_to_int8 = jax.jit(integer_codebooks)
+def _to_int8(books_MKG, codes_OJM, step=None):
+    host = (None if array is None else np.asarray(array) for array in (books_MKG, codes_OJM, step))
+    return tuple(jnp.asarray(array) for array in integer_codebooks(*host))

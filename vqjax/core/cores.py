@@ -26,12 +26,33 @@ def each(work: Callable[[Item], Result], items: Iterable[Item], device: Any = No
     device = device or jax.local_devices()[0]
     if device.platform != "cpu" or len(items) < 2:
         return [work(item) for item in items]
+    work = _as_here(work, device)
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, len(items))) as pool:
+        return list(pool.map(lambda item: jax.block_until_ready(work(item)), items))
+
+
+def beside(work: Callable[[], Result], device: Any = None) -> Callable[[], Result]:
+    """Begins `work` in a thread of its own, and returns what waits for its result.
+
+    For programs to compile while others run: compiling keeps one core busy, and most networks leave
+    a part of the others idle.
+
+    Args:
+      work: raises what `beside(work)()` then raises.
+      device: where; default: the first one.
+    """
+    pool = ThreadPoolExecutor(1)
+    future = pool.submit(_as_here(work, device or jax.local_devices()[0]))
+    pool.shutdown(wait=False)
+    return future.result
+
+
+def _as_here(work: Callable[..., Result], device: Any) -> Callable[..., Result]:
+    """The work with the settings of the calling thread, which others do not see."""
     precision = getattr(jax.config, "jax_default_matmul_precision", None)
 
-    def one(item: Item) -> Result:
-        # Settings of the calling thread: pass them on.
+    def placed(*items: Any) -> Result:
         with jax.default_device(device), jax.default_matmul_precision(precision):
-            return jax.block_until_ready(work(item))
+            return work(*items)
 
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, len(items))) as pool:
-        return list(pool.map(one, items))
+    return placed

@@ -137,7 +137,7 @@ class VQTensor:
         return 8 * self.nbytes / self.size
 
     def unpack(self) -> jax.Array:
-        """Returns the codes as int32 [O, J, M]."""
+        """Returns the codes as int32 [O, J, M]: of `jax.device_get(tensor)` by NumPy."""
         books, entries, _ = self.codebooks.shape
         codes = decode_lib.unpack(self.codes, self.groups * books, entries)
         return codes.reshape(self.codes.shape[0], self.groups, books)
@@ -145,6 +145,21 @@ class VQTensor:
     def decode_matrix(self) -> jax.Array:
         """Returns the matrix view in float32, [O, N]."""
         return _matrix(self)
+
+    def host_matrix(self) -> np.ndarray:
+        """Returns `decode_matrix`, rounding errors apart, made by NumPy.
+
+        For what looks at each tensor once: a model has too many shapes to compile for each.
+        """
+        _, fan_in = grouping_lib.matrix_shape(self.shape)
+        host, scales_O = jax.device_get((self, self.scales.values()))
+        matrix_ON = decode_lib.decode(
+            host.codes, host.codebooks, scales_O, host.codebook_scale, groups=self.groups
+        )[:, :fan_in]
+        if self.input_scales is None:
+            return matrix_ON
+        scales_C = np.asarray(self.input_scales.values())
+        return matrix_ON * np.repeat(scales_C, fan_in // self.input_scales.count)
 
     def decode(self, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
         """Returns the kernel in its own shape. Summed in float32, rounded to `dtype` at the end."""

@@ -140,7 +140,7 @@ def errors(job: "Job", done: "Layers", path: str, moment: Moment) -> LayerErrors
     shift_O = 0.0
     if bias in done.biases:
         shift_O = np.asarray(flat[bias], np.float64) - done.biases[bias]
-    quantized_ON = np.asarray(done.quantized[path].decode_matrix())
+    quantized_ON = done.quantized[path].host_matrix()
     scalar_ON = grouping.to_matrix(np.asarray(done.scalar[path].kernel))
     whole, ours, scalar = (
         output_energy(matrix_ON, d_O, moment.second_NN, moment.mean_N)

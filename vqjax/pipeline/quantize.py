@@ -423,7 +423,7 @@ def _tuned_layers(job: Job, journal: Journal, done: Layers, model: Model) -> Lay
 
 def _weight_error(job: Job, path: str, tensor: VQTensor) -> float:
     w_ON = grouping.to_matrix(np.asarray(tree.flatten(job.model.params)[path], np.float32))
-    change = float(np.sum((w_ON - np.asarray(tensor.decode_matrix())) ** 2))
+    change = float(np.sum((w_ON - tensor.host_matrix()) ** 2))
     whole = float(np.sum(w_ON**2))
     return change / whole if whole > 0 else change
 
@@ -513,7 +513,7 @@ def _compress(job, journal, moments, outlooks, part) -> dict[str, tuple]:
         bias = f"{path.removesuffix('kernel')}bias"
         biases, share = {}, 1.0
         if outlook.centred:
-            decoded = np.asarray(tensor.decode(jax.numpy.float32))
+            decoded = grouping.from_matrix(tensor.host_matrix(), tensor.shape)
             share = _share_of_output(flat[path], own_NN, moment)
             stats = stats._replace(rel_output_mse=stats.rel_output_mse * share)
             bias_O = corrected_bias(

@@ -2,6 +2,7 @@
 """After all layers were compressed one by one: ranges of their inputs, then tuning of the whole."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -85,6 +86,7 @@ def _distilled(job: "Job", journal: Journal, model: Model) -> Model:
             (journal.folder / "work" / "tune").absolute(),
             activations=model.params.get("activations"),
             weight_of_t=lambda t_T: timesteps.at(journal, t_T),
+            compile_ahead=functools.partial(pv.compile_ahead, pv.SEMI_PV),
             metrics=lambda state: {"moved": pv.moved_fraction(state)},
         )
     return model_of(taught, model)
