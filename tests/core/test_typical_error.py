@@ -25,7 +25,7 @@ def _ridge(moment_NN):
 def test_errors_are_white_under_the_metric_and_of_the_output_s_size():
     w_NO = np.random.default_rng(0).standard_normal((24, 4000)).astype(np.float32)
     moment_NN = _moment(24, 0)
-    error, _ = typical_error(w_NO, moment_NN, moment_NN, jax.random.key(0))
+    error, _ = typical_error(w_NO, moment_NN, moment_NN, np.random.default_rng(0))
     error_NO = np.asarray(error)
     energies = [np.vdot(m.T @ moment_NN, m.T) for m in (error_NO, w_NO)]
     assert energies[0] == pytest.approx(energies[1], rel=1e-3)
@@ -42,7 +42,7 @@ def test_the_gain_predicts_what_compression_leaves(shape):
     moment_NN = _moment(fan_in, 2)
     name, group = ("conv3x3", 9) if len(shape) == 4 else ("linear", 8)
     spec = LayerSpec("attention", name, group, 3, 16)
-    _, gain = typical_error(kernel, moment_NN, _ridge(moment_NN), jax.random.key(0))
+    _, gain = typical_error(kernel, moment_NN, _ridge(moment_NN), np.random.default_rng(0))
     _, stats = compress_layer(jnp.asarray(kernel), moment_NN, spec, key=jax.random.key(0))
     assert gain < 0.8  # correlated inputs are easier than independent ones
     assert 0.7 < stats.rel_output_mse / (gain * expected_distortion(spec)) < 1.4
@@ -50,8 +50,8 @@ def test_the_gain_predicts_what_compression_leaves(shape):
 
 def test_layers_without_output_have_no_error():
     kernel = np.ones((8, 4), np.float32)
-    still = typical_error(kernel, np.zeros((8, 8)), np.eye(8), jax.random.key(0))
-    empty = typical_error(0 * kernel, np.eye(8), np.eye(8), jax.random.key(0))
+    still = typical_error(kernel, np.zeros((8, 8)), np.eye(8), np.random.default_rng(0))
+    empty = typical_error(0 * kernel, np.eye(8), np.eye(8), np.random.default_rng(0))
     for error, gain in (still, empty):
         assert gain == 0
         assert not np.any(np.asarray(error))

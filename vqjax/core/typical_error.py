@@ -15,9 +15,11 @@ and its directions are known up to chance, which is enough to see what the netwo
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
+import numpy as np
+import scipy.linalg
 
-from vqjax.core import draw, grouping
+from vqjax.core import grouping
+from vqjax.errors import VqjaxError
 
 
 class TypicalError(NamedTuple):
@@ -30,7 +32,7 @@ class TypicalError(NamedTuple):
         and inputs make easy (or hard) about this layer.
     """
 
-    error: jax.Array
+    error: np.ndarray
     gain: float
 
 
@@ -38,7 +40,7 @@ def typical_error(
     kernel: jax.typing.ArrayLike,
     moment_NN: jax.typing.ArrayLike,
     metric_NN: jax.typing.ArrayLike,
-    key: jax.Array,
+    rng: np.random.Generator,
 ) -> TypicalError:
     """Draws an error of the covariance that compressing under a metric leaves.
 
@@ -46,23 +48,29 @@ def typical_error(
       kernel: [I, O] or [H, W, I, O].
       moment_NN: S of the statistics, the mean of x x^T.
       metric_NN: what the search minimizes, positive definite.
-      key: decides the draw.
+      rng: decides the draw.
+
+    Raises:
+      VqjaxError: if the metric is not positive definite.
     """
-    w_ON = grouping.to_matrix(jnp.asarray(kernel, jnp.float32))
-    error_ON, gain = _draw(w_ON, jnp.asarray(moment_NN), jnp.asarray(metric_NN), key)
-    return TypicalError(grouping.from_matrix(error_ON, jnp.shape(kernel)), float(gain))
-
-
-@jax.jit
-def _draw(w_ON, moment_NN, metric_NN, key):
-    size = jnp.trace(metric_NN) / metric_NN.shape[0]
-    lower_NN = jnp.linalg.cholesky(metric_NN / size)
-    rows_O = jnp.sum(w_ON**2, axis=1, keepdims=True)
-    white_ON = jnp.sqrt(rows_O) * draw.normal(key, w_ON.shape)
-    error_ON = jax.scipy.linalg.solve_triangular(lower_NN, white_ON.T, lower=True, trans=1).T
-    wanted, found = (jnp.sum((m @ moment_NN) * m) for m in (w_ON, error_ON))
-    scale = jnp.where(found > 0, jnp.sqrt(wanted / jnp.where(found > 0, found, 1.0)), 0.0)
+    # By NumPy: a model has too many shapes to compile for each.
+    w_ON = grouping.to_matrix(np.asarray(kernel, np.float32))
+    moment_NN, metric_NN = (np.asarray(s, np.float32) for s in (moment_NN, metric_NN))
+    fan_in = len(metric_NN)
+    try:
+        lower_NN = np.linalg.cholesky(metric_NN / (np.trace(metric_NN) / fan_in))
+    except np.linalg.LinAlgError:
+        raise VqjaxError(
+            f"a metric of {fan_in} inputs is not positive definite; gather the moment again, or "
+            f"shrink it more"
+        ) from None
+    rows_O1 = np.sum(w_ON**2, axis=1, keepdims=True)
+    white_ON = np.sqrt(rows_O1) * rng.standard_normal(w_ON.shape, np.float32)
+    error_ON = scipy.linalg.solve_triangular(lower_NN, white_ON.T, lower=True, trans=1).T
+    wanted, found = (float(np.vdot(m @ moment_NN, m)) for m in (w_ON, error_ON))
+    scale = np.sqrt(wanted / found) if found > 0 else 0.0
     # In expectation tr(E M E^T) of the draw is sum(rows) N: its gain in units of the moment.
-    level = jnp.exp(2 * jnp.mean(jnp.log(jnp.diagonal(lower_NN))))
-    gain = level * found / lower_NN.shape[0] / jnp.where(wanted > 0, wanted, 1.0)
-    return error_ON * scale, jnp.where(wanted > 0, gain, 0.0)
+    level = float(np.exp(2 * np.mean(np.log(np.diagonal(lower_NN)))))
+    gain = level * found / fan_in / wanted if wanted > 0 else 0.0
+    error = grouping.from_matrix(error_ON * np.float32(scale), np.shape(kernel))
+    return TypicalError(np.ascontiguousarray(error), gain)

@@ -44,12 +44,12 @@ class Expected(NamedTuple):
 
 
 def expected(
-    path: str, kernel: jax.Array, moment: Moment, metric: Metric, key: jax.Array
+    path: str, kernel: jax.Array, moment: Moment, metric: Metric, rng: np.random.Generator
 ) -> Expected:
     """Draws the error that `responses` follows: one of relative output error 1."""
     second_NN = measured_with(moment, centred=metric.centred)
-    found = typical_error(kernel, second_NN, metric.metric_NN, key)
-    errors = {path: np.asarray(found.error)}
+    found = typical_error(kernel, second_NN, metric.metric_NN, rng)
+    errors = {path: found.error}
     if metric.centred:
         shift_O = -grouping.to_matrix(errors[path]) @ moment.mean_N
         errors[path.removesuffix("kernel") + "bias"] = shift_O
