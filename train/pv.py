@@ -245,7 +245,8 @@ def compile_ahead(config: PVConfig, params: Any, state: PVState) -> None:
 
     def compile_one(kind: tuple) -> None:
         index, leaf, own = kind
-        grad = jax.device_put(np.zeros(leaf.shape, np.float32), leaf.codebooks_MKG.sharding)
+        books_MKG = leaf.codebooks_MKG
+        grad = jax.device_put(np.zeros(leaf.shape, books_MKG.dtype), books_MKG.sharding)
         jax.block_until_ready(compiled(fixed, now, index, leaf, grad, own))
 
     cores.each(compile_one, kinds.values())

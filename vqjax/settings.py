@@ -259,6 +259,8 @@ class BenchAblationSettings:
     """Steps of each tuning."""
     order: Literal["mixed", "trajectory"] = "mixed"
     """Batches of all timesteps, or one timestep after the other."""
+    code_rate: float = 1.0
+    """Multiplies the learning rate of the codes' targets alone: how many codes move."""
     tuning: Tuning = Tuning()
     """What a step sees."""
     work: pathlib.Path = pathlib.Path("vqjax-runs/ablation")

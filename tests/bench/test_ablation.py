@@ -2,6 +2,7 @@
 """`bench ablation`: its cells, what is summed up, and the picture; tuning itself is replaced."""
 
 import json
+import types
 
 import numpy as np
 import pytest
@@ -55,7 +56,8 @@ def test_a_whole_ablation_is_kept_shown_and_drawn(tmp_path, monkeypatch, capsys)
         images = np.random.default_rng(seed).integers(0, 255, (count, 32, 32, 3), np.uint8)
         return images if name == ablation.FULL else np.minimum(images + 1, 254)
 
-    monkeypatch.setattr(embedded, "compressed", lambda work, bits: None)
+    start = types.SimpleNamespace(model=model)
+    monkeypatch.setattr(embedded, "compressed", lambda work, bits: start)
     monkeypatch.setattr(ablation, "_model", cell_model)
     monkeypatch.setattr(embedded, "sample", sample)
     monkeypatch.setattr(results, "source_digest", lambda *packages: "as it is")
@@ -66,6 +68,7 @@ def test_a_whole_ablation_is_kept_shown_and_drawn(tmp_path, monkeypatch, capsys)
     content = json.loads(file.read_text())
     assert [r["method"] for r in content["records"]] == ["full_precision", "none", "semi_pv"]
     assert content["records"][1]["psnr"] > 40
+    assert content["records"][2]["codes_changed"] == content["summary"][2]["codes_changed"] == 0
     assert figure.read_bytes().startswith(b"\x89PNG")
     assert "semi pv" in capsys.readouterr().out
     assert main(words) == 0

@@ -133,6 +133,7 @@ def _problem(seed=0, rows=6, groups=5, books=2, entries=7, group=4, shape=None, 
     return weight, loss
 
 
+KINDS = (("a", 11), ("b", 13), ("c", 11))
 QUICK = PVConfig(lr=1e-2, code_lr=0.3, max_code_change=0.3, lamb=False, beam=4)
 
 
@@ -274,6 +275,20 @@ def test_compiled_equals_eager():
     assert jax.tree.structure(eager) == jax.tree.structure(compiled)
     for a, b in zip(jax.tree.leaves(eager), jax.tree.leaves(compiled), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_compiled_ahead_is_not_compiled_again():
+    weights = {name: _problem(seed, rows=rows)[0] for seed, (name, rows) in enumerate(KINDS)}
+    config = dataclasses.replace(QUICK, lr=optax.constant_schedule(1e-2))
+    transform: Any = semi_pv(config)
+    state = transform.init(weights)
+    compiled: Any = pv._of_weight()
+    before = compiled._cache_size()
+    pv.compile_ahead(config, weights, state)
+    assert compiled._cache_size() == before + 2
+    grads = {name: jnp.ones(weight.shape) for name, weight in weights.items()}
+    transform.update(grads, state, weights)
+    assert compiled._cache_size() == before + 2
 
 
 def test_padding_and_rows_of_zeros_decide_nothing():

@@ -41,7 +41,7 @@ def run(wanted: BenchAblationSettings) -> None:
     """Measures the cells that are not yet in the JSON file; prints and draws all of them."""
     embedded.check(wanted.bits, wanted.count)
     everything, identity = cells(wanted), embedded.identity()
-    measured = wanted.count, wanted.tune_steps, wanted.tuning, wanted.order
+    measured = wanted.count, _teaching(wanted)
     keys = {cell: fingerprint(identity, repr(measured), repr(cell)) for cell in everything}
     content = {
         "command": command_line("vqjax.bench", wanted, "ablation"),
@@ -54,9 +54,8 @@ def run(wanted: BenchAblationSettings) -> None:
     with progress.stage("cells", len(everything), done=done) as advance:
         for cell, key in keys.items():
             if kept.get(key) is None:
-                full = embedded.full_precision(wanted.work, wanted.count, cell.seed)
-                model = None if cell.method == FULL else _model(wanted, cell, compressed(cell.bits))
-                record = kept.add(key, _measure(wanted, cell, model, full))
+                start = None if cell.method == FULL else compressed(cell.bits)
+                record = kept.add(key, _measure(wanted, cell, start))
                 advance(1, f"{cell.method} {cell.bits} bits: digit-FD {record['fd']:.2f}")
     kept.content["summary"] = summary(kept.records)
     kept.save()
@@ -79,20 +78,28 @@ def _model(wanted: BenchAblationSettings, cell: Cell, start: embedded.Compressed
     """The model of a cell."""
     if cell.method == "none":
         return start.model
-    teaching = embedded.Teaching(wanted.tune_steps, wanted.tuning, wanted.order)
-    return embedded.tuned(start, cell.method, cell.seed, teaching)
+    return embedded.tuned(start, cell.method, cell.seed, _teaching(wanted))
+
+
+def _teaching(wanted: BenchAblationSettings) -> embedded.Teaching:
+    return embedded.Teaching(wanted.tune_steps, wanted.tuning, wanted.order, wanted.code_rate)
 
 
 def _measure(
-    wanted: BenchAblationSettings, cell: Cell, model: Model | None, full: np.ndarray
+    wanted: BenchAblationSettings, cell: Cell, start: embedded.Compressed | None
 ) -> results.Record:
-    start = time.monotonic()
-    if model is None:
-        scores = embedded.scores(full)
+    """Scores, "seconds" of sampling and scoring and, where codes were trained, "codes_changed"."""
+    full = embedded.full_precision(wanted.work, wanted.count, cell.seed)
+    if start is None:
+        begun = time.monotonic()
+        found = embedded.scores(full)
     else:
-        images = embedded.sample(model, wanted.count, cell.seed, cell.method)
-        scores = embedded.scores(images, full)
-    return {**cell._asdict(), **scores, "seconds": round(time.monotonic() - start, 1)}
+        model = _model(wanted, cell, start)
+        begun = time.monotonic()
+        found = embedded.scores(embedded.sample(model, wanted.count, cell.seed, cell.method), full)
+        if cell.method in embedded.VARIANTS:
+            found["codes_changed"] = embedded.changed(start.model, model)
+    return {**cell._asdict(), **found, "seconds": round(time.monotonic() - begun, 1)}
 
 
 def summary(records: Sequence[results.Record]) -> list[dict[str, Any]]:
@@ -116,12 +123,13 @@ def _against_full(rows: Sequence[results.Record]) -> dict[str, float]:
     rises = [row["fd_difference"] for row in rows]
     inside = float(np.sqrt(np.mean([row["fd_difference_sd"] ** 2 for row in rows])))
     between = float(np.std(rises, ddof=1)) if len(rises) > 1 else 0.0
-    return {
-        "rise": float(np.mean(rises)),
-        "spread": max(inside, between) / len(rows) ** 0.5,
-        "psnr": float(np.mean([row["psnr"] for row in rows])),
-        "ssim": float(np.mean([row["ssim"] for row in rows])),
+    means = {
+        name: float(np.mean([row[name] for row in rows]))
+        for name in ("psnr", "ssim", "codes_changed")
+        if name in rows[0]
     }
+    spread = max(inside, between) / len(rows) ** 0.5
+    return {"rise": float(np.mean(rises)), "spread": spread, **means}
 
 
 def show(rows: Sequence[dict[str, Any]]) -> None:
@@ -129,9 +137,10 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
     table = Table(title="Tuning, means over seeds", title_justify="left")
     for name in ("bits", "tuning"):
         table.add_column(name)
-    shown = (*SCORES, "psnr", "ssim")
+    shown = (*SCORES, "psnr", "ssim", "codes_changed")
+    titles = {"fd": "digit-FD", "codes_changed": "codes changed"}
     for name in ("seeds", "N", "digit-FD rises by", *shown):
-        table.add_column("digit-FD" if name == "fd" else name, justify="right")
+        table.add_column(titles.get(name, name), justify="right")
     for row in rows:
         full = row["method"] == FULL
         table.add_row(

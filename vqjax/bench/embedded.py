@@ -6,10 +6,11 @@ results of other code are not continued.
 """
 
 import dataclasses
+import functools
 import io
 import pathlib
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from vqjax.bench import results
 from vqjax.core import tree
 from vqjax.core.model import Model
 from vqjax.core.scalar import ScalarLayer
+from vqjax.core.tensor import VQTensor
 from vqjax.errors import VqjaxError
 from vqjax.eval import fidelity
 from vqjax.eval.judge import SCORES
@@ -55,6 +57,7 @@ class Teaching(NamedTuple):
     steps: int
     tuning: Tuning
     order: Literal["mixed", "trajectory"] = "mixed"
+    code_rate: float = 1.0
 
 
 class Compressed(NamedTuple):
@@ -138,7 +141,10 @@ def tuned(start: Compressed, method: str, seed: int, teaching: Teaching) -> Mode
         seed=seed + tuning.SEED,
         order=teaching.order,
     )
-    known = fingerprint(repr(teaching.tuning), teaching.steps, teaching.order)[:8]
+    known = fingerprint(repr(teaching))[:8]
+    ahead = {}
+    if method in VARIANTS:
+        ahead["compile_ahead"] = functools.partial(pv.compile_ahead, VARIANTS[method])
     taught = distill.distill(
         start.job.model,
         student,
@@ -148,6 +154,7 @@ def tuned(start: Compressed, method: str, seed: int, teaching: Teaching) -> Mode
         (start.journal.folder / "tuned" / f"{method}-{seed}-{known}").absolute(),
         activations=start.model.params["activations"],
         weight_of_t=lambda t_T: timesteps.at(start.journal, t_T),
+        **ahead,
         metrics=metrics,
         on_restart=pv.invalidate_all if method == "pv_restart" else None,
         name=f"{method} {start.job.bits:g}",
@@ -161,6 +168,17 @@ def tuned(start: Compressed, method: str, seed: int, teaching: Teaching) -> Mode
     return Model(start.model.config, params)
 
 
+def changed(before: Model, after: Model) -> float:
+    """The share of all vectors whose codes differ."""
+    flat, different, whole = tree.flatten(after.params), 0, 0
+    for path, tensor in tree.flatten(before.params).items():
+        if isinstance(tensor, VQTensor):
+            codes, others = (jax.device_get(one).unpack() for one in (tensor, flat[path]))
+            different += int(np.sum(np.any(codes != others, axis=-1)))
+            whole += codes[..., 0].size
+    return different / max(whole, 1)
+
+
 def _pupil(
     start: Compressed, method: str, teaching: Teaching
 ) -> tuple[distill.Student, distill.Optimizer, Callable[[Any], Any]]:
@@ -168,7 +186,10 @@ def _pupil(
     student = tuning.student_of(start.model)
     steps, rate = teaching.steps, teaching.tuning.rate
     if method in VARIANTS:
-        optimizer = tuning.weights_optimizer(steps, rate, VARIANTS[method])
+        variant = VARIANTS[method]
+        code_lr = float(cast(float, variant.code_lr)) * teaching.code_rate
+        variant = dataclasses.replace(variant, code_lr=code_lr)
+        optimizer = tuning.weights_optimizer(steps, rate, variant)
         return student, optimizer, lambda state: {"moved": pv.moved_fraction(state)}
     flat = tree.flatten(start.job.model.params)
     weights = tree.flatten(student.weights)

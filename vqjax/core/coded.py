@@ -263,9 +263,11 @@ class CodedWeight:
 
     def host_vectors(self) -> np.ndarray:
         """Returns `vectors`, rounding errors apart, made by NumPy; see `VQTensor.host_matrix`."""
-        stored, step = jax.device_get(self)._stored_codebooks()
-        books_MKG = decode_lib.real_codebooks(stored, step)
-        sums_OJG = decode_lib.sum_entries(np.asarray(self.codes_OJM).astype(np.int32), books_MKG)
+        host = jax.device_get(self)
+        books_MKG = host.codebooks_MKG
+        if self.codebook_bits is not None:
+            books_MKG = decode_lib.real_codebooks(*host._stored_codebooks())
+        sums_OJG = decode_lib.sum_entries(host.codes_OJM.astype(np.int32), books_MKG)
         sums_OJG.reshape(len(sums_OJG), -1)[:, self.fan_in :] = 0
         return sums_OJG * np.asarray(self.rounded_scales())[:, None, None]
 
