@@ -13,7 +13,7 @@ each other like codes. A last word of fewer codes takes the bits that it needs. 
 """
 
 import functools
-from typing import TypeVar, overload
+from typing import Any, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
@@ -147,7 +147,7 @@ def real_codebooks(codebooks_MKG: Array, codebook_scale: Array | None) -> Array:
 
 def sum_entries(codes_OJM: Array, books_MKG: Array) -> Array:
     """Returns the sum over m of the chosen entries, [O, J, G], added in the order of m."""
-    total_OJG = books_MKG[0][codes_OJM[..., 0]]
+    total_OJG: Any = books_MKG[0][codes_OJM[..., 0]]
     for m in range(1, books_MKG.shape[0]):
         total_OJG += books_MKG[m][codes_OJM[..., m]]
     return total_OJG

@@ -11,6 +11,7 @@ nothing is lost when training ends.
 
 import dataclasses
 import functools
+from typing import overload
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,6 @@ from vqjax.core.scales import LogScales
 from vqjax.core.tensor import VQTensor
 from vqjax.errors import VqjaxError
 from vqjax.kernels import decode as decode_lib
-from vqjax.kernels.decode import Array
 
 LARGEST = 127
 """What the int8 entries of one vector add up to at most, in size."""
@@ -31,9 +31,15 @@ LARGEST = 127
 _TINY = np.finfo(np.float32).tiny
 
 
+@overload
 def integer_codebooks(
-    books_MKG: Array, codes_OJM: Array, step: Array | None = None
-) -> tuple[Array, Array]:
+    books_MKG: np.ndarray, codes_OJM: np.ndarray, step: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]: ...
+@overload
+def integer_codebooks(
+    books_MKG: jax.Array, codes_OJM: jax.Array, step: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]: ...
+def integer_codebooks(books_MKG, codes_OJM, step=None):
     """Rounds codebooks to int8 so that the sum of every vector in use fits into int8, too.
 
     Each of M roundings moves a sum by up to half a step, so the largest sum in use takes
@@ -61,7 +67,7 @@ def integer_codebooks(
     largest_entry = _largest(used_MKG)
     largest_sum = _largest(decode_lib.sum_entries(codes_OJM, books_MKG))
 
-    def stored(step: Array) -> tuple[Array, Array]:
+    def stored(step):
         return _whole(books_MKG / step).astype(np.int8), step
 
     # Products, not quotients: compiled or not, they have the same last bit.
@@ -83,7 +89,7 @@ def integer_codebooks(
     return jax.lax.cond(keep, lambda: stored(given), lambda: stored(due))
 
 
-def _used(codes_OJM: Array, entries: int) -> Array:
+def _used(codes_OJM, entries: int):
     """Returns which entries any vector uses, bool [M, K]."""
     books = codes_OJM.shape[-1]
     book_11M = np.arange(books, dtype=np.int32).reshape(1, 1, books)
@@ -94,11 +100,11 @@ def _used(codes_OJM: Array, entries: int) -> Array:
     return jnp.zeros((books, entries), bool).at[book_11M, codes_OJM].set(True)
 
 
-def _whole(steps: Array) -> Array:
+def _whole(steps):
     return steps.round().clip(-LARGEST, LARGEST)
 
 
-def _largest(values: Array) -> Array:
+def _largest(values):
     return abs(values).max(initial=0.0)
 
 

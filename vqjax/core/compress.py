@@ -540,6 +540,6 @@ def _round(
     return books_MKG.astype(jnp.float16), None
 
 
-def _to_int8(books_MKG, codes_OJM, step=None):
-    host = (None if array is None else np.asarray(array) for array in (books_MKG, codes_OJM, step))
-    return tuple(jnp.asarray(array) for array in integer_codebooks(*host))
+def _to_int8(books_MKG, codes_OJM, step=None) -> tuple[jax.Array, jax.Array]:
+    stored, step = integer_codebooks(*jax.device_get((books_MKG, codes_OJM, step)))
+    return jnp.asarray(stored), jnp.asarray(step)
