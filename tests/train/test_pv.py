@@ -281,12 +281,14 @@ def test_what_is_compiled_ahead_is_not_compiled_again():
     weights = {name: _problem(seed, rows=rows)[0] for seed, (name, rows) in enumerate(KINDS)}
     config = dataclasses.replace(QUICK, lr=optax.constant_schedule(1e-2))
     transform: Any = semi_pv(config)
-    state = transform.init(weights)
+    # Placed as `distill` places them.
+    weights, state = jax.device_put((weights, transform.init(weights)), jax.devices()[0])
     compiled: Any = pv._of_weight()
     before = compiled._cache_size()
     pv.compile_ahead(config, weights, state)
     assert compiled._cache_size() == before + 2
     grads = {name: jnp.ones(weight.shape) for name, weight in weights.items()}
+    grads = jax.device_put(grads, jax.devices()[0])
     transform.update(grads, state, weights)
     assert compiled._cache_size() == before + 2
 
