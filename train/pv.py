@@ -204,10 +204,7 @@ def semi_pv(
             raise VqjaxError("semi_pv searches codes for the present weights: pass params")
         leaves, treedef = _leaves(params)
         grads, owned = treedef.flatten_up_to(updates), treedef.flatten_up_to(state.leaves)
-        lr, code_lr = (
-            jnp.asarray(_at(rate, state.count), float) for rate in (config.lr, config.code_lr)
-        )
-        now = _Now(lr, code_lr, state.count + 1, state.key)
+        now = _now(config, state)
         fixed = _without_schedules(config)
         triples = list(zip(leaves, grads, owned, strict=True))
         plain = [index for index, leaf in enumerate(leaves) if not _is_coded(leaf)]
@@ -233,8 +230,7 @@ def compile_ahead(config: PVConfig, params: Any, state: PVState) -> None:
 
     `update` does so by itself; here it can be done beside other work, with little memory.
     """
-    rate = jnp.zeros((), float)
-    now = _Now(rate, rate, state.count + 1, state.key)
+    now = _now(config, state)
     leaves, treedef = _leaves(params)
     kinds = {}
     for index, (leaf, own) in enumerate(zip(leaves, treedef.flatten_up_to(state.leaves))):
@@ -323,6 +319,14 @@ class _Now(NamedTuple):
     code_lr: jax.Array
     count: jax.Array
     key: jax.Array | None
+
+
+def _now(config: PVConfig, state: PVState) -> _Now:
+    def at(rate: Rate) -> jax.Array:
+        # Placed where the state is: programs know places.
+        return jnp.asarray(_at(rate, state.count) + 0 * state.count, float)
+
+    return _Now(at(config.lr), at(config.code_lr), state.count + 1, state.key)
 
 
 @functools.partial(jax.jit, static_argnames="config")

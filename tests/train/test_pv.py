@@ -281,14 +281,15 @@ def test_what_is_compiled_ahead_is_not_compiled_again():
     weights = {name: _problem(seed, rows=rows)[0] for seed, (name, rows) in enumerate(KINDS)}
     config = dataclasses.replace(QUICK, lr=optax.constant_schedule(1e-2))
     transform: Any = semi_pv(config)
-    # Placed as `distill` places them.
-    weights, state = jax.device_put((weights, transform.init(weights)), jax.devices()[0])
+    mesh = jax.sharding.Mesh(jax.devices()[:1], ("batch",))  # as `distill` places them
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    weights, state = jax.device_put((weights, transform.init(weights)), everywhere)
     compiled: Any = pv._of_weight()
     before = compiled._cache_size()
     pv.compile_ahead(config, weights, state)
     assert compiled._cache_size() == before + 2
     grads = {name: jnp.ones(weight.shape) for name, weight in weights.items()}
-    grads = jax.device_put(grads, jax.devices()[0])
+    grads = jax.device_put(grads, everywhere)
     transform.update(grads, state, weights)
     assert compiled._cache_size() == before + 2
 
