@@ -17,8 +17,8 @@ from vqjax.settings import Calibration
 DEFAULT_MOMENTS = 4_000_000_000  # bytes of moments side by side where nobody set a limit
 
 _RUNTIME = 0.7e9  # interpreter, libraries, and the programs that every run compiles
-_PROGRAMS = 58e6  # of one shape of kernel: code, traces, and what compiling them left behind
-_STEP_PROGRAMS = 26e6  # more, of one shape of kernel, where it is tuned
+_PROGRAMS = 42e6  # of one shape of kernel: code, traces, and what compiling them left behind
+_STEP_PROGRAMS = 58e6  # more, where it is tuned: they are compiled beside each other
 _WEIGHT_COPIES = 3  # full precision, quantized, and the scalar baseline
 _MOMENT_COPIES = 2  # sums or what was read, and what is written
 _SEARCH_MATRICES = 8  # of one layer, fan-in by fan-in: moment, metric, factors, their workspace
