@@ -32,11 +32,11 @@ from vqjax.pipeline.sensitivity import LEAST_IMAGES, POSITIONS
 from vqjax.settings import Calibration
 
 _SWEEPS, _LAST_SWEEPS = 20, 8  # over the vectors that codebooks are made on; over all after a part
-_SCORE_SHARE = 0.18  # speed of enumerating sums, relative to a large matrix product
+_SCORE_SHARE = 0.10  # speed of enumerating sums, relative to a large matrix product
 NETWORK_SHARE = 0.45  # the same for the networks
 _BACKWARD = 4  # forward calls that one step takes which is computed, again, and gone back through
 _TRAINED = 3  # forward calls that a step of training takes
-_ROUNDING = 800  # operations of a large matrix product in the time that one number is rounded in
+_ROUNDING = 200  # operations of a large matrix product in the time that one number is rounded in
 # Of XLA on two cores; nothing from the second run on one machine. Networks, and each kind of layer.
 _COMPILE_NETWORKS, _COMPILE_TUNED_NETWORK = 60.0, 50.0
 _COMPILE_LAYER, _COMPILE_TUNED_LAYER = 5.5, 5.0
