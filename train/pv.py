@@ -229,6 +229,10 @@ def compile_ahead(config: PVConfig, params: Any, state: PVState) -> None:
     """Compiles what `update` of `semi_pv(config)` runs, for one weight of each kind.
 
     `update` does so by itself; here it can be done beside other work, with little memory.
+
+    Args:
+      config: that of the transformation, schedules or not.
+      params, state: as for `update`, placed as they will be there; nothing of them changes.
     """
     now = _now(config, state)
     leaves, treedef = _leaves(params)

@@ -52,7 +52,10 @@ _COMMON = ("trajectories", "timesteps", "moments-0")
 
 
 class Teaching(NamedTuple):
-    """How models are tuned: `distill.Recipe` has what is not here from the run."""
+    """How models are tuned: `distill.Recipe` has what is not here from the run.
+
+    `code_rate` multiplies the learning rate of the codes' targets alone.
+    """
 
     steps: int
     tuning: Tuning

@@ -31,18 +31,17 @@ def each(work: Callable[[Item], Result], items: Iterable[Item], device: Any = No
         return list(pool.map(lambda item: jax.block_until_ready(work(item)), items))
 
 
-def beside(work: Callable[[], Result], device: Any = None) -> Callable[[], Result]:
+def beside(work: Callable[[], Result]) -> Callable[[], Result]:
     """Begins `work` in a thread of its own, and returns what waits for its result.
 
     For programs to compile while others run: compiling keeps one core busy, and most networks leave
     a part of the others idle.
 
     Args:
-      work: raises what `beside(work)()` then raises.
-      device: where; default: the first one.
+      work: runs on the first device; what it raises, `beside(work)()` raises.
     """
     pool = ThreadPoolExecutor(1)
-    future = pool.submit(_as_here(work, device or jax.local_devices()[0]))
+    future = pool.submit(_as_here(work, jax.local_devices()[0]))
     pool.shutdown(wait=False)
     return future.result
 
