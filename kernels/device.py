@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the device at hand can run."""
 
+import contextlib
 import dataclasses
 import functools
+import os
+import pathlib
+import platform
 import re
 from typing import Any
 
@@ -19,7 +23,8 @@ class Device:
 
     Attributes:
       platform: as JAX names it: "cpu", "gpu", "tpu".
-      kind: as its maker names it.
+      kind: as its maker names it; of a CPU with the number of cores, since what is measured on it
+        depends on both.
       capability: compute capability of a CUDA device, None for others.
     """
 
@@ -33,7 +38,9 @@ class Device:
         return f"{self.kind}, compute capability {self.capability[0]}.{self.capability[1]}"
 
     def refuses(self, path: str) -> str | None:
-        """Returns why kernels of a path ("pallas" or "triton") cannot run here, or None."""
+        """Returns why kernels of a path cannot run here, or None."""
+        if path == "native":
+            return None if self.platform == "cpu" else f"{self} is no CPU"
         if self.capability is None:
             return f"{self} is no CUDA device"
         if self.capability < CAPABILITIES[path]:
@@ -57,4 +64,15 @@ def _describe(device: Any) -> Device:
     written = str(getattr(device, "compute_capability", ""))
     parts = re.fullmatch(r"(\d+)\.(\d+)", written) if device.platform == "gpu" else None
     capability = (int(parts[1]), int(parts[2])) if parts else None
-    return Device(device.platform, device.device_kind, capability)
+    kind = _processor() if device.platform == "cpu" else device.device_kind
+    return Device(device.platform, kind, capability)
+
+
+def _processor() -> str:
+    """The CPU's name, where Linux tells it, and cores."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        text = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+        name = found[1].strip() if found else name
+    return f"{name}, {os.cpu_count()} cores"

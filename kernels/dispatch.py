@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which implementation answers: one choice per problem, with its reason, logged once.
 
-A path is a way to run an operation: "pallas", "triton", "lut" (lookup tables), and "xla", which
-always can. `auto` takes what was measured best on this kind of device (`kernels.tuned`), and else
-Pallas where it can run, and else XLA. Triton only runs where it was measured or asked for, lookup
-tables only where they are asked for. The choice is made when a function is traced: `VQJAX_KERNELS`
-has to be set before, or `asking` to be entered.
+A path is a way to run an operation: "pallas", "triton", "native" (lookup tables in native code),
+"lut" (in XLA), and "xla", which always can. `auto` takes what was measured best on this kind of
+device (`kernels.tuned`), and else Pallas where it can run, and else XLA. Triton and native code
+only run where they were measured or asked for, tables in XLA only where they are asked for. The
+choice is made when a function is traced: `VQJAX_KERNELS` has to be set before, or `asking` to be
+entered.
 """
 
 import contextlib
@@ -22,14 +23,17 @@ import jax
 from vqjax.errors import VqjaxError
 from vqjax.kernels import pallas_gpu, schedule, triton_gpu, tuned
 from vqjax.kernels.device import Device, current
-from vqjax.kernels.lut_matmul import counts
+from vqjax.kernels.lut_matmul import counts, native
 from vqjax.kernels.problem import Problem
 from vqjax.kernels.schedule import Schedule
 
 VARIABLE = "VQJAX_KERNELS"
-WANTED = ("auto", "xla", "pallas", "triton", "lut")
-KERNELS = ("pallas", "triton")
-"""Paths that are kernels for GPUs, in the order of preference."""
+WANTED = ("auto", "xla", "pallas", "triton", "native", "lut")
+KERNELS = ("pallas", "triton", "native")
+"""Paths that are code of ours, in the order of preference."""
+
+PLATFORMS = {"pallas": "cuda", "triton": "cuda", "native": "cpu"}
+"""Where kernels run, as XLA names it."""
 
 UNMEASURED = "it is taken by name, or where it was measured to be fastest"
 
@@ -43,8 +47,8 @@ Refusals = Mapping[str, list[str]]
 @dataclasses.dataclass(frozen=True)
 class Choice:
     """Attributes:
-    path: "xla", "pallas", "triton" or "lut".
-    schedule: of a GPU kernel; None for "xla" and "lut".
+    path: "xla", "pallas", "triton", "native" or "lut".
+    schedule: of a GPU kernel; None for others.
     why: what decided.
     """
 
@@ -91,10 +95,13 @@ def choose(problem: Problem, refusals: Refusals, device: Device) -> Choice:
     """Decides how a problem runs on a device.
 
     Raises:
-      VqjaxError: if `VQJAX_KERNELS` names a path that cannot run it; every reason is listed. Lookup
-        tables can run everything: where they save nothing, XLA answers.
+      VqjaxError: if `VQJAX_KERNELS` names a path that cannot run it; every reason is listed. Tables
+        are for a part of a network's layers: where they save nothing ("lut"), or native code does
+        not read a layer's codes, XLA answers.
     """
     name = wanted()
+    if name == "native" and not device.refuses(name) and (unread := native.unsupported(problem)):
+        return _logged(problem, device, Choice("xla", None, "; ".join(unread)))
     if name == "lut":
         saves_nothing = counts.refusal(problem)
         choice = Choice("xla", None, saves_nothing) if saves_nothing else _LOOKUP
@@ -117,12 +124,13 @@ def choose(problem: Problem, refusals: Refusals, device: Device) -> Choice:
         why = "; ".join(f"no {other}: {', '.join(found)}" for other, found in refusals.items())
     else:
         why = "it can run here"
-    made = None if path == "xla" else schedule.by_rule(problem)
+    made = schedule.by_rule(problem) if PLATFORMS.get(path) == "cuda" else None
     return _logged(problem, device, Choice(path, made, why))
 
 
 def _logged(problem: Problem, device: Device, choice: Choice) -> Choice:
-    kinds = {"lut": "tables, then sums", "xla": "decode, then multiply"}
+    tables = "tables, then sums"
+    kinds = {"lut": tables, "native": tables, "xla": "decode, then multiply"}
     kind = choice.schedule.kind if choice.schedule else kinds[choice.path]
     _log_once(f"{problem.op} on {device}: {choice.path} ({kind}): {choice.why}")
     return choice
@@ -134,17 +142,17 @@ def _log_once(line: str) -> None:
 
 
 class Kernel(NamedTuple):
-    """One way to run an operation on a GPU.
+    """Code of ours that runs an operation.
 
     Attributes:
       unsupported: why no device can run a problem; nothing if some can.
       compile_small: compiles kernels like those of a problem; raises if they do not compile.
-      run: the operation, by a schedule.
+      run: the operation, on a GPU by a schedule.
     """
 
     unsupported: Callable[[Problem], list[str]]
     compile_small: Callable[[Problem], object]
-    run: Callable[[Any, Schedule], jax.Array]
+    run: Callable[[Any, Schedule | None], jax.Array]
 
 
 class Implementations(NamedTuple):
@@ -164,7 +172,9 @@ class Implementations(NamedTuple):
 def decide(problem: Problem, ways: Implementations) -> Choice:
     """Returns what `run` would do with a problem; a small kernel is compiled where there is one."""
     device = current()
-    refusals = {path: _refusals(path, ways.kernels[path], problem, device) for path in KERNELS}
+    refusals = {
+        path: _refusals(path, kernel, problem, device) for path, kernel in ways.kernels.items()
+    }
     return choose(problem, refusals, device)
 
 
@@ -176,7 +186,7 @@ def _refusals(path: str, kernel: Kernel, problem: Problem, device: Device) -> li
     if name == "auto":
         refused = device.refuses(path)
         measured = tuned.find(device.kind, problem)
-        if path == "triton" and not (measured and measured[0] == path):
+        if path != "pallas" and not (measured and measured[0] == path):
             refused = refused or UNMEASURED
         if refused:
             return [refused]
@@ -189,17 +199,17 @@ def _refusals(path: str, kernel: Kernel, problem: Problem, device: Device) -> li
 def run(problem: Problem, operands: Any, ways: Implementations) -> jax.Array:
     """Runs an operation on the path that is chosen for it."""
     choice = decide(problem, ways)
-    made = choice.schedule
-    if made is None:
+    if choice.path not in ways.kernels:
         return (ways.lookup if choice.path == "lut" else ways.reference)(operands)
 
     def kernel(operands: Any) -> jax.Array:
-        return ways.kernels[choice.path].run(operands, made)
+        return ways.kernels[choice.path].run(operands, choice.schedule)
 
     if wanted() == choice.path:
         return kernel(operands)  # what was asked for by name is not replaced in silence
     # A computation may still be sent to another device than the default one.
-    return jax.lax.platform_dependent(operands, cuda=kernel, default=ways.reference)
+    here = {PLATFORMS[choice.path]: kernel}
+    return jax.lax.platform_dependent(operands, default=ways.reference, **here)
 
 
 def refusals_of(path: str, unsupported: list[str], device: Device) -> list[str]:
@@ -211,7 +221,11 @@ def refusals_of(path: str, unsupported: list[str], device: Device) -> list[str]:
 def overview() -> list[tuple[str, str]]:
     """Returns each path by name, whether it runs on the default device, and what was asked for."""
     device = current()
-    missing = {"pallas": pallas_gpu.MISSING, "triton": triton_gpu.missing()}
+    missing = {
+        "pallas": pallas_gpu.MISSING,
+        "triton": triton_gpu.missing(),
+        "native": None if device.refuses("native") else native.missing(),
+    }
     found = {
         path: "; ".join(refusals_of(path, [reason] if reason else [], device))
         for path, reason in missing.items()
@@ -226,9 +240,20 @@ def overview() -> list[tuple[str, str]]:
             "Triton kernels",
             f"no: {found['triton']}" if found["triton"] else f"yes, on {device}: {UNMEASURED}",
         ),
-        ("Lookup tables", f"yes, where {VARIABLE}=lut asks for them"),
+        (
+            "Lookup tables, native",
+            f"no: {found['native']}"
+            if found["native"]
+            else f"yes, {native.instructions()}, on {device}: {UNMEASURED}; {_measured(device)}",
+        ),
+        ("Lookup tables in XLA", f"yes, where {VARIABLE}=lut asks for them"),
         (VARIABLE, wanted()),
     ]
+
+
+def _measured(device: Device) -> str:
+    count = tuned.count(device.kind, "native")
+    return f"it is for {count} problems" if count else f"none yet: {tuned.COMMAND}"
 
 
 @functools.cache

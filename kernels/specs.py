@@ -2,6 +2,8 @@
 """Layers of real models, for tests and benchmarks: `layers.json`, made from the models.
 
 `tests/kernels/layers_of_models.py` writes that file, and a test compares it with the models.
+
+Dimension key:  M codebooks   K entries   G weights of a vector
 """
 
 import dataclasses
@@ -20,15 +22,16 @@ Pad = tuple[int, int]
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """One layer of a U-Net, and how a plan of about two bits stores it.
+    """One layer of a U-Net, and how it is stored.
 
     Attributes:
-      model: preset that it comes from.
+      model: that it comes from: a preset, or the file or folder of a quantized model.
       op: "vq_matmul" or "vq_conv".
       x_shape: of one image; [1, I], [1, tokens, I] or [1, H, W, I].
       outputs, window, stride, padding: as the layer has them.
       scalar: whether single weights are stored: the first and the last convolution.
       count: layers of the model that are like this one.
+      code: M, K, G and the type of the codebooks, or None: as a plan of about two bits has it.
     """
 
     model: str
@@ -40,6 +43,7 @@ class Layer:
     padding: Pad
     scalar: bool
     count: int
+    code: tuple[int, int, int, str] | None = None
 
     def operands_shape(self, batch: int) -> tuple[int, ...]:
         """Returns the shape of x for a batch: [B, H, W, I] of a convolution, else [rows, I]."""
@@ -53,9 +57,10 @@ class Layer:
         if self.op == "vq_conv":
             sides = [(n + sum(self.padding) - self.window) // self.stride + 1 for n in self.image]
             rows = batch * sides[0] * sides[1]
-        books, entries, group = (
-            (1, 256, 1) if self.scalar else (4, 16, 9 if self.window == 3 else 8)
+        usual = (
+            (1, 256, 1, "int8") if self.scalar else (4, 16, 9 if self.window == 3 else 8, "float16")
         )
+        books, entries, group, codebook_dtype = self.code or usual
         return Problem(
             op=self.op,
             rows=rows,
@@ -65,7 +70,7 @@ class Layer:
             entries=entries,
             group=group,
             dtype=dtype,
-            codebook_dtype="int8" if self.scalar else "float16",
+            codebook_dtype=codebook_dtype,
             window=self.window,
             strides=(self.stride, self.stride),
         )

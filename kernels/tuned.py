@@ -1,26 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table of measured choices, `tiles.json`: data, by kind of device, operation and problem.
+"""Tables of measured choices: data, by kind of device, operation and problem.
 
     {"version": 1, "devices": {KIND: {OP: {KEY: ENTRY}}}}
 
-KIND is `device_kind` of JAX, KEY comes from `key`. An ENTRY is {"path": "xla"}, or a path with its
-schedule: {"path": "pallas", "kind": "fused", "tiles": {"rows": 16, ...}}. Only measurements on that
-device belong into it.
+KIND is that of `device.Device`, KEY comes from `key`. An ENTRY is {"path": "xla"}, on a CPU or
+{"path": "native"}, or a path with its schedule: {"path": "pallas", "kind": "fused", "tiles":
+{"rows": 16, ...}}. Only measurements on that device belong into it.
+
+`COMMAND` writes the user's own table, in the cache. Another one, `tiles.json`, is in the package.
 """
 
 import dataclasses
 import functools
 import importlib.resources
 import json
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from vqjax.errors import gathered
+import platformdirs
+
+from vqjax.errors import VqjaxError, gathered
 from vqjax.kernels.problem import Problem
 from vqjax.kernels.schedule import Schedule, Tiles, power_of_two
 
 VERSION = 1
-PATHS = ("xla", "pallas", "triton")
+COMMAND = "python -m vqjax.bench kernels --tune"
+PATHS = ("xla", "native", "pallas", "triton")
+WITHOUT_SCHEDULE = ("xla", "native")
 KINDS = ("fused", "staged")
 
 Entry = tuple[str, Schedule | None]
@@ -36,19 +43,35 @@ def key(problem: Problem) -> str:
 
 
 def find(device_kind: str, problem: Problem) -> Entry | None:
-    """Returns the measured path of a problem and its schedule (None for XLA), if there is one."""
-    return _shipped().get((device_kind, problem.op, key(problem)))
+    """Returns the measured path of a problem and its schedule, if any, or None: no measurement."""
+    return _tables().get((device_kind, problem.op, key(problem)))
 
 
 def knows(device_kind: str) -> bool:
     """Returns whether anything was measured on a kind of device."""
-    return any(kind == device_kind for kind, _, _ in _shipped())
+    return any(kind == device_kind for kind, _, _ in _tables())
+
+
+def count(device_kind: str, path: str) -> int:
+    """Returns for how many problems a path was measured to be best."""
+    return sum(kind == device_kind and e[0] == path for (kind, _, _), e in _tables().items())
+
+
+def own_file() -> pathlib.Path:
+    """Returns where the user's own table is, if there is one."""
+    return platformdirs.user_cache_path("vqjax") / "tiles.json"
 
 
 @functools.cache
-def _shipped() -> dict[tuple[str, str, str], Entry]:
-    file = importlib.resources.files("vqjax.kernels") / "tiles.json"
-    return read(file.read_text(encoding="utf-8"))
+def _tables() -> dict[tuple[str, str, str], Entry]:
+    shipped = importlib.resources.files("vqjax.kernels") / "tiles.json"
+    table, own = read(shipped.read_text(encoding="utf-8")), own_file()
+    if own.exists():
+        try:
+            table |= read(own.read_text(encoding="utf-8"))
+        except (VqjaxError, ValueError, AttributeError) as error:
+            raise VqjaxError(f"{own}: {error}; delete it, and measure again: {COMMAND}") from None
+    return table
 
 
 def read(text: str) -> dict[tuple[str, str, str], Entry]:
@@ -99,7 +122,7 @@ def _entry(fields: dict[str, Any], where: str, problems: list[str]) -> Entry:
     path, kind = str(fields.get("path")), str(fields.get("kind"))
     if path not in PATHS:
         problems.append(f"{where}: path {path!r}, expected one of {', '.join(PATHS)}")
-    if path == "xla":
+    if path in WITHOUT_SCHEDULE:
         return path, None
     if kind not in KINDS:
         problems.append(f"{where}: kind {kind!r}, expected {' or '.join(KINDS)}")

@@ -333,20 +333,23 @@ class BenchSampleSettings:
 class BenchKernelsSettings:
     """Times every layer shape of a model with packed weights, beside the same dense layer."""
 
-    model: Literal["cin256-v2", "digits"] = "cin256-v2"
-    """Whose layers."""
+    model: str = "cin256-v2"
+    """Whose layers: a preset, stored as a plan of about two bits has it, or a quantized model (run
+    folder or exported file), as it is stored."""
     batch: tuple[int, ...] = (2,)
     """Latents that a layer sees; guidance doubles the images of a call."""
     dtype: Dtype = "float32"
     """Of activations."""
-    path: Literal["auto", "xla", "pallas", "triton", "lut"] = "auto"
+    path: Literal["auto", "xla", "pallas", "triton", "native", "lut"] = "auto"
     """What multiplies by packed weights; auto is what sampling would take."""
     repeat: int = 5
     """Rounds; medians are shown."""
     tune: bool = False
-    """Also time schedules of GPU kernels, and write the best of each shape to --table."""
-    table: pathlib.Path = pathlib.Path("kernels/tiles.json")
-    """The table of measured choices; entries of other devices and shapes stay."""
+    """Also write what is fastest for each shape to --table: on a GPU of all kernels and schedules,
+    on a CPU of native code and weights that are decoded at load."""
+    table: pathlib.Path | None = None
+    """The table of measured choices, of which entries of other devices and shapes stay; default:
+    the user's own, which sampling reads."""
     json: pathlib.Path | None = None
     """Results."""
     seed: int = 0

@@ -14,15 +14,13 @@ import jax.numpy as jnp
 
 from vqjax.errors import VqjaxError
 from vqjax.kernels import dispatch, triton_gpu
+from vqjax.kernels.lut_matmul import native
 from vqjax.kernels.lut_matmul import ref as lut
 from vqjax.kernels.problem import AnyOperands, Operands, Problem, check
 from vqjax.kernels.transform import Operation, transformable
 from vqjax.kernels.vq_conv import pallas, ref
-from vqjax.kernels.vq_conv.window import Window, unread
+from vqjax.kernels.vq_conv.window import POINT, Window, unread
 from vqjax.kernels.vq_matmul import api as matmul
-
-POINT = Window(1, (1, 1), ((0, 0), (0, 0)))
-"""Of a 1x1 convolution that is a product."""
 
 
 def vq_conv(
@@ -164,6 +162,11 @@ def ways(problem: Problem, window: Window) -> dispatch.Implementations:
                 run=lambda operands, schedule: _triton().vq_conv(
                     operands, problem, schedule, window
                 ),
+            ),
+            "native": dispatch.Kernel(
+                unsupported=native.unsupported,
+                compile_small=native.build,
+                run=lambda operands, schedule: native.lut_conv(operands, window),
             ),
         },
         lookup=lambda operands: lut.lut_conv(*operands, **geometry),

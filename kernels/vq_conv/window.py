@@ -47,6 +47,9 @@ class Window(NamedTuple):
         return height, width
 
 
+POINT = Window(1, (1, 1), ((0, 0), (0, 0)))
+"""Of a 1x1 convolution that is a product."""
+
 _GROUPS = (1, 3, 9)
 
 

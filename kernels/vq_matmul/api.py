@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from vqjax.errors import VqjaxError
 from vqjax.kernels import dispatch, triton_gpu
+from vqjax.kernels.lut_matmul import native
 from vqjax.kernels.lut_matmul import ref as lut
 from vqjax.kernels.problem import AnyOperands, IntegerOperands, Operands, Problem, check
 from vqjax.kernels.transform import transformable
@@ -140,6 +141,11 @@ def ways(problem: Problem) -> dispatch.Implementations:
                 unsupported=triton_gpu.unsupported,
                 compile_small=_compile_small_triton,
                 run=lambda operands, schedule: _triton().vq_matmul(operands, problem, schedule),
+            ),
+            "native": dispatch.Kernel(
+                unsupported=native.unsupported,
+                compile_small=native.build,
+                run=lambda operands, schedule: native.lut_matmul(operands),
             ),
         },
         lookup=lambda operands: lut.lut_matmul(*operands),

@@ -8,10 +8,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from tests.io import models as small
 from vqjax.bench import kernels, roofline
 from vqjax.bench.__main__ import main
+from vqjax.core import tree
+from vqjax.core.tensor import VQTensor
 from vqjax.kernels import device, dispatch, specs, triton_gpu, tuned
 from vqjax.kernels.device import Device
+from vqjax.kernels.lut_matmul import counts, native
 from vqjax.kernels.schedule import Schedule, Tiles, by_rule, candidates
 from vqjax.settings import BenchKernelsSettings
 
@@ -28,7 +32,8 @@ def _two_small_layers(monkeypatch):
     )
 
 
-def test_layers_are_timed_and_a_cpu_has_nothing_to_tune(tmp_path, capsys):
+def test_layers_are_timed_and_there_may_be_nothing_to_tune(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(kernels.native_tables, "missing", lambda: "no C++ compiler")
     file, table = tmp_path / "kernels.json", tmp_path / "tiles.json"
     words = ["kernels", "--model", "digits", "--repeat", "1", "--json", str(file)]
     assert main([*words, "--path", "lut", "--tune", "--table", str(table)]) == 0
@@ -48,8 +53,49 @@ def test_layers_are_timed_and_a_cpu_has_nothing_to_tune(tmp_path, capsys):
     assert found["peaks"]["source"].startswith("measured on this CPU")
     out = capsys.readouterr().out
     assert "All layers, batch 2:" in out
-    assert "--tune: nothing to tune: no pallas: cpu is no CUDA device; no triton: cpu" in out
+    here = device.current()
+    assert f"--tune: nothing to tune: no pallas: {here} is no CUDA device; no triton" in out
+    assert f"no native: no C++ compiler; {table} stays as it is" in out
     assert not table.exists()
+
+
+@pytest.mark.skipif(native.missing() is not None, reason=f"no native code: {native.missing()}")
+def test_a_cpu_compares_native_code_with_decoded_weights(tmp_path, monkeypatch, capsys):
+    def made_up(works, repeat):
+        for work in works.values():
+            jax.block_until_ready(work())
+        (products, _), times = counts.operations(case.problem), {"native": 1.0, "xla": 2.0}
+        slower = 3.0 if products > 10**6 else 0.0
+        return {entry: times[entry[0]] + slower * (entry[0] == "native") for entry in works}
+
+    monkeypatch.setattr(kernels, "medians_in_turn", made_up)
+    monkeypatch.setattr(tuned, "own_file", lambda: tmp_path / "tiles.json")
+    wanted = BenchKernelsSettings(model="digits", batch=(1,))
+    found = {}
+    for case in kernels.cases(wanted):
+        found[case.problem.op] = kernels.best(case, 1)
+    assert found == {"vq_matmul": ("native", None), "vq_conv": ("xla", None)}
+    monkeypatch.setattr(kernels, "best", lambda case, repeat: found[case.problem.op])
+    kernels.tune(wanted)
+    assert f"2 shapes on {device.current()} written to {tmp_path}" in capsys.readouterr().out
+    tuned._tables.cache_clear()
+    for case in kernels.cases(wanted):
+        assert tuned.find(device.current().kind, case.problem) == found[case.problem.op]
+    tuned._tables.cache_clear()
+
+
+def test_a_quantized_model_has_its_own_codes(monkeypatch):
+    model = small.integer(small.TINY)
+    monkeypatch.setattr(kernels, "load_quantized", lambda source: model)
+    layers = kernels.layers(BenchKernelsSettings(model="a run"))
+    flat = tree.flatten(model.params)
+    tensors = [leaf for leaf in flat.values() if isinstance(leaf, VQTensor)]
+    assert sum(layer.count for layer in layers) == len(tensors)
+    assert {layer.code[:3] for layer in layers if layer.code} == {
+        tensor.codebooks.shape for tensor in tensors
+    }
+    problem = layers[0].problem(2, "float32")
+    assert (problem.books, problem.entries, problem.group, problem.codebook_dtype) == layers[0].code
 
 
 def test_the_best_schedules_are_written(tmp_path, monkeypatch, capsys):

@@ -5,17 +5,14 @@ The kernels may not import the models; what they are tested and measured on come
 same, and a test compares the two.
 """
 
+import dataclasses
 import json
 import pathlib
-from collections import Counter
-
-import jax
-import jax.numpy as jnp
 
 from vqjax import config as config_lib
 from vqjax import models
-from vqjax.core import folding, tree
-from vqjax.core.plan import RULES, kind_of
+from vqjax.bench.layers import layers_of
+from vqjax.core import folding
 
 FILE = pathlib.Path(__file__).parents[2] / "kernels" / "layers.json"
 MODELS = ("digits", "cin256-v2")
@@ -25,31 +22,17 @@ def layers(name: str) -> list[dict]:
     """Returns every distinct layer of a folded U-Net as one image passes through it."""
     config = config_lib.PRESETS[name]()
     params = folding.fold(config, models.param_shapes(config)).params
-    shapes = {path: tuple(leaf.shape) for path, leaf in tree.flatten(params).items()}
-    found: Counter[str] = Counter()
+    return [_record(dataclasses.asdict(layer)) for layer in layers_of(name, config, params)]
 
-    def note(path: str, x: jax.Array, window: dict) -> None:
-        kind = kind_of(path, shapes[path], RULES)
-        size = window.get("window", 1)
-        fields = {
-            "op": "vq_conv" if size > 1 else "vq_matmul",
-            "x": list(x.shape),
-            "outputs": shapes[path][-1],
-            "window": size,
-            "stride": window.get("stride", 1),
-            "padding": list(window.get("padding", (0, 0))),
-            "scalar": kind == "first_last",
-        }
-        found[json.dumps({"model": name, **fields})] += 1
 
-    def run(params, x, t, ids):
-        context = models.embed_classes(config, params, ids)
-        return models.capture_inputs(config, params, x, t, context, note)[0]
-
-    x_BHWC = jax.ShapeDtypeStruct((1, *config.latent_shape), jnp.float32)
-    one_B = jax.ShapeDtypeStruct((1,), jnp.int32)
-    jax.eval_shape(run, params, x_BHWC, one_B, one_B)
-    return [{**json.loads(key), "count": count} for key, count in found.items()]
+def _record(fields: dict) -> dict:
+    names = ("model", "op", "x_shape", "outputs", "window", "stride", "padding", "scalar", "count")
+    return {
+        name.removesuffix("_shape"): list(fields[name])
+        if name in ("x_shape", "padding")
+        else fields[name]
+        for name in names
+    }
 
 
 def text() -> str:

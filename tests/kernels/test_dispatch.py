@@ -2,6 +2,7 @@
 """The dispatcher: which path, why, and what it says."""
 
 import dataclasses
+import importlib.resources
 import json
 import logging
 
@@ -136,7 +137,7 @@ def table(fields: dict) -> str:
     ],
 )
 def test_measurements_come_before_rules(fields, path, schedule, monkeypatch):
-    monkeypatch.setattr(tuned, "_shipped", lambda: tuned.read(table(fields)))
+    monkeypatch.setattr(tuned, "_tables", lambda: tuned.read(table(fields)))
     choice = dispatch.choose(PROBLEM, refusals(H200), H200)
     assert (choice.path, choice.schedule) == (path, schedule)
 
@@ -163,7 +164,7 @@ def test_triton_is_taken_where_it_was_measured(monkeypatch):
     measured = entry(path="triton")
     for device in (T4, H200):
         text = table(measured).replace(H200.kind, device.kind)
-        monkeypatch.setattr(tuned, "_shipped", lambda text=text: tuned.read(text))
+        monkeypatch.setattr(tuned, "_tables", lambda text=text: tuned.read(text))
         found = choice(device, lambda problem: [])
         assert (found.path, found.schedule) == ("triton", Schedule("fused", Tiles(16, 32, 64)))
         assert not dispatch.only_xla()
@@ -176,13 +177,13 @@ def test_a_bad_table_lists_its_mistakes():
     with pytest.raises(VqjaxError) as caught:
         tuned.read(text)
     message = str(caught.value)
-    assert "path 'cuda', expected one of xla, pallas, triton" in message
+    assert "path 'cuda', expected one of xla, native, pallas, triton" in message
     assert "kind 'quick', expected fused or staged" in message
     assert "rows 8, expected a power of two from 16" in message
 
 
 def test_the_shipped_table_is_valid():
-    tuned._shipped()
+    tuned.read((importlib.resources.files("vqjax.kernels") / "tiles.json").read_text())
 
 
 def test_rules_give_valid_tiles_to_every_layer():

@@ -19,8 +19,9 @@ from vqjax.core.integer import IntegerKernel, PackedIntegerKernel
 from vqjax.core.model import Model
 from vqjax.core.tensor import VQTensor, densify
 from vqjax.errors import VqjaxError
-from vqjax.kernels import dispatch, pallas_gpu
+from vqjax.kernels import device, dispatch, pallas_gpu, tuned
 from vqjax.kernels.device import Device
+from vqjax.kernels.lut_matmul import native
 from vqjax.sampling import weights
 from vqjax.sampling.schedule import ddim_schedule
 
@@ -98,12 +99,31 @@ def test_simulated_activations_agree_on_lookup_tables(monkeypatch, caplog):
     with caplog.at_level(logging.INFO, "vqjax.kernels"):
         found = placed(params)
     assert found.counts() == {"lut": 2, weights.LOADED: 1}
-    assert "vq_conv on cpu: lut (tables, then sums): VQJAX_KERNELS=lut" in caplog.messages
+    said = f"vq_conv on {device.current()}: lut (tables, then sums): VQJAX_KERNELS=lut"
+    assert said in caplog.messages
     flat = tree.flatten(found.params)
     assert [path for path, leaf in flat.items() if isinstance(leaf, VQTensor)] == lookup
     difference = relative_rms(latents(found.params), latents(densify(params)))
     print(f"lookup tables, 8-bit activations: {difference:.2g}")
     assert difference < SIMULATED
+
+
+@pytest.mark.skipif(native.missing() is not None, reason=f"no native code: {native.missing()}")
+@pytest.mark.parametrize("how", ["named", "measured"])
+def test_native_tables_agree(how, monkeypatch):
+    paths = ("unet/middle_block/res1/conv1/kernel", "unet/output_blocks_0/res/skip/kernel")
+    params = some_packed(*paths)
+    del params["activations"]
+    if how == "named":
+        monkeypatch.setenv(dispatch.VARIABLE, "native")
+    else:
+        monkeypatch.setattr(tuned, "knows", lambda kind: True)
+        monkeypatch.setattr(tuned, "find", lambda kind, problem: ("native", None))
+    found = placed(params)
+    assert found.paths == dict.fromkeys(paths, "native")
+    difference = relative_rms(latents(found.params), latents(densify(params)))
+    print(f"native tables: {difference:.2g}")
+    assert difference < TOL["float32"]
 
 
 def test_pallas_kernels_agree(monkeypatch):

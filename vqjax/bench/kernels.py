@@ -9,6 +9,7 @@ import functools
 import json
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -19,12 +20,14 @@ from rich.table import Table
 
 from vqjax.bench import roofline, tables
 from vqjax.bench.clock import medians_in_turn
-from vqjax.bench.sample import asked, relative_rms
+from vqjax.bench.layers import layers_of
+from vqjax.bench.sample import asked, load_quantized, relative_rms
 from vqjax.errors import VqjaxError
 from vqjax.io import native
 from vqjax.kernels import decode, device, specs, tuned
 from vqjax.kernels.dispatch import KERNELS, Choice, Implementations, refusals_of
 from vqjax.kernels.lut_matmul import counts
+from vqjax.kernels.lut_matmul import native as native_tables
 from vqjax.kernels.problem import Operands, Problem
 from vqjax.kernels.schedule import Schedule, candidates
 from vqjax.kernels.vq_conv import api as conv
@@ -38,6 +41,8 @@ from vqjax.settings import BenchKernelsSettings, command_line
 LIMITS = {"cpu": (16, 2e9), "gpu": (512, 2e12)}
 """Most copies of a layer and most operations of one program. Copies are run in turn, until what
 they read exceeds the cache; a layer of much arithmetic does not wait for memory."""
+
+OPS = ("vq_matmul", "vq_conv")
 
 Program = Callable[[], list[jax.Array]]
 
@@ -65,8 +70,8 @@ class Case(NamedTuple):
         geometry = self.window._asdict()
         return conv.vq_conv(*operands, window=geometry.pop("size"), **geometry)
 
-    def scheduled(self, operands: Operands, *, path: str, schedule: Schedule) -> jax.Array:
-        """The operation by a GPU kernel with this schedule."""
+    def scheduled(self, operands: Operands, *, path: str, schedule: Schedule | None) -> jax.Array:
+        """The operation by a kernel, on a GPU with this schedule."""
         return self.ways.kernels[path].run(operands, schedule)
 
     @property
@@ -109,15 +114,28 @@ def run(wanted: BenchKernelsSettings) -> None:
         tune(wanted)
 
 
+def layers(wanted: BenchKernelsSettings) -> list[specs.Layer]:
+    """The distinct layers of the model, products first.
+
+    Raises:
+      VqjaxError: if it is no preset and cannot be loaded, or has no quantized weight.
+    """
+    every = [layer for op in OPS for layer in specs.layers(op)]
+    if any(layer.model == wanted.model for layer in every):
+        return [layer for layer in every if layer.model == wanted.model]
+    model = load_quantized(wanted.model)
+    found = layers_of(wanted.model, model.config, model.params)
+    return sorted(found, key=lambda layer: OPS.index(layer.op))
+
+
 def cases(wanted: BenchKernelsSettings) -> Iterator[Case]:
-    """All layer shapes of the model, products first; arrays exist while they are looked at."""
-    for op in ("vq_matmul", "vq_conv"):
-        for layer in specs.layers(op):
-            for batch in wanted.batch if layer.model == wanted.model else ():
-                problem = layer.problem(batch, wanted.dtype)
-                shape = layer.operands_shape(batch)
-                operands = specs.random_operands(problem, shape, seed=wanted.seed)
-                yield Case(layer, batch, problem, operands)
+    """All layer shapes at all batch sizes; arrays exist while they are looked at."""
+    for layer in layers(wanted):
+        for batch in wanted.batch:
+            problem = layer.problem(batch, wanted.dtype)
+            shape = layer.operands_shape(batch)
+            operands = specs.random_operands(problem, shape, seed=wanted.seed)
+            yield Case(layer, batch, problem, operands)
 
 
 def measure(case: Case, wanted: BenchKernelsSettings) -> dict[str, Any]:
@@ -137,7 +155,10 @@ def measure(case: Case, wanted: BenchKernelsSettings) -> dict[str, Any]:
         seconds = medians_in_turn(works, wanted.repeat)
     fields = dataclasses.asdict(case.layer)
     products, lookups = counts.operations(case.problem)
-    operations = {"dense": products, "packed": lookups if choice.path == "lut" else products}
+    operations = {
+        "dense": products,
+        "packed": lookups if choice.path in ("lut", "native") else products,
+    }
     moved = {
         "dense": tree_bytes(dense) + ys["dense"].nbytes,
         "packed": tree_bytes(case.operands) + ys["packed"].nbytes,
@@ -220,36 +241,45 @@ def repeated(run: Callable[[Any], jax.Array], operands: Any, count: int) -> Prog
 
 
 def tune(wanted: BenchKernelsSettings) -> None:
-    """Times schedules of every case and writes the best ones; says so where there are none."""
-    here = device.current()
+    """Times every kernel that runs here and writes the best; says so where there is none."""
+    here, table = device.current(), wanted.table or tuned.own_file()
     refused = {path: here.refuses(path) for path in KERNELS}
+    if not refused["native"]:
+        refused["native"] = native_tables.missing()
     if all(refused.values()):
         reasons = "; ".join(f"no {path}: {reason}" for path, reason in refused.items())
-        print(f"--tune: nothing to tune: {reasons}; {wanted.table} stays as it is")
+        print(f"--tune: nothing to tune: {reasons}; {table} stays as it is")
         return
     found = {}
     for case in cases(wanted):
         found[case.problem.op, tuned.key(case.problem)] = best(case, wanted.repeat)
-    text = wanted.table.read_text(encoding="utf-8") if wanted.table.exists() else tuned.EMPTY
-    merged = tuned.merged(text, here.kind, found)
-    native.write_atomically(wanted.table, merged.encode())
-    print(f"--tune: {len(found)} shapes on {here} written to {wanted.table}")
+    text = table.read_text(encoding="utf-8") if table.exists() else tuned.EMPTY
+    native.write_atomically(table, tuned.merged(text, here.kind, found).encode())
+    paths = Counter(path for path, _ in found.values())
+    chosen = ", ".join(f"{count} {path}" for path, count in paths.most_common())
+    print(f"--tune: {len(found)} shapes on {here} written to {table}: {chosen}")
 
 
 def best(case: Case, repeat: int) -> tuned.Entry:
-    """The path and schedule of least median time; schedules that do not compile are passed over."""
+    """The path and schedule of least median time; kernels that do not compile are passed over.
+
+    On a CPU "xla" stands for a dense layer: there weights are decoded at load.
+    """
     works: dict[tuned.Entry, Program] = {}
-    count = copies(case, roofline.of(device.current(), case.problem.dtype).cache)
+    here = device.current()
+    count = copies(case, roofline.of(here, case.problem.dtype).cache)
     with asked("xla"):
-        works["xla", None] = repeated(case.packed, case.operands, count)
+        if here.platform == "cpu":
+            dense = (case.operands.x, decoded(case), case.operands.bias_O)
+            works["xla", None] = repeated(case.dense, dense, count)
+        else:
+            works["xla", None] = repeated(case.packed, case.operands, count)
         for path in KERNELS:
-            reasons = refusals_of(
-                path, case.ways.kernels[path].unsupported(case.problem), device.current()
-            )
+            reasons = refusals_of(path, case.ways.kernels[path].unsupported(case.problem), here)
             if reasons:
                 _log.info("%s: no %s: %s", tuned.key(case.problem), path, "; ".join(reasons))
                 continue
-            for schedule in candidates(case.problem):
+            for schedule in [None] if path == "native" else candidates(case.problem):
                 run = functools.partial(case.scheduled, path=path, schedule=schedule)
                 work = repeated(run, case.operands, count)
                 try:

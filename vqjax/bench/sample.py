@@ -28,7 +28,8 @@ from vqjax.core.plan import LayerSpec, make_plan
 from vqjax.core.tensor import VQTensor, densify
 from vqjax.errors import VqjaxError
 from vqjax.io import native
-from vqjax.kernels import dispatch
+from vqjax.kernels import device, dispatch
+from vqjax.kernels.lut_matmul import native as native_tables
 from vqjax.pipeline import environment
 from vqjax.pipeline.journal import peak_memory_bytes
 from vqjax.sampling.weights import Placed, place
@@ -54,6 +55,7 @@ WAYS = {
     "decoded at load": Way("xla"),
     "decoded in the step": Way("xla", 0.0),
     "lookup tables": Way("lut"),
+    "native tables": Way("native"),
     "kernels": Way("auto", 0.0),
 }
 
@@ -93,9 +95,18 @@ def model_of(wanted: BenchSampleSettings) -> Model:
     """
     if wanted.source in config_lib.PRESETS:
         return random_model(config_lib.PRESETS[wanted.source](), wanted.bits, wanted.seed)
-    model = io.load_model(wanted.source)
+    return load_quantized(wanted.source)
+
+
+def load_quantized(source: str) -> Model:
+    """A run folder or an exported file.
+
+    Raises:
+      VqjaxError: if it cannot be loaded, or has no quantized weight.
+    """
+    model = io.load_model(source)
     if not any(isinstance(leaf, VQTensor) for leaf in tree.flatten(model.params).values()):
-        raise VqjaxError(f"{wanted.source} has no quantized weight: quantize it first")
+        raise VqjaxError(f"{source} has no quantized weight: quantize it first")
     return model
 
 
@@ -174,10 +185,17 @@ def measure(
 
 
 def ways_here() -> dict[str, Way]:
-    """The paths that differ on this device: without GPU kernels, `auto` decodes at load."""
+    """The paths that run on this device and differ: without kernels, `auto` decodes at load."""
+    on_cpu, absent = not device.current().refuses("native"), set()
+    if not on_cpu or native_tables.missing():
+        absent.add("native")
     with dispatch.asking("auto"):
-        kernels = not dispatch.only_xla()
-    return {name: way for name, way in WAYS.items() if kernels or way.kernels != "auto"}
+        if dispatch.only_xla():
+            absent.add("auto")
+    found = {name: way for name, way in WAYS.items() if way.kernels not in absent}
+    if on_cpu and "kernels" in found:  # those that were measured; the others are decoded at load
+        found["kernels"] = Way("auto")
+    return found
 
 
 @contextlib.contextmanager
