@@ -53,6 +53,9 @@ inline Floats zero() { return _mm512_setzero_ps(); }
 inline Floats load(const float* from) { return _mm512_loadu_ps(from); }
 inline void store(float* to, Floats value) { _mm512_storeu_ps(to, value); }
 inline Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
+inline Floats multiply_add(float x, Floats a, Floats b) {
+  return _mm512_fmadd_ps(_mm512_set1_ps(x), a, b);
+}
 inline Words load_words(const uint32_t* from) { return _mm512_loadu_si512(from); }
 inline Words next_code(Words words) { return _mm512_srli_epi32(words, 4); }
 inline Table load_table(const float* from) {
@@ -81,6 +84,9 @@ inline Floats zero() { return _mm256_setzero_ps(); }
 inline Floats load(const float* from) { return _mm256_loadu_ps(from); }
 inline void store(float* to, Floats value) { _mm256_storeu_ps(to, value); }
 inline Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
+inline Floats multiply_add(float x, Floats a, Floats b) {
+  return _mm256_fmadd_ps(_mm256_set1_ps(x), a, b);
+}
 inline Words load_words(const uint32_t* from) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
 }
@@ -101,6 +107,7 @@ inline Floats look_up(const Table& table, Words words) {
 #error "needs AVX-512, or AVX2 with FMA"
 #endif
 
+constexpr int kMostWeights = 64;  // of a vector
 constexpr int kOutputs = kLanes * kTiles;
 constexpr int kPixelsOfTask = 36;
 constexpr int kSums = 64;  // of a block, about: 144 kB of tables for all pixels of a task
@@ -131,9 +138,10 @@ int64_t vectors_of_block(const Layer& layer) {
 }
 
 struct Scratch {
-  std::vector<float> seen;   // inputs of one pixel
-  std::vector<float> room;   // tables, [pixel, sum, entry], at a whole register
-  std::vector<float> sums;   // [pixel, output]
+  std::vector<float> seen;      // by the vectors of a block, at one pixel
+  std::vector<float> nothing;   // zeros that channels outside of the image have
+  std::vector<float> room;      // tables, [pixel, sum, entry], at a whole register
+  std::vector<float> sums;      // [pixel, output]
   std::vector<uint32_t> words;  // codes, [word, output]
 
   float* tables() {
@@ -142,26 +150,28 @@ struct Scratch {
   }
 };
 
-// Weights first ... last - 1 of a row see these inputs; outside of the image and beyond the row
-// they are 0. `to` has room for the window of one channel more on either side.
+// The channels that a pixel sees at a place of the window, or null outside of the image.
+const float* channels_at(const Layer& layer, int64_t pixel, int64_t place) {
+  const Geometry& at = layer.at;
+  const int64_t image = pixel / (at.out_height * at.out_width);
+  const int64_t row =
+      pixel / at.out_width % at.out_height * at.down - at.above + place / at.window;
+  const int64_t column = pixel % at.out_width * at.right - at.left + place % at.window;
+  if (row < 0 || row >= at.height || column < 0 || column >= at.width) return nullptr;
+  return layer.x + ((image * at.height + row) * at.width + column) * at.inputs;
+}
+
+// What weights first ... last - 1 of a row see, one after the other; beyond the row that is 0. `to`
+// has room for the window of one channel more on either side.
 const float* inputs_seen(const Layer& layer, int64_t pixel, int64_t first, int64_t last,
                          float* to) {
-  const Geometry& at = layer.at;
-  const int64_t area = at.window * at.window;
+  const int64_t area = layer.at.window * layer.at.window;
   const int64_t from = first / area;
-  const int64_t until = std::min(at.inputs, ceil_div(last, area));
-  const int64_t image = pixel / (at.out_height * at.out_width);
-  const int64_t top = pixel / at.out_width % at.out_height * at.down - at.above;
-  const int64_t side = pixel % at.out_width * at.right - at.left;
+  const int64_t until = std::min(layer.at.inputs, ceil_div(last, area));
   for (int64_t place = 0; place < area; ++place) {
-    const int64_t row = top + place / at.window, column = side + place % at.window;
-    const bool inside = row >= 0 && row < at.height && column >= 0 && column < at.width;
-    const float* channels = layer.x + ((image * at.height + row) * at.width + column) * at.inputs;
-    float* place_to = to + place;
-    if (inside) {
-      for (int64_t c = from; c < until; ++c) place_to[(c - from) * area] = channels[c];
-    } else {
-      for (int64_t c = from; c < until; ++c) place_to[(c - from) * area] = 0;
+    const float* channels = channels_at(layer, pixel, place);
+    for (int64_t c = from; c < until; ++c) {
+      to[(c - from) * area + place] = channels ? channels[c] : 0.0f;
     }
   }
   const int64_t end = (until - from) * area, wanted = last - from * area;
@@ -169,9 +179,12 @@ const float* inputs_seen(const Layer& layer, int64_t pixel, int64_t first, int64
   return to + (first - from * area);
 }
 
-// Products of eight vectors with all entries, [vector, book, entry]. Eight sums at a time hide how
-// long an addition takes.
-void make_tables(const Layer& layer, const float* seen, float* tables) {
+// Products of eight vectors with all entries, [vector, book, entry]. Weight g of vector v is at
+// weights[g][v * stride]. Eight sums at a time hide how long an addition takes.
+template <bool SideBySide>
+void make_tables(const Layer& layer, const float* const* weights, int64_t offset, int64_t stride,
+                 float* tables) {
+  if (SideBySide) stride = 1;
   for (int64_t m = 0; m < layer.books; ++m) {
     for (int part = 0; part < kEntries; part += kLanes) {
       const float* entries = layer.entries + m * layer.group * kEntries + part;
@@ -179,19 +192,38 @@ void make_tables(const Layer& layer, const float* seen, float* tables) {
       for (int v = 0; v < 8; ++v) sums[v] = zero();
       for (int64_t g = 0; g < layer.group; ++g, entries += kEntries) {
         const Floats entry = load(entries);
-        for (int v = 0; v < 8; ++v) {
-          const float x = seen[v * layer.group + g];
-#if defined(__AVX512F__)
-          sums[v] = _mm512_fmadd_ps(_mm512_set1_ps(x), entry, sums[v]);
-#else
-          sums[v] = _mm256_fmadd_ps(_mm256_set1_ps(x), entry, sums[v]);
-#endif
-        }
+        const float* x = weights[g] + offset;
+        for (int v = 0; v < 8; ++v) sums[v] = multiply_add(x[v * stride], entry, sums[v]);
       }
       for (int v = 0; v < 8; ++v) {
         store(tables + (v * layer.books + m) * kEntries + part, sums[v]);
       }
     }
+  }
+}
+
+// Tables of a block of vectors for one pixel.
+void tables_of_pixel(const Layer& layer, int64_t pixel, int64_t first, int64_t vectors,
+                     Scratch& scratch, float* tables) {
+  const float* weights[kMostWeights];
+  const int64_t area = layer.at.window * layer.at.window;
+  const int64_t of_eight = 8 * layer.books * kEntries;
+  // A vector for each channel: what it sees is read where it lies.
+  if (layer.group == area && first + vectors <= layer.at.inputs) {
+    for (int64_t place = 0; place < area; ++place) {
+      const float* channels = channels_at(layer, pixel, place);
+      weights[place] = channels ? channels + first : scratch.nothing.data();
+    }
+    for (int64_t v = 0; v < vectors; v += 8) {
+      make_tables<true>(layer, weights, v, 1, tables + v / 8 * of_eight);
+    }
+    return;
+  }
+  const float* seen = inputs_seen(layer, pixel, first * layer.group,
+                                  (first + vectors) * layer.group, scratch.seen.data());
+  for (int64_t g = 0; g < layer.group; ++g) weights[g] = seen + g;
+  for (int64_t v = 0; v < vectors; v += 8) {
+    make_tables<false>(layer, weights, v * layer.group, layer.group, tables + v / 8 * of_eight);
   }
 }
 
@@ -266,6 +298,7 @@ void run_task(const Layer& layer, int64_t first_pixel, int64_t last_pixel, int64
   const int64_t columns = ceil_div(last_output - first_output, kOutputs) * kOutputs;
   const int64_t row_stride = block_sums * kEntries;
   scratch.seen.resize(block * layer.group + 2 * layer.at.window * layer.at.window);
+  scratch.nothing.assign(block, 0.0f);
   scratch.room.resize(pixels * row_stride + 16);
   scratch.sums.assign(pixels * columns, 0.0f);
   scratch.words.resize(block_sums / kCodesOfWord * kOutputs);
@@ -275,12 +308,7 @@ void run_task(const Layer& layer, int64_t first_pixel, int64_t last_pixel, int64
     const int64_t vectors = std::min(block, ceil_div(layer.vectors - first, 8) * 8);
     const int64_t words = vectors * layer.books / kCodesOfWord;
     for (int64_t p = 0; p < pixels; ++p) {
-      const float* seen = inputs_seen(layer, first_pixel + p, first * layer.group,
-                                      (first + vectors) * layer.group, scratch.seen.data());
-      for (int64_t v = 0; v < vectors; v += 8) {
-        make_tables(layer, seen + v * layer.group,
-                    tables + p * row_stride + v * layer.books * kEntries);
-      }
+      tables_of_pixel(layer, first_pixel + p, first, vectors, scratch, tables + p * row_stride);
     }
     for (int64_t o = 0; o < columns; o += kOutputs) {
       gather_words(layer, first_output + o, first * layer.books / 2, words, scratch.words.data());
@@ -350,8 +378,8 @@ ffi::Error lut_conv(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<f
                     int64_t down, int64_t right, int64_t above, int64_t left) {
   const auto in = x.dimensions(), out = y->dimensions(), books = entries.dimensions();
   const auto rows = codes.dimensions();
-  if (in.size() != 4 || out.size() != 4 || books.size() != 3 || books[2] != kEntries ||
-      rows.size() != 2 || rows[0] != out[3]) {
+  if (in.size() != 4 || out.size() != 4 || books.size() != 3 || books[1] > kMostWeights ||
+      books[2] != kEntries || rows.size() != 2 || rows[0] != out[3]) {
     return ffi::Error::InvalidArgument("lut_conv: arrays do not fit together");
   }
   Layer layer;

@@ -23,7 +23,9 @@ from vqjax.kernels.problem import Operands, Problem
 from vqjax.kernels.vq_conv.window import POINT, Window
 
 PACKAGE, SOURCE = "vqjax.kernels.lut_matmul", "native.cc"
-ENTRIES = 16
+ENTRIES, MOST_WEIGHTS = 16, 64
+"""Of a table, and of a vector."""
+
 _TARGET = "vqjax_lut_conv"
 
 
@@ -32,6 +34,8 @@ def unsupported(problem: Problem) -> list[str]:
     found = []
     if problem.entries != ENTRIES:
         found.append(f"K = {problem.entries}, a table in a register has {ENTRIES} entries")
+    if problem.group > MOST_WEIGHTS:
+        found.append(f"vectors of {problem.group}, at most {MOST_WEIGHTS} are read")
     if problem.integer:
         found.append("tables hold products in floating point, this is one of integers")
     return found
