@@ -64,12 +64,12 @@ def _describe(device: Any) -> Device:
     written = str(getattr(device, "compute_capability", ""))
     parts = re.fullmatch(r"(\d+)\.(\d+)", written) if device.platform == "gpu" else None
     capability = (int(parts[1]), int(parts[2])) if parts else None
-    kind = _processor() if device.platform == "cpu" else device.device_kind
+    kind = processor() if device.platform == "cpu" else device.device_kind
     return Device(device.platform, kind, capability)
 
 
-def _processor() -> str:
-    """The CPU's name, where Linux tells it, and cores."""
+def processor() -> str:
+    """Returns the name of the CPU, where Linux tells it, and the number of its cores."""
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         text = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")

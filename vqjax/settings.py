@@ -321,6 +321,9 @@ class BenchSampleSettings:
     """Classifier-free guidance, 1 is none; default: the model's own."""
     dtype: Dtype = "float32"
     """What the U-Net computes in."""
+    paths: tuple[Literal["load", "step", "lut", "native", "auto"], ...] = ()
+    """Only these, beside dense weights: decoded at load, decoded in the step, lookup tables in XLA,
+    in native code, and what was measured to be fastest; default: all that run here."""
     repeat: int = 5
     """Rounds; medians are shown."""
     json: pathlib.Path | None = None
@@ -334,8 +337,10 @@ class BenchKernelsSettings:
     """Times every layer shape of a model with packed weights, beside the same dense layer."""
 
     model: str = "cin256-v2"
-    """Whose layers: a preset, stored as a plan of about two bits has it, or a quantized model (run
-    folder or exported file), as it is stored."""
+    """Whose layers: a preset, or a quantized model (run folder, exported file) as it is stored."""
+    bits: float | None = None
+    """Store a preset as a plan of so many bits does, like `bench sample`; default: four codebooks
+    of 16 entries for every 8 weights or 3x3 kernel."""
     batch: tuple[int, ...] = (2,)
     """Latents that a layer sees; guidance doubles the images of a call."""
     dtype: Dtype = "float32"

@@ -86,7 +86,7 @@ def test_a_cpu_compares_native_code_with_decoded_weights(tmp_path, monkeypatch, 
 
 def test_a_quantized_model_has_its_own_codes(monkeypatch):
     model = small.integer(small.TINY)
-    monkeypatch.setattr(kernels, "load_quantized", lambda source: model)
+    monkeypatch.setattr(kernels, "quantized_model", lambda source, bits, seed: model)
     layers = kernels.layers(BenchKernelsSettings(model="a run"))
     flat = tree.flatten(model.params)
     tensors = [leaf for leaf in flat.values() if isinstance(leaf, VQTensor)]
@@ -94,6 +94,9 @@ def test_a_quantized_model_has_its_own_codes(monkeypatch):
     assert {layer.code[:3] for layer in layers if layer.code} == {
         tensor.codebooks.shape for tensor in tensors
     }
+    assert kernels.layers(BenchKernelsSettings(model="digits", bits=2.0)) == [
+        dataclasses.replace(layer, model="digits") for layer in layers
+    ]
     problem = layers[0].problem(2, "float32")
     assert (problem.books, problem.entries, problem.group, problem.codebook_dtype) == layers[0].code
 

@@ -13,8 +13,10 @@ from vqjax import config as config_lib
 from vqjax.bench import sample
 from vqjax.bench.__main__ import main
 from vqjax.core.plan import LayerSpec
-from vqjax.kernels import dispatch
+from vqjax.errors import VqjaxError
+from vqjax.kernels import device, dispatch, tuned
 from vqjax.kernels.device import Device
+from vqjax.kernels.lut_matmul import native
 
 CONFIG = dataclasses.replace(
     small.TINY, first_stage=dataclasses.replace(small.STAGE, resolution=8, ch_mult=(1,))
@@ -30,13 +32,16 @@ def test_every_path_of_a_cpu(tmp_path, monkeypatch, capsys, caplog):
     assert main([*words, "--repeat", "1", "--json", str(file)]) == 0
     found = json.loads(file.read_text())
     records = {record["path"]: record for record in found["records"]}
-    assert list(records) == ["dense", "decoded at load", "decoded in the step", "lookup tables"]
+    tables = ["native tables"] if native.missing() is None else []
+    packed = ["decoded at load", "decoded in the step", "lookup tables", *tables]
+    assert list(records) == ["dense", *packed]
     assert found["environment"]["jax"] == jax.__version__
     assert found["bits_per_weight"] < 3.5
     count = sum(records["decoded at load"]["layers"].values())
     assert records["decoded at load"]["layers"] == {"decoded at load": count}
     assert records["decoded in the step"]["layers"] == {"xla": count}
     assert "lut" in records["lookup tables"]["layers"]
+    assert all("native" in records[name]["layers"] for name in tables)
     assert records["decoded in the step"]["weight_bytes"] < records["dense"]["weight_bytes"] / 3
     for record in records.values():
         assert record["images_per_second"] > 0
@@ -46,8 +51,20 @@ def test_every_path_of_a_cpu(tmp_path, monkeypatch, capsys, caplog):
 
 
 def test_kernels_are_a_path_where_a_gpu_is(monkeypatch):
-    monkeypatch.setattr(dispatch, "current", lambda: Device("gpu", "NVIDIA H200", (9, 0)))
-    assert list(sample.ways_here())[-1] == "kernels"
+    for module in (dispatch, device):
+        monkeypatch.setattr(module, "current", lambda: Device("gpu", "NVIDIA H200", (9, 0)))
+    assert [way.title for way in sample.ways_here()][-1] == "kernels"
+    assert sample.ways_here(["load"]) == [sample.WAYS["load"]]
+    with pytest.raises(VqjaxError, match=r"no native: NVIDIA H200, .* is no CPU"):
+        sample.ways_here(["native"])
+
+
+def test_what_was_measured_is_a_path_of_a_cpu(monkeypatch):
+    with pytest.raises(VqjaxError, match="no auto: it decodes at load here, as load does"):
+        sample.ways_here(["auto"])
+    monkeypatch.setattr(tuned, "knows", lambda kind: True)
+    (way,) = sample.ways_here(["auto"])
+    assert (way.title, way.limit) == ("measured best", None)
 
 
 def test_random_weights_have_the_size_of_untrained_ones():

@@ -95,7 +95,7 @@ def test_the_cost_grows_with_the_samples():
     assert one is not None
     assert two is not None
     assert two.disk == 2 * one.disk > 2 * 10_000 * 32 * 32 * 3
-    assert one.seconds.keys() == {"quantize", "tune 100 steps", "sample"}
+    assert one.seconds.keys() == {"quantize", "tune 400 steps", "sample"}
 
 
 @pytest.mark.parametrize(

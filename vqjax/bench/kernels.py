@@ -21,7 +21,7 @@ from rich.table import Table
 from vqjax.bench import roofline, tables
 from vqjax.bench.clock import medians_in_turn
 from vqjax.bench.layers import layers_of
-from vqjax.bench.sample import asked, load_quantized, relative_rms
+from vqjax.bench.sample import asked, quantized_model, relative_rms
 from vqjax.errors import VqjaxError
 from vqjax.io import native
 from vqjax.kernels import decode, device, specs, tuned
@@ -43,6 +43,9 @@ LIMITS = {"cpu": (16, 2e9), "gpu": (512, 2e12)}
 they read exceeds the cache; a layer of much arithmetic does not wait for memory."""
 
 OPS = ("vq_matmul", "vq_conv")
+
+BITS = 2.0
+"""Of a preset that has no layers in `specs`."""
 
 Program = Callable[[], list[jax.Array]]
 
@@ -121,9 +124,10 @@ def layers(wanted: BenchKernelsSettings) -> list[specs.Layer]:
       VqjaxError: if it is no preset and cannot be loaded, or has no quantized weight.
     """
     every = [layer for op in OPS for layer in specs.layers(op)]
-    if any(layer.model == wanted.model for layer in every):
-        return [layer for layer in every if layer.model == wanted.model]
-    model = load_quantized(wanted.model)
+    found = [layer for layer in every if layer.model == wanted.model]
+    if found and wanted.bits is None:
+        return found
+    model = quantized_model(wanted.model, wanted.bits or BITS, wanted.seed)
     found = layers_of(wanted.model, model.config, model.params)
     return sorted(found, key=lambda layer: OPS.index(layer.op))
 

@@ -10,7 +10,7 @@ import functools
 import json
 import time
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -28,7 +28,7 @@ from vqjax.core.plan import LayerSpec, make_plan
 from vqjax.core.tensor import VQTensor, densify
 from vqjax.errors import VqjaxError
 from vqjax.io import native
-from vqjax.kernels import device, dispatch
+from vqjax.kernels import device, dispatch, tuned
 from vqjax.kernels.lut_matmul import native as native_tables
 from vqjax.pipeline import environment
 from vqjax.pipeline.journal import peak_memory_bytes
@@ -43,28 +43,31 @@ class Way(NamedTuple):
     """How a path is asked for.
 
     Attributes:
+      title: for people.
       kernels: as `VQJAX_KERNELS`.
       limit: GB of decoded weights, or None.
     """
 
+    title: str
     kernels: str
     limit: float | None = None
 
 
 WAYS = {
-    "decoded at load": Way("xla"),
-    "decoded in the step": Way("xla", 0.0),
-    "lookup tables": Way("lut"),
-    "native tables": Way("native"),
-    "kernels": Way("auto", 0.0),
+    "load": Way("decoded at load", "xla"),
+    "step": Way("decoded in the step", "xla", 0.0),
+    "lut": Way("lookup tables", "lut"),
+    "native": Way("native tables", "native"),
+    "auto": Way("kernels", "auto", 0.0),
 }
+"""Named as in `BenchSampleSettings.paths`."""
 
 
 def run(wanted: BenchSampleSettings) -> None:
     """Measures, prints and writes."""
     if min(*wanted.batch, wanted.repeat, 1) < 1:
         raise VqjaxError(f"--batch {wanted.batch}, --repeat {wanted.repeat}: expected 1 or more")
-    model = model_of(wanted)
+    model = quantized_model(wanted.source, wanted.bits, wanted.seed)
     quantized = [leaf for leaf in tree.flatten(model.params).values() if isinstance(leaf, VQTensor)]
     guidance = model.config.guidance if wanted.guidance is None else wanted.guidance
     records = []
@@ -87,23 +90,14 @@ def run(wanted: BenchSampleSettings) -> None:
     show(found)
 
 
-def model_of(wanted: BenchSampleSettings) -> Model:
-    """The quantized model that is asked for.
+def quantized_model(source: str, bits: float, seed: int) -> Model:
+    """A run folder or an exported file, or a preset with random codes, of so many bits.
 
     Raises:
       VqjaxError: if it cannot be loaded, or has no quantized weight.
     """
-    if wanted.source in config_lib.PRESETS:
-        return random_model(config_lib.PRESETS[wanted.source](), wanted.bits, wanted.seed)
-    return load_quantized(wanted.source)
-
-
-def load_quantized(source: str) -> Model:
-    """A run folder or an exported file.
-
-    Raises:
-      VqjaxError: if it cannot be loaded, or has no quantized weight.
-    """
+    if source in config_lib.PRESETS:
+        return random_model(config_lib.PRESETS[source](), bits, seed)
     model = io.load_model(source)
     if not any(isinstance(leaf, VQTensor) for leaf in tree.flatten(model.params).values()):
         raise VqjaxError(f"{source} has no quantized weight: quantize it first")
@@ -159,8 +153,8 @@ def measure(
             return sampling.sample_batch(config, placed.params, *arguments, run=run)
 
     works[DENSE] = functools.partial(sample, dense, "xla")
-    for name, way in ways_here().items():
-        start = time.perf_counter()
+    for way in ways_here(wanted.paths):
+        name, start = way.title, time.perf_counter()
         with dispatch.asking(way.kernels):
             placed = place(config, model.params, rows=rows, dtype=dtype, limit=way.limit)
         jax.block_until_ready(placed.params)
@@ -184,18 +178,29 @@ def measure(
     ]
 
 
-def ways_here() -> dict[str, Way]:
-    """The paths that run on this device and differ: without kernels, `auto` decodes at load."""
-    on_cpu, absent = not device.current().refuses("native"), set()
-    if not on_cpu or native_tables.missing():
-        absent.add("native")
+def ways_here(paths: Sequence[str] = ()) -> list[Way]:
+    """The paths that run on this device and differ: without kernels, `auto` decodes at load.
+
+    Args:
+      paths: only these, unless there are none.
+
+    Raises:
+      VqjaxError: if a path that was named does not run here, or not in a way of its own.
+    """
+    found, absent = dict(WAYS), {}
+    on_cpu = not device.current().refuses("native")
+    missing = native_tables.missing() if on_cpu else device.current().refuses("native")
+    if missing:
+        absent["native"] = missing
     with dispatch.asking("auto"):
         if dispatch.only_xla():
-            absent.add("auto")
-    found = {name: way for name, way in WAYS.items() if way.kernels not in absent}
-    if on_cpu and "kernels" in found:  # those that were measured; the others are decoded at load
-        found["kernels"] = Way("auto")
-    return found
+            absent["auto"] = f"it decodes at load here, as load does ({tuned.COMMAND})"
+    if on_cpu:  # what was measured to be fastest is native code; all else is decoded at load
+        found["auto"] = found["auto"]._replace(title="measured best", limit=None)
+    reasons = [f"no {path}: {absent[path]}" for path in paths if path in absent]
+    if reasons:
+        raise VqjaxError(f"--paths {' '.join(paths)}: {'; '.join(reasons)}")
+    return [way for path, way in found.items() if path in (paths or found) and path not in absent]
 
 
 @contextlib.contextmanager

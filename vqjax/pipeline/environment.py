@@ -7,6 +7,7 @@ import platform
 import jax
 
 import vqjax
+from vqjax.kernels import device as device_lib
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "safetensors")
 
@@ -25,5 +26,6 @@ def describe() -> dict[str, str]:
         "device": device.device_kind,
         "backend": device.platform,
         "devices": str(jax.device_count()),
+        "processor": device_lib.processor(),
         "platform": platform.platform(),
     }

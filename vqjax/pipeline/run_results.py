@@ -13,6 +13,7 @@ from vqjax.io import published
 from vqjax.pipeline import sources
 
 _TWINS = ("psnr", "ssim", "lpips", "latent_mse")
+_CHANGES = ("fd_difference", "fd_difference_sd")
 
 
 class Tolerance(NamedTuple):
@@ -40,6 +41,8 @@ TOLERANCES = {
     "accuracy": Tolerance(0.01, 0),
     "fd": Tolerance(0.3, 0.1),
     "sfd": Tolerance(0.3, 0.1),
+    "fd_difference": Tolerance(0.3, 0.1),
+    "fd_difference_sd": Tolerance(0, 0.5),
 }
 """By the last part of a number's name, for another kind of device or other versions: a code that
 falls to the other side of a tie changes everything after it a little. Chosen from how far seeds
@@ -57,7 +60,8 @@ class Agreement(NamedTuple):
 
 
 def of_quantization(folder: pathlib.Path) -> dict[str, Any]:
-    """Stored bits and bytes, likeness on the report's images, and the hash of the model.
+    """Stored bits and bytes, likeness on the report's images, also of the scalar baseline, and the
+    hash of the model.
 
     Raises:
       VqjaxError: if the folder holds no finished quantization.
@@ -67,11 +71,16 @@ def of_quantization(folder: pathlib.Path) -> dict[str, Any]:
     names = ("bits_per_weight", "bits_per_weight_model", "bytes_before", "bytes_after")
     found = {name: weights[name] for name in names}
     found |= {f"report.{name}": near[name] for name in _TWINS if near.get(name) is not None}
+    rival = report.get("fidelity_scalar_baseline", {})
+    found |= {
+        f"report.scalar.{name}": rival[name] for name in _TWINS if rival.get(name) is not None
+    }
     return found | {"model_sha256": sources.open_source(str(folder)).sha256}
 
 
 def of_evaluation(folder: pathlib.Path) -> dict[str, Any]:
-    """Scores of the source, those of full precision as "full.*", likeness, hash of the samples.
+    """Scores of the source, those of full precision as "full.*", likeness, what a paired bootstrap
+    says of the change of the score, hash of the samples.
 
     Raises:
       VqjaxError: if the folder holds no finished evaluation.
@@ -85,7 +94,8 @@ def of_evaluation(folder: pathlib.Path) -> dict[str, Any]:
             values = {f"{prefix}{more}{f}": scores.get(kind, {}).get(f) for f in fields}
             found |= {name: value for name, value in values.items() if value is not None}
     near = content["difference"] or {}
-    found |= {name: near[name] for name in _TWINS if near.get(name) is not None}
+    compared = (*_TWINS, *_CHANGES)
+    found |= {name: near[name] for name in compared if near.get(name) is not None}
     samples = sorted((folder / "samples" / "source").glob("images-*.npy"))
     if samples:
         hashes = "".join(published.sha256_of(path) for path in samples)
