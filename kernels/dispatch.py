@@ -2,11 +2,12 @@
 """Which implementation answers: one choice per problem, with its reason, logged once.
 
 A path is a way to run an operation: "pallas", "triton", "native" (lookup tables in native code),
-"lut" (in XLA), and "xla", which always can. `auto` takes what was measured best on this kind of
-device (`kernels.tuned`), and else Pallas where it can run, and else XLA. Triton and native code
-only run where they were measured or asked for, tables in XLA only where they are asked for. The
-choice is made when a function is traced: `VQJAX_KERNELS` has to be set before, or `asking` to be
-entered.
+"lut" (in XLA), and "xla", which always can. On a GPU `auto` takes what was measured best on this
+kind of device (`kernels.tuned`), and else Pallas where it can run, and else XLA; Triton only where
+it was measured. On a CPU it takes native code where that can run, which beats decoding in every
+call; whether a weight is better decoded once, when a model is loaded, is what was measured there
+(`Choice.keeps`). Tables in XLA are taken only where they are asked for. The choice is made when a
+function is traced: `VQJAX_KERNELS` has to be set before, or `asking` to be entered.
 """
 
 import contextlib
@@ -50,11 +51,13 @@ class Choice:
     path: "xla", "pallas", "triton", "native" or "lut".
     schedule: of a GPU kernel; None for others.
     why: what decided.
+    keeps: whether the weight is better left packed than decoded at load.
     """
 
     path: str
     schedule: Schedule | None
     why: str
+    keeps: bool = True
 
 
 _LOOKUP = Choice("lut", None, f"{VARIABLE}=lut")
@@ -83,8 +86,8 @@ def asking(name: str) -> Iterator[None]:
         _asked.reset(token)
 
 
-def only_xla() -> bool:
-    """Returns whether every problem would be given to XLA: nothing has to be traced to know."""
+def keeps_none() -> bool:
+    """Returns whether no weight is better left packed: nothing has to be traced to know."""
     name, device = wanted(), current()
     if name == "auto":
         return device.refuses("pallas") is not None and not tuned.knows(device.kind)
@@ -101,10 +104,10 @@ def choose(problem: Problem, refusals: Refusals, device: Device) -> Choice:
     """
     name = wanted()
     if name == "native" and not device.refuses(name) and (unread := native.unsupported(problem)):
-        return _logged(problem, device, Choice("xla", None, "; ".join(unread)))
+        return _logged(problem, device, Choice("xla", None, "; ".join(unread), keeps=False))
     if name == "lut":
         saves_nothing = counts.refusal(problem)
-        choice = Choice("xla", None, saves_nothing) if saves_nothing else _LOOKUP
+        choice = Choice("xla", None, saves_nothing, keeps=False) if saves_nothing else _LOOKUP
         return _logged(problem, device, choice)
     if refusals.get(name):
         reasons = "; ".join(refusals[name])
@@ -115,17 +118,22 @@ def choose(problem: Problem, refusals: Refusals, device: Device) -> Choice:
     able = [path for path, reasons in refusals.items() if not reasons] + ["xla"]
     candidates = able if name == "auto" else [name]
     measured = tuned.find(device.kind, problem)
-    if measured and measured[0] in candidates:
-        return _logged(problem, device, Choice(*measured, f"measured on {device.kind}"))
-    path = candidates[0]
-    if name != "auto":
-        why = f"{VARIABLE}={name}"
-    elif path == "xla":
-        why = "; ".join(f"no {other}: {', '.join(found)}" for other, found in refusals.items())
+    on_cpu = device.platform == "cpu"
+    if measured and measured[0] in candidates and not on_cpu:
+        path, made = measured
+        why = f"measured on {device.kind}"
     else:
-        why = "it can run here"
-    made = schedule.by_rule(problem) if PLATFORMS.get(path) == "cuda" else None
-    return _logged(problem, device, Choice(path, made, why))
+        path = candidates[0]
+        made = schedule.by_rule(problem) if PLATFORMS.get(path) == "cuda" else None
+        if name != "auto":
+            why = f"{VARIABLE}={name}"
+        elif path == "xla":
+            why = "; ".join(f"no {other}: {', '.join(found)}" for other, found in refusals.items())
+        else:
+            why = "it can run here"
+    # On a CPU the rivals that were measured are native code and weights decoded at load.
+    keeps = path != "xla" and (not on_cpu or name == path or measured == ("native", None))
+    return _logged(problem, device, Choice(path, made, why, keeps))
 
 
 def _logged(problem: Problem, device: Device, choice: Choice) -> Choice:
@@ -186,7 +194,7 @@ def _refusals(path: str, kernel: Kernel, problem: Problem, device: Device) -> li
     if name == "auto":
         refused = device.refuses(path)
         measured = tuned.find(device.kind, problem)
-        if path != "pallas" and not (measured and measured[0] == path):
+        if path == "triton" and not (measured and measured[0] == path):
             refused = refused or UNMEASURED
         if refused:
             return [refused]
@@ -244,7 +252,8 @@ def overview() -> list[tuple[str, str]]:
             "Lookup tables, native",
             f"no: {found['native']}"
             if found["native"]
-            else f"yes, {native.instructions()}, on {device}: {UNMEASURED}; {_measured(device)}",
+            else f"yes, {native.instructions()}, on {device}, where weights stay packed; "
+            f"{_measured(device)}",
         ),
         ("Lookup tables in XLA", f"yes, where {VARIABLE}=lut asks for them"),
         (VARIABLE, wanted()),
@@ -253,7 +262,9 @@ def overview() -> list[tuple[str, str]]:
 
 def _measured(device: Device) -> str:
     count = tuned.count(device.kind, "native")
-    return f"it is for {count} problems" if count else f"none yet: {tuned.COMMAND}"
+    if count:
+        return f"measured to beat decoded weights for {count} problems"
+    return f"not measured beside decoded weights: {tuned.COMMAND}"
 
 
 @functools.cache

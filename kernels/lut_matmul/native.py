@@ -89,8 +89,11 @@ def lut_conv(operands: Operands, window: Window) -> jax.Array:
     (above, _), (left, _) = window.padding
     books_MKG = real_codebooks(operands.codebooks_MKG, operands.codebook_scale)
     shape = (x_BHWI.shape[0], height, width, operands.packed_OY.shape[0])
-    y_BHWO = jax.ffi.ffi_call(_TARGET, jax.ShapeDtypeStruct(shape, jnp.float32))(
-        x_BHWI.astype(jnp.float32),
+    x_BHWI = x_BHWI.astype(jnp.float32)
+    # Of the kind that x is under `shard_map`, with as many axes.
+    result = jax.typeof(x_BHWI).update(shape=shape, manual_axis_type=_manual_axes(operands))
+    y_BHWO = jax.ffi.ffi_call(_TARGET, result)(
+        x_BHWI,
         operands.packed_OY,
         jnp.swapaxes(books_MKG, 1, 2),
         operands.scales_O.astype(jnp.float32),
@@ -101,7 +104,7 @@ def lut_conv(operands: Operands, window: Window) -> jax.Array:
         above=np.int64(above),
         left=np.int64(left),
     )
-    return y_BHWO.astype(x_BHWI.dtype)
+    return y_BHWO.astype(operands.x.dtype)
 
 
 def lut_matmul(operands: Operands) -> jax.Array:
@@ -115,6 +118,12 @@ def lut_matmul(operands: Operands) -> jax.Array:
     """
     x_P11I = operands.x[:, None, None, :]
     return lut_conv(operands._replace(x=x_P11I), POINT)[:, 0, 0, :]
+
+
+def _manual_axes(operands: Operands) -> jax.sharding.ManualAxisType:
+    """Under `shard_map` a result varies along the axes of the mesh along which any operand does."""
+    types = [jax.typeof(leaf).manual_axis_type for leaf in jax.tree.leaves(operands)]
+    return jax.sharding.ManualAxisType(varying=frozenset().union(*(t.varying for t in types)))
 
 
 @functools.cache

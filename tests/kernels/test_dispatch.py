@@ -102,8 +102,8 @@ def test_a_path_can_be_asked_for_in_code(monkeypatch):
     monkeypatch.setenv(dispatch.VARIABLE, "xla")
     with dispatch.asking("lut"):
         assert dispatch.wanted() == "lut"
-        assert not dispatch.only_xla()
-    assert dispatch.only_xla()
+        assert not dispatch.keeps_none()
+    assert dispatch.keeps_none()
     with pytest.raises(VqjaxError, match="expected one of"), dispatch.asking("table"):
         pass
     assert dispatch.wanted() == "xla"
@@ -112,10 +112,10 @@ def test_a_path_can_be_asked_for_in_code(monkeypatch):
 def test_devices_without_kernels_give_everything_to_xla(monkeypatch):
     for device, expected in ((CPU, True), (T4, True), (H200, False)):
         monkeypatch.setattr(dispatch, "current", lambda device=device: device)
-        assert dispatch.only_xla() == expected
+        assert dispatch.keeps_none() == expected
     monkeypatch.setattr(dispatch, "current", lambda: CPU)
     monkeypatch.setenv(dispatch.VARIABLE, "pallas")
-    assert not dispatch.only_xla()  # what cannot run is then an error, where it is traced
+    assert not dispatch.keeps_none()  # what cannot run is then an error, where it is traced
 
 
 def entry(**fields) -> dict:
@@ -167,7 +167,7 @@ def test_triton_is_taken_where_it_was_measured(monkeypatch):
         monkeypatch.setattr(tuned, "_tables", lambda text=text: tuned.read(text))
         found = choice(device, lambda problem: [])
         assert (found.path, found.schedule) == ("triton", Schedule("fused", Tiles(16, 32, 64)))
-        assert not dispatch.only_xla()
+        assert not dispatch.keeps_none()
         fallback = choice(device, lambda problem: ["jax_triton cannot be imported"])
         assert fallback.path == {"Tesla T4": "xla", "NVIDIA H200": "pallas"}[device.kind]
 

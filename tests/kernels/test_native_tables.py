@@ -116,8 +116,10 @@ def test_both_kinds_of_vector_instructions_give_the_same_bits(monkeypatch):
 
 
 @needs_compiler
-def test_gradients_vmap_and_shard_map_are_those_of_the_definition():
-    operands = matmul_operands()
+@pytest.mark.parametrize("asked", ["native", "auto"])
+def test_gradients_vmap_and_shard_map_are_those_of_the_definition(asked):
+    """By name, and beside what other platforms would run."""
+    operands = matmul_operands(rows={"native": 20, "auto": 21}[asked])
 
     def loss(run, x_BI, books_MKG):
         return jnp.sum(run(*operands._replace(x=x_BI, codebooks_MKG=books_MKG)) ** 2)
@@ -135,7 +137,7 @@ def test_gradients_vmap_and_shard_map_are_those_of_the_definition():
         gradient = jax.jit(jax.grad(functools.partial(loss, run), argnums=(0, 1)))
         return *gradient(*inputs), jax.vmap(forward)(x_ABI), jax.jit(sharded)(operands.x)
 
-    with dispatch.asking("native"):
+    with dispatch.asking(asked):
         found = by(vq_matmul)
     for ours, theirs in zip(found, by(matmul_ref.vq_matmul), strict=True):
         assert relative_rms(np.asarray(ours), np.asarray(theirs)) < 1e-5
@@ -143,9 +145,9 @@ def test_gradients_vmap_and_shard_map_are_those_of_the_definition():
 
 @needs_compiler
 def test_layers_that_it_cannot_read_go_to_xla(caplog):
-    operands = matmul_operands()
-    problem = Problem("vq_matmul", 13, 50, 37, 3, 256, 8, "float32", "float16")
-    wide = specs.random_operands(problem, (13, 50))
+    operands = matmul_operands(rows=17)  # as in no other test: what was traced keeps its choice
+    problem = Problem("vq_matmul", 17, 50, 37, 3, 256, 8, "float32", "float16")
+    wide = specs.random_operands(problem, (17, 50))
     dispatch._log_once.cache_clear()
     with dispatch.asking("native"), caplog.at_level(logging.INFO, "vqjax.kernels"):
         vq_matmul(*operands)
@@ -157,15 +159,18 @@ def test_layers_that_it_cannot_read_go_to_xla(caplog):
     ]
 
 
-def test_it_is_taken_where_it_was_measured(monkeypatch):
+def test_what_was_measured_decides_whether_a_weight_stays_packed(monkeypatch):
+    """A weight that is packed all the same is read by native code, not decoded in every call."""
     problem = problem_of(matmul_operands())
-    refused = {"native": []}
     here = device.Device("cpu", "some CPU, 2 cores")
-    for entry, path in ((("native", None), "native"), (("xla", None), "xla")):
+    for entry in (("native", None), ("xla", None), None):
         monkeypatch.setattr(tuned, "find", lambda kind, problem, entry=entry: entry)
-        assert dispatch.choose(problem, refused, here).path == path
-    monkeypatch.setattr(tuned, "find", lambda kind, problem: None)
-    assert dispatch.choose(problem, {"native": [dispatch.UNMEASURED]}, here).path == "xla"
+        choice = dispatch.choose(problem, {"native": []}, here)
+        assert (choice.path, choice.keeps) == ("native", entry == ("native", None))
+        choice = dispatch.choose(problem, {"native": ["no C++ compiler"]}, here)
+        assert (choice.path, choice.keeps) == ("xla", False)
+    with dispatch.asking("native"):
+        assert dispatch.choose(problem, {"native": []}, here).keeps
 
 
 @pytest.mark.parametrize(
@@ -181,12 +186,11 @@ def test_without_a_compiler_the_reason_is_said(compiler, reason, monkeypatch, tm
         monkeypatch.setenv("CXX", compiler)
     load = native_library.load.__wrapped__
     monkeypatch.setattr(native, "_library", lambda: load(native.PACKAGE, native.SOURCE))
-    operands = matmul_operands(rows=2)
-    expected = matmul_ref.vq_matmul(*operands)
-    np.testing.assert_array_equal(vq_matmul(*operands), expected)
+    operands, others = (matmul_operands(rows=rows) for rows in (18, 19))
     dispatch._failed_trial.cache_clear()
+    np.testing.assert_array_equal(vq_matmul(*operands), matmul_ref.vq_matmul(*operands))
     with dispatch.asking("native"), pytest.raises(VqjaxError, match=reason):
-        vq_matmul(*operands)
+        vq_matmul(*others)
     dispatch._failed_trial.cache_clear()
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 

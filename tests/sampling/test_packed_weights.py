@@ -72,7 +72,8 @@ def some_packed(*paths: str) -> dict:
 
 
 @pytest.mark.parametrize("dtype", TOL)
-def test_weights_decoded_in_the_step_agree(dtype):
+def test_weights_decoded_in_the_step_agree(dtype, monkeypatch):
+    monkeypatch.setenv(dispatch.VARIABLE, "xla")
     params = small.integer(CONFIG).params
     packed, loaded = placed(params, limit=0, dtype=dtype), placed(params, dtype=dtype)
     assert set(packed.paths.values()) == {"xla"}
@@ -109,17 +110,17 @@ def test_simulated_activations_agree_on_lookup_tables(monkeypatch, caplog):
 
 
 @pytest.mark.skipif(native.missing() is not None, reason=f"no native code: {native.missing()}")
-@pytest.mark.parametrize("how", ["named", "measured"])
+@pytest.mark.parametrize("how", ["named", "measured", "over the limit"])
 def test_native_tables_agree(how, monkeypatch):
     paths = ("unet/middle_block/res1/conv1/kernel", "unet/output_blocks_0/res/skip/kernel")
     params = some_packed(*paths)
     del params["activations"]
     if how == "named":
         monkeypatch.setenv(dispatch.VARIABLE, "native")
-    else:
+    if how == "measured":
         monkeypatch.setattr(tuned, "knows", lambda kind: True)
         monkeypatch.setattr(tuned, "find", lambda kind, problem: ("native", None))
-    found = placed(params)
+    found = placed(params, limit=0 if how == "over the limit" else None)
     assert found.paths == dict.fromkeys(paths, "native")
     difference = relative_rms(latents(found.params), latents(densify(params)))
     print(f"native tables: {difference:.2g}")
@@ -155,7 +156,8 @@ def test_a_named_kernel_that_cannot_run_is_an_error(monkeypatch):
         vqjax.sample(small.integer(CONFIG), [0], steps=1)
 
 
-def test_the_largest_weights_that_fit_are_decoded(caplog):
+def test_the_largest_weights_that_fit_are_decoded(caplog, monkeypatch):
+    monkeypatch.setenv(dispatch.VARIABLE, "xla")
     params = small.integer(CONFIG).params
     sizes = {p: leaf.size for p, leaf in tree.flatten(params).items() if isinstance(leaf, VQTensor)}
     largest, *_, smallest = sorted(sizes, key=lambda path: -sizes[path])
@@ -212,7 +214,8 @@ def test_packed_integers_are_decoded_ones():
 
 def test_integers_stay_packed_for_kernels(monkeypatch):
     """What a GPU would be given; only traced here."""
-    monkeypatch.setattr(dispatch, "current", lambda: H200)
+    for module in (dispatch, device):
+        monkeypatch.setattr(module, "current", lambda: H200)
     monkeypatch.setattr(dispatch, "_failed_trial", lambda *args: ())
     params = small.with_ranges(CONFIG).params
     found = placed(params, integer=True)
@@ -221,8 +224,9 @@ def test_integers_stay_packed_for_kernels(monkeypatch):
     assert all(isinstance(flat[path], PackedIntegerKernel) for path in found.paths)
 
 
-def test_images_of_packed_weights_are_those_of_decoded_ones(caplog):
+def test_images_of_packed_weights_are_those_of_decoded_ones(caplog, monkeypatch):
     """The whole of `sample`: first stage, guidance and noise of every step."""
+    monkeypatch.setenv(dispatch.VARIABLE, "xla")
     model, settings = small.integer(CONFIG), {"steps": 2, "guidance": 1.5, "eta": 0.5}
     packed = vqjax.sample(model, [2, 0], weight_memory=0.0, **settings)
     (message,) = caplog.messages

@@ -193,7 +193,7 @@ def ways_here(paths: Sequence[str] = ()) -> list[Way]:
     if missing:
         absent["native"] = missing
     with dispatch.asking("auto"):
-        if dispatch.only_xla():
+        if dispatch.keeps_none():
             absent["auto"] = f"it decodes at load here, as load does ({tuned.COMMAND})"
     if on_cpu:  # what was measured to be fastest is native code; all else is decoded at load
         found["auto"] = found["auto"]._replace(title="measured best", limit=None)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """How the weights of a quantized model stand in memory while it samples.
 
-Where a kernel multiplies by packed codes, a weight stays packed. Elsewhere it is decoded once, at
-load, as far as a limit allows; what is left is decoded in every step of the sampler.
+Where a kernel multiplies by packed codes faster than by decoded weights, a weight stays packed.
+Elsewhere it is decoded once, at load, as far as a limit allows; what is left is read by a kernel if
+there is one, and else decoded in every step of the sampler.
 """
 
 import functools
@@ -62,15 +63,15 @@ def place(
     limit: float | None = None,
     integer: bool = False,
 ) -> Placed:
-    """Decodes the weights that no kernel reads as they are stored.
+    """Decodes the weights that are not better left as they are stored.
 
     Args:
       rows: latents that the U-Net sees at a time, both branches of guidance counted.
       dtype: "float32", "bfloat16" or "float16": of the U-Net's computation and decoded weights.
       limit: most GB (10^9 bytes) of decoded weights, or None. Weights that do not fit stay packed
-        (`say_what_stays`). The largest are decoded first: a step saves time in proportion to what
-        is decoded, and the buffer in which it decodes the others is as large as the largest of
-        them.
+        (`say_what_stays`). The largest are decoded first: where no kernel reads the others, a step
+        saves time in proportion to what is decoded, and the buffer in which it decodes is as large
+        as the largest of them.
       integer: for products of int8; decoded weights then take a byte.
 
     Raises:
@@ -83,16 +84,21 @@ def place(
         raise VqjaxError(f"dtype {dtype!r}: expected one of {', '.join(FLOATS)}")
     flat = tree.flatten(params)
     packed = {path: leaf for path, leaf in flat.items() if isinstance(leaf, VQTensor)}
-    paths = dict.fromkeys(packed, "xla")
-    paths |= kernel_paths(config, params, rows=rows, dtype=dtype, integer=integer)
+    look = functools.partial(choices, config, params, rows=rows, dtype=dtype, integer=integer)
+    found = {} if dispatch.keeps_none() else look()
+    paths = {path: choice.path for path, choice in found.items() if choice.keeps}
     types = {path: "int8" if integer else _dtype(path, dtype) for path in packed}
     room = math.inf if limit is None else limit * 1e9
-    waiting = [path for path in packed if paths[path] == "xla"]
+    waiting = [path for path in packed if path not in paths]
     for path in sorted(waiting, key=lambda path: -packed[path].size):
         size = packed[path].size * jnp.dtype(types[path]).itemsize
         if size <= room:
             room -= size
             paths[path] = LOADED
+    if len(paths) < len(packed):
+        found = found or look()
+        how = {path: found[path].path if path in found else "xla" for path in packed}
+        paths = how | paths
     if integer:
         kept = [path for path in packed if paths[path] != LOADED]
         return Placed(jax.tree.map(jnp.asarray, integerize(params, kept)), paths)
@@ -102,28 +108,23 @@ def place(
     return Placed(jax.tree.map(jnp.asarray, tree.unflatten(flat)), paths)
 
 
-def kernel_paths(
+def choices(
     config: LatentDiffusionConfig,
     params: models.Params,
     *,
     rows: int,
     dtype: str,
     integer: bool = False,
-) -> dict[str, str]:
-    """Returns what the dispatcher chooses for every packed weight of the U-Net, by its path.
-
-    Nothing where it gives everything to XLA: then the network need not be traced.
-    """
-    if dispatch.only_xla():
-        return {}
+) -> dict[str, dispatch.Choice]:
+    """Returns what the dispatcher chooses for every packed weight, by its path."""
     leaves, structure = jax.tree.flatten(params)
     shapes = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
     asked = dispatch.wanted(), device.current()
-    return dict(_traced_paths(config, structure, shapes, rows, dtype, integer, asked))
+    return _traced_choices(config, structure, shapes, rows, dtype, integer, asked)
 
 
 @functools.lru_cache(maxsize=32)
-def _traced_paths(
+def _traced_choices(
     config: LatentDiffusionConfig,
     structure: Any,
     shapes: tuple[jax.ShapeDtypeStruct, ...],
@@ -131,17 +132,17 @@ def _traced_paths(
     dtype: str,
     integer: bool,
     asked: tuple[str, device.Device],
-) -> dict[str, str]:
+) -> dict[str, dispatch.Choice]:
     """Kept, since tracing a large network takes seconds, and every call of `sample` asks."""
     del asked  # by the dispatcher, which knows
-    found: dict[str, str] = {}
+    found: dict[str, dispatch.Choice] = {}
 
     def predict(params: models.Params, x_BHWC: jax.Array, t_B: jax.Array, ids_B: jax.Array) -> Any:
         flat = tree.flatten(params)
 
         def look(path: str, x: jax.Array, window: dict[str, Any]) -> None:
             if isinstance(flat[path], VQTensor):
-                found[path] = packed_layers.choice(x, flat[path], integer=integer, **window).path
+                found[path] = packed_layers.choice(x, flat[path], integer=integer, **window)
 
         context = models.embed_classes(config, params, ids_B)
         return models.capture_inputs(config, params, x_BHWC, t_B, context, look)[0]
