@@ -161,6 +161,28 @@ def check_decode() -> str:
     return f"largest difference {error:.0e}"
 
 
+def check_product() -> str:
+    """Multiplies by packed codes on the path that is taken here, and compares with NumPy."""
+    import jax
+    import numpy as np
+
+    from vqjax.kernels import decode, specs
+    from vqjax.kernels.problem import Problem
+    from vqjax.kernels.vq_matmul import api
+
+    problem = Problem("vq_matmul", 5, 40, 24, 3, 16, 8, "float32", "float16")
+    operands = specs.random_operands(problem, (5, 40))
+    path = api.choice(operands).path
+    x_BI, packed_OY, books_MKG, scales_O, _, bias_O = jax.device_get(operands)
+    weight_OI = decode.decode(packed_OY, books_MKG, scales_O, groups=problem.groups)
+    expected = x_BI @ weight_OI.T + bias_O
+    found = np.asarray(jax.jit(api.vq_matmul)(*operands))
+    error = float(np.abs(found - expected).max() / np.abs(expected).max())
+    if not error < 1e-5:
+        raise AssertionError(f"products by {path} differ by {error:.1e} of the largest")
+    return f"by {path}, largest difference {error:.0e} of the largest"
+
+
 def check_search() -> str:
     """Encodes sums of codebook entries: the search has to find codes that lose nothing."""
     import jax
@@ -225,6 +247,7 @@ def check_first_stage() -> str:
 
 CHECKS: dict[str, Callable[[], str]] = {
     "decode": check_decode,
+    "product": check_product,
     "code search": check_search,
     "U-Net": check_model,
     "first stage": check_first_stage,
