@@ -11,6 +11,7 @@ from tests.io import models
 from vqjax import sampling
 from vqjax.bench import embedded, pareto
 from vqjax.bench.__main__ import main
+from vqjax.core import plan
 from vqjax.errors import VqjaxError
 from vqjax.eval.judge import Judge
 from vqjax.io import native
@@ -92,6 +93,8 @@ def small_model(tmp_path, monkeypatch):
     path = tmp_path / "small.safetensors"
     native.save_model(path, models.dense(models.LIKE_DIGITS))
     prepare, calibration = quantize.prepare, Calibration(images=2, steps=3, batch=2)
+    # One code for each kind of layer: less to compile.
+    monkeypatch.setattr(plan, "_SIZES", {"linear": ((8, 2),), "conv3x3": ((9, 2),)})
     monkeypatch.setattr(
         quantize,
         "prepare",
@@ -117,7 +120,7 @@ def test_every_point_is_made_once(small_model, tmp_path, monkeypatch, capsys):
     assert content["reference"] == {"real_halves": halves}
     full, ours, rival, same = content["points"]
     assert [row["method"] for row in content["points"]][1:] == ["untuned", "scalar", "tuned"]
-    assert ours["bits_per_weight"] <= 2 < rival["bits_per_weight"] < 3
+    assert ours["bits_per_weight"] <= 2 < rival["bits_per_weight"] < 4
     assert ours["bytes"] < rival["bytes"] < full["bytes"]
     assert ours["psnr"] == same["psnr"] != rival["psnr"]
     assert ours["psnr_interval"][0] < ours["psnr"] < ours["psnr_interval"][1]

@@ -11,6 +11,7 @@ from tests.io import models as small
 from vqjax import config as config_lib
 from vqjax.bench import tune
 from vqjax.bench.__main__ import main
+from vqjax.core import plan
 from vqjax.core.plan import LayerSpec
 
 
@@ -24,6 +25,8 @@ def test_a_random_weight_has_the_size_of_an_untrained_one():
 
 def test_parts_of_a_step(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(config_lib.PRESETS, "digits", lambda: small.TINY)
+    # One code for each kind of layer: less to compile.
+    monkeypatch.setattr(plan, "_SIZES", {"linear": ((8, 2),), "conv3x3": ((9, 2),)})
     file = tmp_path / "tune.json"
     words = ["tune", "--bits", "3", "--tuning.batch", "2", "--repeat", "1", "--json", str(file)]
     assert main(words) == 0
