@@ -136,8 +136,8 @@ def test_every_point_is_made_once(small_model, tmp_path, monkeypatch, capsys):
     # What no bit width changes serves the next one.
     monkeypatch.setattr(quantize, "compressed", stop)
     with pytest.raises(Stopped):
-        embedded.compressed(work, 1.2)
-    journal = Journal(embedded.folder(work) / "1.2", {})
+        embedded.compressed(work, 2.5)
+    journal = Journal(embedded.folder(work) / "2.5", {})
     assert journal.load("moments-0") is not None
 
 
