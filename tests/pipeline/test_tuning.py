@@ -135,6 +135,12 @@ def test_tuning_is_a_stage_of_a_run(tmp_path, monkeypatch):
     assert old[searched].nbytes == new[searched].nbytes
 
 
+def test_rates_shrink_with_the_errors_of_codes():
+    for bits, rate in ((1.5, 1.0), (2.0, 1.0), (3.0, 0.5), (4.0, 0.25)):
+        assert tuning.rate_of(Tuning(), bits) == rate
+        assert tuning.rate_of(Tuning(rate=0.7), bits) == 0.7
+
+
 def test_many_bits_are_spent_on_single_weights():
     shapes = {"unet/a/conv1/kernel": (3, 3, 64, 64), "unet/out/conv/kernel": (3, 3, 64, 3)}
     spec = make_plan(shapes, bits=8.2, integer=True)["unet/a/conv1/kernel"]

@@ -152,7 +152,7 @@ def tuned(start: Compressed, method: str, seed: int, teaching: Teaching) -> Mode
         start.job.model,
         student,
         optimizer,
-        tuning.ranges_optimizer(teaching.steps, teaching.tuning.rate),
+        tuning.ranges_optimizer(teaching.steps, tuning.rate_of(teaching.tuning, start.job.bits)),
         recipe,
         (start.journal.folder / "tuned" / f"{method}-{seed}-{known}").absolute(),
         activations=start.model.params["activations"],
@@ -187,7 +187,7 @@ def _pupil(
 ) -> tuple[distill.Student, distill.Optimizer, Callable[[Any], Any]]:
     """What is trained, how, and what it shows."""
     student = tuning.student_of(start.model)
-    steps, rate = teaching.steps, teaching.tuning.rate
+    steps, rate = teaching.steps, tuning.rate_of(teaching.tuning, start.job.bits)
     if method in VARIANTS:
         variant = VARIANTS[method]
         code_lr = float(cast(float, variant.code_lr)) * teaching.code_rate

@@ -139,7 +139,9 @@ def measure(wanted: BenchTuneSettings, model: Model, student: distill.Student) -
 
 
 def _update_seconds(wanted: BenchTuneSettings, variant: pv.PVConfig, gradients, weights) -> float:
-    optimizer = tuning.weights_optimizer(_STEPS, wanted.tuning.rate, variant)
+    optimizer = tuning.weights_optimizer(
+        _STEPS, tuning.rate_of(wanted.tuning, wanted.bits), variant
+    )
     state = jax.jit(optimizer.init)(weights)
     return median(optimizer.update, wanted.repeat, gradients, state, weights)
 

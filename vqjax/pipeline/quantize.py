@@ -210,9 +210,11 @@ def prepare(wanted: settings.QuantizeSettings) -> Job:
         )
     if wanted.tune_steps is not None and wanted.tune_steps < 0:
         raise VqjaxError(f"--tune-steps {wanted.tune_steps}: expected 0 or more")
-    if wanted.tuning.batch < 1 or wanted.tuning.trajectories < 1 or not wanted.tuning.rate > 0:
+    taught = wanted.tuning
+    still = taught.rate is not None and not taught.rate > 0
+    if taught.batch < 1 or taught.trajectories < 1 or still:
         raise VqjaxError(
-            f"--tuning: found {wanted.tuning}; expected 1 or more of batch and trajectories, and a "
+            f"--tuning: found {taught}; expected 1 or more of batch and trajectories, and a "
             "rate above 0"
         )
     if wanted.samples is not None and wanted.samples < 4:

@@ -75,7 +75,7 @@ def _ranged(job: "Job", journal: Journal, model: Model, visited: list[tuple], bi
 
 def _distilled(job: "Job", journal: Journal, model: Model) -> Model:
     """The model after `job.tune_steps` of SeMI-PV."""
-    recipe, rate = recipe_of(job), job.settings.tuning.rate
+    recipe, rate = recipe_of(job), rate_of(job.settings.tuning, job.bits)
     with journal.stage("tune"):
         taught = distill.distill(
             job.model,
@@ -90,6 +90,15 @@ def _distilled(job: "Job", journal: Journal, model: Model) -> Model:
             metrics=lambda state: {"moved": pv.moved_fraction(state)},
         )
     return model_of(taught, model)
+
+
+def rate_of(tuning: settings.Tuning, bits: float) -> float:
+    """What learning rates are multiplied by.
+
+    They were chosen at two bits, relative to the norms of weights. What is to be learned is the
+    error of the codes, which halves with every bit.
+    """
+    return min(1.0, 2.0 ** (2 - bits)) if tuning.rate is None else tuning.rate
 
 
 def recipe_of(job: "Job") -> distill.Recipe:
