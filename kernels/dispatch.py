@@ -57,10 +57,10 @@ class Choice:
     path: str
     schedule: Schedule | None
     why: str
-    keeps: bool = True
+    keeps: bool
 
 
-_LOOKUP = Choice("lut", None, f"{VARIABLE}=lut")
+_LOOKUP = Choice("lut", None, f"{VARIABLE}=lut", keeps=True)
 
 
 def wanted() -> str:

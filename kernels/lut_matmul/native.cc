@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Convolutions and products with packed codes by lookup tables on a CPU, as `ref.py` defines them.
-// Called by XLA through its foreign function interface; built by `native.py`.
+// Called by XLA through its foreign function interface; built by `native_library.py`.
 //
 // A codebook has 16 entries: the products of an input vector with all of them are one vector
 // register of AVX-512 (two of AVX2), and one permutation of it looks up as many outputs as the
