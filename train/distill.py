@@ -302,7 +302,7 @@ class Lessons:
         self._recipe, self._sharding, self._classes = recipe, sharding, max(config.null_class, 1)
         self._params, self._conditional = teacher.params, bool(config.n_classes)
         self._teach = jax.jit(teacher_of(config, recipe))
-        self._shape, self._round = config.latent_shape, -1
+        self._shape, self._small, self._round = config.latent_shape, config.small, -1
         mixed = recipe.order == "mixed"
         self._together = recipe.trajectories if mixed else recipe.batch
         pairs = self._together * len(self.schedule.timesteps)
@@ -340,12 +340,16 @@ class Lessons:
         rng = np.random.default_rng((seed, number, 1))
         ids_P = rng.integers(0, self._classes, count).astype(np.int32)
         index_P = np.arange(number * count, (number + 1) * count, dtype=np.uint32)
-        parts = []
-        for first in range(0, count, self._recipe.batch):  # no more at a time than a step takes
+
+        def teach(first: int) -> Taught:
             chosen = slice(first, first + self._recipe.batch)
             noise = sampling.image_noise(seed, index_P[chosen], self._shape)
             ids = jnp.asarray(ids_P[chosen]) if self._conditional else None
-            parts.append(jax.device_get(self._teach(self._params, ids, noise)))
+            return jax.device_get(self._teach(self._params, ids, noise))
+
+        # No more in a call than a step takes.
+        firsts = range(0, count, self._recipe.batch)
+        parts = cores.in_order(teach, firsts, together=self._small)
         whole = jax.tree.map(lambda *rows: np.concatenate(rows, axis=1), *parts)
         return jax.tree.map(lambda rows: rows.reshape(-1, *rows.shape[2:]), whole)
 

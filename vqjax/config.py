@@ -102,7 +102,10 @@ class LatentDiffusionConfig:
 
     @property
     def small(self) -> bool:
-        """Whether a CPU samples and trains the model in minutes: pictures of 64 pixels or less."""
+        """Whether a CPU samples and trains the model in minutes: pictures of 64 pixels or less.
+
+        Its operations are too small to keep all cores busy: several batches at a time do.
+        """
         return self.first_stage.resolution <= 64
 
     @property

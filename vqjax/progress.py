@@ -3,6 +3,7 @@
 
 import contextlib
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -25,7 +26,7 @@ def stage(name: str, total: int, *, done: int = 0, quiet: bool = False) -> Itera
       quiet: show nothing.
 
     Yields:
-      The function to call after each unit.
+      The function to call after each unit, from any thread.
     """
     if quiet:
         yield lambda count=1, note="": None
@@ -53,17 +54,18 @@ def _bar(name: str, total: int, done: int) -> Iterator[Advance]:
 
 def _lines(name: str, total: int, done: int) -> Advance:
     start, first, printed = time.monotonic(), done, 0.0
+    lock = threading.Lock()
 
     def advance(count: int = 1, note: str = "") -> None:
         nonlocal done, printed
-        done += count
-        now = time.monotonic()
-        if done < total and now - printed < LINE_INTERVAL:
-            return
-        printed = now
-        eta = (now - start) / max(done - first, 1) * (total - done)
-        print(
-            f"{name}: {done}/{total}  ETA {eta:.0f} s  {note}".rstrip(), file=sys.stderr, flush=True
-        )
+        with lock:
+            done += count
+            now = time.monotonic()
+            if done < total and now - printed < LINE_INTERVAL:
+                return
+            printed = now
+            eta = (now - start) / max(done - first, 1) * (total - done)
+            line = f"{name}: {done}/{total}  ETA {eta:.0f} s  {note}"
+            print(line.rstrip(), file=sys.stderr, flush=True)
 
     return advance

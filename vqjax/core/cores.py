@@ -2,7 +2,7 @@
 """Independent pieces of work on all cores of a CPU: most of ours keep one core busy."""
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -13,7 +13,18 @@ Result = TypeVar("Result")
 
 
 def each(work: Callable[[Item], Result], items: Iterable[Item], device: Any = None) -> list[Result]:
-    """Calls `work` for every item, and returns the results in their order.
+    """Calls `work` for every item, and returns the results in their order; see `in_order`."""
+    return list(in_order(work, items, device))
+
+
+def in_order(
+    work: Callable[[Item], Result],
+    items: Iterable[Item],
+    device: Any = None,
+    *,
+    together: bool = True,
+) -> Iterator[Result]:
+    """Calls `work` for every item, and yields the results in their order as they are there.
 
     On a CPU there are as many calls at a time as cores, on other devices one: their programs follow
     each other anyhow.
@@ -21,14 +32,20 @@ def each(work: Callable[[Item], Result], items: Iterable[Item], device: Any = No
     Args:
       work: dispatches programs to the device; pure.
       device: where; default: the first one.
+      together: False makes one call at a time everywhere, for programs that keep all cores busy by
+        themselves, or take much memory.
     """
     items = list(items)
     device = device or jax.local_devices()[0]
-    if device.platform != "cpu" or len(items) < 2:
-        return [work(item) for item in items]
+    if device.platform != "cpu" or len(items) < 2 or not together:
+        yield from map(work, items)
+        return
     work = _as_here(work, device)
     with ThreadPoolExecutor(min(os.cpu_count() or 1, len(items))) as pool:
-        return list(pool.map(lambda item: jax.block_until_ready(work(item)), items))
+        try:
+            yield from pool.map(lambda item: jax.block_until_ready(work(item)), items)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def beside(work: Callable[[], Result]) -> Callable[[], Result]:

@@ -5,21 +5,28 @@ Dimension key:  B batch   H W latent   C channels   T trajectory steps   L layer
                 F candidate ranges
 
 The trajectories are walked twice: first for the least and the largest number that each layer reads
-at each timestep, then for the squared error of all inputs in a few ranges within those
+at each timestep, then for the squared error of a part of its inputs in a few ranges within those
 (`core.activations`). The range of least error, summed over all batches, is kept. Memory beyond the
 model's own is a few numbers per layer, timestep and candidate.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vqjax.core import cores
 from vqjax.core.activations import Activations, candidate_ranges, layer_bits, squared_errors
 from vqjax.core.model import Model
 from vqjax.errors import gathered
 from vqjax.pipeline import calibrate
+
+_MOST = 65_536
+"""Numbers of a layer's input in one call that ranges are tried on. All of them, tried in 64 ranges,
+cost several times what the U-Net does."""
 
 
 def calls(visited: Sequence[tuple]) -> int:
@@ -63,25 +70,30 @@ def observe(
         def reduce(path, x, window):
             del window
             layer = paths.index(path)
-            return squared_errors(x, step_FL[:, layer], zero_FL[:, layer], layers_bits[layer])
+            return squared_errors(
+                _part(x), step_FL[:, layer], zero_FL[:, layer], layers_bits[layer]
+            )
 
         found = calibrate.capture_branches(config, params, x_BHWC, t, ids_B, reduce)
         return jnp.stack([found[path] for path in paths], axis=1)
 
     low_TL = np.full((len(t_T), len(paths)), np.inf, np.float32)
     high_TL = -low_TL
-    for step, call in _points(model, visited):
-        low_L, high_L = np.asarray(ends(*call)).T
-        low_TL[step] = np.minimum(low_TL[step], low_L)
-        high_TL[step] = np.maximum(high_TL[step], high_L)
+    for step, ends_L2 in _walk(model, visited, lambda step, *call: ends(*call)):
+        low_TL[step] = np.minimum(low_TL[step], ends_L2[:, 0])
+        high_TL[step] = np.maximum(high_TL[step], ends_L2[:, 1])
         on_step()
     _check_finite(paths, low_TL, high_TL)
 
     ranges = [candidate_ranges(low_TL[:, i], high_TL[:, i], b) for i, b in enumerate(layers_bits)]
     step_FTL, zero_FTL = (np.stack(tables, axis=2) for tables in zip(*ranges))
     error_FTL = np.zeros_like(step_FTL, np.float64)
-    for step, call in _points(model, visited):
-        error_FTL[:, step] += np.asarray(errors(*call, step_FTL[:, step], zero_FTL[:, step]))
+
+    def errors_at(step: int, *call: Any) -> jax.Array:
+        return errors(*call, step_FTL[:, step], zero_FTL[:, step])
+
+    for step, error_FL in _walk(model, visited, errors_at):
+        error_FTL[:, step] += error_FL
         on_step()
     best_1TL = np.argmin(error_FTL, axis=0)[None]
     order_T = np.argsort(t_T)
@@ -97,11 +109,29 @@ def observe(
     )
 
 
-def _points(model: Model, visited: Sequence[tuple]) -> Iterator[tuple]:
-    """Yields the number of the step and the arguments of one call, for all trajectories."""
-    for x_TBHWC, t_T, ids_B in visited:
-        for step, (x_BHWC, t) in enumerate(zip(x_TBHWC, t_T)):
-            yield step, (model.params, x_BHWC, jnp.int32(t), ids_B)
+def _part(x: jax.Array) -> jax.Array:
+    """At most `_MOST` numbers of x at equal distances, of all channels and pixels alike."""
+    stride = -(-x.size // _MOST)
+    while math.gcd(stride, x.size) > 1:
+        stride += 1
+    return x.reshape(-1)[::stride]
+
+
+def _walk(
+    model: Model, visited: Sequence[tuple], compute: Callable[..., jax.Array]
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Yields the number of the step and `compute(step, params, x, t, ids)`, for all points."""
+    points = [
+        (step, x_BHWC, t, ids_B)
+        for x_TBHWC, t_T, ids_B in visited
+        for step, (x_BHWC, t) in enumerate(zip(x_TBHWC, t_T))
+    ]
+
+    def work(point: tuple) -> tuple[int, np.ndarray]:
+        step, x_BHWC, t, ids_B = point
+        return step, np.asarray(compute(step, model.params, x_BHWC, jnp.int32(t), ids_B))
+
+    yield from cores.in_order(work, points, together=model.config.small)
 
 
 def _by_path(paths: list[str], table_TL: np.ndarray) -> dict[str, jax.Array]:

@@ -19,6 +19,7 @@ import numpy as np
 
 from vqjax import models, sampling
 from vqjax.config import LatentDiffusionConfig
+from vqjax.core import cores
 from vqjax.core import moments as moments_lib
 from vqjax.core.model import Model
 from vqjax.core.moments import Moment
@@ -137,11 +138,14 @@ def trajectories(
         )
     )
     end = start + calibration.images
-    for first in range(start, end, calibration.batch):
+
+    def batch(first: int) -> tuple:
         index_B = np.arange(first, min(first + calibration.batch, end))
         ids_B = jnp.asarray(index_B % classes, jnp.int32) if config.n_classes else None
         x_TBHWC = step(model.params, ids_B, jnp.asarray(index_B, jnp.uint32))
-        yield np.asarray(x_TBHWC), schedule.timesteps[::-1], ids_B
+        return np.asarray(x_TBHWC), schedule.timesteps[::-1], ids_B
+
+    yield from cores.in_order(batch, range(start, end, calibration.batch), together=config.small)
 
 
 def second_moments(
@@ -160,7 +164,7 @@ def second_moments(
     Args:
       visited: from `trajectories`.
       paths: kernels to look at; memory grows with the sum of their squared fan-ins.
-      on_step: called after each U-Net call.
+      on_step: called after each U-Net call, from any thread.
       weights_T: of the steps, mean 1; None: all alike.
     """
     sizes = trace_layers(model.config, model.params)
@@ -168,17 +172,25 @@ def second_moments(
     steps = len(visited[0][1])
     weights_T = np.ones(steps) if weights_T is None else weights_T
     held = {path: _held(path, sizes[path], images, weights_T) for path in paths}
-    sums = {path: _empty(sizes[path], held[path].every) for path in paths}
     add = _adder(model.config, held)
-    first = calls = 0
-    for x_TBHWC, t_T, ids_B in visited:
-        index_B = jnp.arange(first, first + x_TBHWC.shape[1])
-        for step, (x_BHWC, t) in enumerate(zip(x_TBHWC, t_T)):
-            place = index_B, jnp.int32(step), jnp.float32(weights_T[step])
-            sums = add(sums, model.params, x_BHWC, jnp.int32(t), ids_B, *place)
-            calls += 1
-            on_step()
-        first += x_TBHWC.shape[1]
+    firsts = np.cumsum([0] + [x_TBHWC.shape[1] for x_TBHWC, _, _ in visited])
+
+    def sums_of(batches: Sequence[int]) -> dict[str, _Sums]:
+        sums = {path: _empty(sizes[path], held[path].every) for path in paths}
+        for number in batches:
+            x_TBHWC, t_T, ids_B = visited[number]
+            index_B = jnp.arange(firsts[number], firsts[number + 1])
+            for step, (x_BHWC, t) in enumerate(zip(x_TBHWC, t_T)):
+                place = index_B, jnp.int32(step), jnp.float32(weights_T[step])
+                sums = add(sums, model.params, x_BHWC, jnp.int32(t), ids_B, *place)
+                on_step()
+        return sums
+
+    # Sums of a large model are as large as memory allows: those of all batches are one.
+    numbers = range(len(visited))
+    parts = [[number] for number in numbers] if model.config.small else [numbers]
+    sums = functools.reduce(_added, cores.in_order(sums_of, parts))
+    calls = len(visited) * steps
     branches = 1 if visited[0][2] is None else 2
     return {
         path: _moment(
@@ -262,6 +274,10 @@ def _empty(size: LayerInput, every: int) -> _Sums:
     held = moments_lib.held_size(size.fan_in, size.window) if every else 0
     shapes = ((size.fan_in,) * 2, (size.fan_in,), (held, held), (held,))
     return _Sums(*(jnp.zeros(shape, jnp.float32) for shape in shapes))
+
+
+def _added(sums: dict[str, _Sums], more: dict[str, _Sums]) -> dict[str, _Sums]:
+    return jax.tree.map(np.add, *jax.device_get((sums, more)))
 
 
 def _add(

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vqjax import models, sampling
-from vqjax.core import draw, grouping, tree
+from vqjax.core import cores, draw, grouping, tree
 from vqjax.core import moments as moments_lib
 from vqjax.core.model import Model
 from vqjax.core.moments import Moment
@@ -94,9 +94,14 @@ def responses(
     on_device = {path: jnp.asarray(error) for path, error in errors.items()}
     run = _compiled(model.config, kernels, guidance)
     sums, whole = dict.fromkeys(kernels, 0.0), 0.0
-    for call, (step, x_BHWC, t, ids_B) in enumerate(_points(visited)):
-        weight = 1.0 if weights_T is None else float(weights_T[step])
-        found = run(model.params, on_device, x_BHWC, t, ids_B, jax.random.fold_in(key, call))
+
+    def respond(numbered: tuple) -> tuple[float, dict[str, jax.Array]]:
+        call, (step, *point) = numbered
+        found = run(model.params, on_device, *point, jax.random.fold_in(key, call))
+        return 1.0 if weights_T is None else float(weights_T[step]), found
+
+    points = enumerate(_points(visited))
+    for weight, found in cores.in_order(respond, points, together=model.config.small):
         sums = {path: sums[path] + weight * float(found[path]) for path in kernels}
         whole += weight
         on_step()

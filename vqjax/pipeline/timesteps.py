@@ -24,7 +24,7 @@ import numpy as np
 
 from vqjax import progress, sampling
 from vqjax.config import LatentDiffusionConfig
-from vqjax.core import draw
+from vqjax.core import cores, draw
 from vqjax.core.model import Model
 from vqjax.pipeline import sensitivity
 from vqjax.pipeline.journal import Journal
@@ -59,10 +59,15 @@ def weights(
     schedule = ddim_schedule(model.config, calibration.steps)
     run = jax.jit(functools.partial(_squares, model.config, schedule, calibration.guidance))
     squares_T = np.zeros(len(schedule.timesteps))
-    for number, (x_TBHWC, _, ids_B) in enumerate(sensitivity.portions(visited)):
+
+    def squares(numbered: tuple) -> np.ndarray:
+        number, (x_TBHWC, _, ids_B) = numbered
         x_BHWC = jnp.asarray(x_TBHWC[0])
-        found = run(model.params, ids_B, x_BHWC, jax.random.fold_in(key, number))
-        squares_T += np.asarray(found, np.float64)
+        return np.asarray(run(model.params, ids_B, x_BHWC, jax.random.fold_in(key, number)))
+
+    portions = enumerate(sensitivity.portions(visited))
+    for found_T in cores.in_order(squares, portions, together=model.config.small):
+        squares_T += found_T
         on_step()
     return _normalized(squares_T)
 

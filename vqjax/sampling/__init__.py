@@ -15,7 +15,7 @@ import numpy as np
 
 from vqjax import models
 from vqjax.config import LatentDiffusionConfig
-from vqjax.core import draw
+from vqjax.core import cores, draw
 from vqjax.core.model import Model
 from vqjax.errors import VqjaxError
 from vqjax.kernels import dispatch
@@ -202,18 +202,23 @@ def generate_with_latents(
     )
     say_what_stays(placed, weight_memory)
     params = placed.params
-    images, latents = [], []
-    for start in range(0, len(classes), batch_size):
+
+    def sample(start: int) -> tuple[np.ndarray, np.ndarray]:
         index_B = np.arange(start, start + batch_size)
         ids_B = jnp.asarray(classes[np.minimum(index_B, len(classes) - 1)], jnp.int32)
         ids_B = ids_B if config.n_classes else None
         index_B = jnp.asarray(first_index + index_B, jnp.uint32)
         batch = sample_batch(config, params, ids_B, index_B, jnp.uint32(seed), run=run)
+        images, latents = jax.device_get(batch)
         count = min(batch_size, len(classes) - start)
-        images.append(np.asarray(batch[0])[:count])
-        latents.append(np.asarray(batch[1])[:count])
+        return images[:count], latents[:count]
+
+    batches, starts = [], range(0, len(classes), batch_size)
+    for batch in cores.in_order(sample, starts, together=config.small):
+        batches.append(batch)
         if on_batch is not None:
-            on_batch(count)
+            on_batch(len(batch[0]))
+    images, latents = zip(*batches)
     return np.concatenate(images), np.concatenate(latents)
 
 
