@@ -12,6 +12,20 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+def at_once(device: Any = None, *, together: bool = True) -> int:
+    """Returns how many calls of one program a device is given at a time.
+
+    On a CPU as many as it has cores, on other devices one: there programs follow each other anyhow.
+
+    Args:
+      device: default: the first one.
+      together: False makes it one everywhere, for programs that keep all cores busy by themselves,
+        or take much memory.
+    """
+    device = device or jax.local_devices()[0]
+    return (os.cpu_count() or 1) if device.platform == "cpu" and together else 1
+
+
 def each(work: Callable[[Item], Result], items: Iterable[Item], device: Any = None) -> list[Result]:
     """Calls `work` for every item, and returns the results in their order; see `in_order`."""
     return list(in_order(work, items, device))
@@ -26,22 +40,18 @@ def in_order(
 ) -> Iterator[Result]:
     """Calls `work` for every item, and yields the results in their order as they are there.
 
-    On a CPU there are as many calls at a time as cores, on other devices one: their programs follow
-    each other anyhow.
-
     Args:
-      work: dispatches programs to the device; pure.
-      device: where; default: the first one.
-      together: False makes one call at a time everywhere, for programs that keep all cores busy by
-        themselves, or take much memory.
+      work: dispatches programs to the device; pure. Calls run at the same time, `at_once` of them.
+      device, together: see `at_once`.
     """
     items = list(items)
     device = device or jax.local_devices()[0]
-    if device.platform != "cpu" or len(items) < 2 or not together:
+    workers = min(at_once(device, together=together), len(items))
+    if workers < 2:
         yield from map(work, items)
         return
     work = _as_here(work, device)
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, len(items))) as pool:
+    with ThreadPoolExecutor(workers) as pool:
         try:
             yield from pool.map(lambda item: jax.block_until_ready(work(item)), items)
         finally:

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from vqjax import progress, sampling
+from vqjax.core import cores
 from vqjax.core.model import Model
 from vqjax.io.image_shards import Shards
 from vqjax.sampling.weights import place
@@ -47,7 +48,9 @@ def sample(
         # Once for all shards; what stays packed is what kernels read so.
         with jax.default_device(device):
             placed = place(model.config, jax.device_put(model.params, device), rows=rows)
-        free.put((device, dataclasses.replace(model, params=placed.params)))
+        own = dataclasses.replace(model, params=placed.params)
+        for _ in range(cores.at_once(device, together=model.config.small)):
+            free.put((device, own))
 
     def one(number: int) -> int:
         pictures = shards.pictures_of(number)
