@@ -60,7 +60,7 @@ def _set_up() -> None:
     if getattr(jax.config, "jax_compilation_cache_dir", None) is None:
         folder = platformdirs.user_cache_path("vqjax") / "xla"
         jax.config.update("jax_compilation_cache_dir", str(folder))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     from vqjax.pipeline import processes
 
     processes.initialize()
