@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from vqjax.core import cores
 from vqjax.errors import VqjaxError
 from vqjax.eval import metrics
 from vqjax.io.image_set import ImageSet
@@ -25,6 +26,9 @@ NAME = "ADM evaluator"
 SCORES = ("fid", "sfid", "is", "precision", "recall")
 PUBLISHED_COUNT = 50_000
 BATCH = 64
+CPU_BATCH = 8
+"""Pictures in one call on a CPU, which makes several calls at a time: nearly twice as fast as one
+call of 64, part of which keeps a single core busy."""
 FLUSH = 1024  # rows at once into the moments, whose cost is that of a matrix of 2048 x 2048
 
 
@@ -187,16 +191,20 @@ def gather(rows: Iterable[Rows], images: ImageSet) -> Seen:
 
 
 def rows_of(images_NHWC: np.ndarray, weights: Weights) -> Rows:
-    """Features of uint8 pictures [N, H, W, 3], `BATCH` at a time."""
-    starts = range(0, len(images_NHWC), BATCH)
-    parts = [_features(weights.params, images_NHWC[start : start + BATCH]) for start in starts]
+    """Features of uint8 pictures [N, H, W, 3], a batch at a time, on a CPU one for each core."""
+    size = min(BATCH, CPU_BATCH) if jax.default_backend() == "cpu" else BATCH
+
+    def of_batch(start: int) -> Rows:
+        return _features(weights.params, images_NHWC[start : start + size], size)
+
+    parts = cores.each(of_batch, range(0, len(images_NHWC), size))
     return Rows(*(np.concatenate(arrays) for arrays in zip(*parts)))
 
 
-def _features(params: dict[str, jax.Array], images_BHWC: np.ndarray) -> Rows:
-    """Features of one batch; a short one is filled up with black and cut off."""
+def _features(params: dict[str, jax.Array], images_BHWC: np.ndarray, size: int) -> Rows:
+    """Features of up to `size` pictures, filled up with black ones that are cut off."""
     count = len(images_BHWC)
-    filler = np.zeros((BATCH - count, *images_BHWC.shape[1:]), np.uint8)
+    filler = np.zeros((size - count, *images_BHWC.shape[1:]), np.uint8)
     resized = _resize(np.concatenate([images_BHWC, filler]))
     return Rows(*(np.asarray(rows)[:count] for rows in _network(params, resized)))
 
