@@ -19,14 +19,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from vqjax.core import cores
-from vqjax.core.activations import Activations, candidate_ranges, layer_bits, squared_errors
+from vqjax.core.activations import (
+    TRIED,
+    Activations,
+    candidate_ranges,
+    layer_bits,
+    squared_errors,
+)
 from vqjax.core.model import Model
 from vqjax.errors import gathered
 from vqjax.pipeline import calibrate
-
-_MOST = 65_536
-"""Numbers of a layer's input in one call that ranges are tried on. All of them, tried in 64 ranges,
-cost several times what the U-Net does."""
 
 
 def calls(visited: Sequence[tuple]) -> int:
@@ -110,8 +112,8 @@ def observe(
 
 
 def _part(x: jax.Array) -> jax.Array:
-    """At most `_MOST` numbers of x at equal distances, of all channels and pixels alike."""
-    stride = -(-x.size // _MOST)
+    """At most `TRIED` numbers of x at equal distances, of all channels and pixels alike."""
+    stride = -(-x.size // TRIED)
     while math.gcd(stride, x.size) > 1:
         stride += 1
     return x.reshape(-1)[::stride]

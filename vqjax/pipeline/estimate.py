@@ -19,7 +19,7 @@ from rich.table import Table
 
 from vqjax.config import LatentDiffusionConfig
 from vqjax.core import compress
-from vqjax.core.activations import CANDIDATES
+from vqjax.core.activations import CANDIDATES, TRIED
 from vqjax.core.encode import EXACT_LIMIT
 from vqjax.core.flops import layer_flops, total
 from vqjax.core.grouping import groups_per_row, matrix_shape
@@ -101,7 +101,8 @@ def estimate(
         return calls * (2 * forward / NETWORK_SHARE + moments) / speed
 
     looked = 2 * calibration.images * calibration.steps if ranges else 0
-    rounded = CANDIDATES * sum(size.numbers for size in sizes.values())
+    tried = TRIED / (2 * min(calibration.batch, calibration.images))  # of one image in one branch
+    rounded = CANDIDATES * sum(min(size.numbers, tried) for size in sizes.values())
     tuned = 2 * tune_pairs * (1 + _TRAINED)
     alike = len({(unet[path], plan[path]) for path in plan})
     compiled = _COMPILE_NETWORKS + alike * _COMPILE_LAYER
