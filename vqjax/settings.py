@@ -312,8 +312,8 @@ class BenchSampleSettings:
     source: Annotated[str, tyro.conf.Positional] = "digits"
     """A quantized model (run folder or exported file), or a preset, which gets random codes: what
     is timed does not depend on them."""
-    bits: float = 2.0
-    """Of a preset's weights."""
+    bits: float | None = None
+    """Of a preset's weights; default: 2. Quantized models have theirs."""
     batch: tuple[int, ...] = (1, 16)
     """Images in one compiled call."""
     steps: int = 20

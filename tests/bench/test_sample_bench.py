@@ -79,6 +79,7 @@ def test_random_weights_have_the_size_of_untrained_ones():
     [
         (["--batch", "0"], "--batch (0,), --repeat 5: expected 1 or more"),
         (["nothing"], "nothing: no such file or folder"),
+        (["run", "--bits", "3"], "--bits 3: run is no preset and has the bits that it was"),
     ],
 )
 def test_mistakes_are_one_line(words, message, capsys):

@@ -40,6 +40,13 @@ def test_threads_have_the_settings_of_the_caller():
         assert all("HIGHEST" in found for found in cores.each(work, range(2)))
 
 
+def test_work_runs_where_programs_run_by_default():
+    device = jax.local_devices()[-1]
+    with jax.default_device(device):
+        found = cores.each(lambda _: jnp.ones(2), range(2))
+    assert all(array.devices() == {device} for array in found)
+
+
 def test_an_error_ends_the_work():
     done = []
 

@@ -44,9 +44,6 @@ they read exceeds the cache; a layer of much arithmetic does not wait for memory
 
 OPS = ("vq_matmul", "vq_conv")
 
-BITS = 2.0
-"""Of a preset that has no layers in `specs`."""
-
 Program = Callable[[], list[jax.Array]]
 
 _log = logging.getLogger("vqjax.bench")
@@ -127,7 +124,7 @@ def layers(wanted: BenchKernelsSettings) -> list[specs.Layer]:
     found = [layer for layer in every if layer.model == wanted.model]
     if found and wanted.bits is None:
         return found
-    model = quantized_model(wanted.model, wanted.bits or BITS, wanted.seed)
+    model = quantized_model(wanted.model, wanted.bits, wanted.seed)
     found = layers_of(wanted.model, model.config, model.params)
     return sorted(found, key=lambda layer: OPS.index(layer.op))
 

@@ -39,6 +39,10 @@ DENSE = "dense"
 """The path that others are compared with: weights that were never packed."""
 
 
+BITS = 2.0
+"""Of a preset's weights where nothing else is asked for."""
+
+
 class Way(NamedTuple):
     """How a path is asked for.
 
@@ -90,14 +94,22 @@ def run(wanted: BenchSampleSettings) -> None:
     show(found)
 
 
-def quantized_model(source: str, bits: float, seed: int) -> Model:
-    """A run folder or an exported file, or a preset with random codes, of so many bits.
+def quantized_model(source: str, bits: float | None, seed: int) -> Model:
+    """A run folder or an exported file, or a preset with random codes.
+
+    Args:
+      bits: of a preset; default: `BITS`.
 
     Raises:
-      VqjaxError: if it cannot be loaded, or has no quantized weight.
+      VqjaxError: if it cannot be loaded, has no quantized weight, or has bits of its own.
     """
     if source in config_lib.PRESETS:
-        return random_model(config_lib.PRESETS[source](), bits, seed)
+        return random_model(config_lib.PRESETS[source](), BITS if bits is None else bits, seed)
+    if bits is not None:
+        raise VqjaxError(
+            f"--bits {bits:g}: {source} is no preset and has the bits that it was quantized to; "
+            f"leave --bits out"
+        )
     model = io.load_model(source)
     if not any(isinstance(leaf, VQTensor) for leaf in tree.flatten(model.params).values()):
         raise VqjaxError(f"{source} has no quantized weight: quantize it first")

@@ -18,11 +18,11 @@ def at_once(device: Any = None, *, together: bool = True) -> int:
     On a CPU as many as it has cores, on other devices one: there programs follow each other anyhow.
 
     Args:
-      device: default: the first one.
+      device: default: the one that programs run on by default.
       together: False makes it one everywhere, for programs that keep all cores busy by themselves,
         or take much memory.
     """
-    device = device or jax.local_devices()[0]
+    device = device or _default_device()
     return (os.cpu_count() or 1) if device.platform == "cpu" and together else 1
 
 
@@ -45,7 +45,7 @@ def in_order(
       device, together: see `at_once`.
     """
     items = list(items)
-    device = device or jax.local_devices()[0]
+    device = device or _default_device()
     workers = min(at_once(device, together=together), len(items))
     if workers < 2:
         yield from map(work, items)
@@ -65,12 +65,17 @@ def beside(work: Callable[[], Result]) -> Callable[[], Result]:
     a part of the others idle.
 
     Args:
-      work: runs on the first device; what it raises, `beside(work)()` raises.
+      work: runs on the default device; what it raises, `beside(work)()` raises.
     """
     pool = ThreadPoolExecutor(1)
-    future = pool.submit(_as_here(work, jax.local_devices()[0]))
+    future = pool.submit(_as_here(work, _default_device()))
     pool.shutdown(wait=False)
     return future.result
+
+
+def _default_device() -> Any:
+    wanted = getattr(jax.config, "jax_default_device", None)
+    return wanted if isinstance(wanted, jax.Device) else jax.local_devices()[0]
 
 
 def _as_here(work: Callable[..., Result], device: Any) -> Callable[..., Result]:
