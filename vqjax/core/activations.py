@@ -31,8 +31,8 @@ _SHRINK = 0.85 ** np.arange(8, dtype=np.float32)
 CANDIDATES = len(_SHRINK) ** 2
 """F of `candidate_ranges`."""
 TRIED = 65_536
-"""Numbers of an input in one call that ranges are tried on, at most: all of them, in 64 ranges, would
-cost several times what the U-Net does."""
+"""Numbers of an input in one call that ranges are tried on, at most: all of them would cost several
+times what the U-Net does."""
 
 
 @functools.partial(
