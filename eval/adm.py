@@ -192,19 +192,23 @@ def gather(rows: Iterable[Rows], images: ImageSet) -> Seen:
 
 def rows_of(images_NHWC: np.ndarray, weights: Weights) -> Rows:
     """Features of uint8 pictures [N, H, W, 3], a batch at a time, on a CPU one for each core."""
-    size = min(BATCH, CPU_BATCH) if jax.default_backend() == "cpu" else BATCH
+    size = _batch()
 
     def of_batch(start: int) -> Rows:
-        return _features(weights.params, images_NHWC[start : start + size], size)
+        return _features(weights.params, images_NHWC[start : start + size])
 
     parts = cores.each(of_batch, range(0, len(images_NHWC), size))
     return Rows(*(np.concatenate(arrays) for arrays in zip(*parts)))
 
 
-def _features(params: dict[str, jax.Array], images_BHWC: np.ndarray, size: int) -> Rows:
-    """Features of up to `size` pictures, filled up with black ones that are cut off."""
+def _batch() -> int:
+    return min(BATCH, CPU_BATCH) if jax.default_backend() == "cpu" else BATCH
+
+
+def _features(params: dict[str, jax.Array], images_BHWC: np.ndarray) -> Rows:
+    """Features of one batch; a short one is filled up with black and cut off."""
     count = len(images_BHWC)
-    filler = np.zeros((size - count, *images_BHWC.shape[1:]), np.uint8)
+    filler = np.zeros((_batch() - count, *images_BHWC.shape[1:]), np.uint8)
     resized = _resize(np.concatenate([images_BHWC, filler]))
     return Rows(*(np.asarray(rows)[:count] for rows in _network(params, resized)))
 

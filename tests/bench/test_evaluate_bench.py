@@ -29,7 +29,7 @@ def small(monkeypatch):
     monkeypatch.setattr(evaluate, "random_weights", lambda seed: weights)
     monkeypatch.setattr(rivals, "has_tensorflow", lambda: False)
 
-    def network(params, images_BHWC, size):
+    def network(params, images_BHWC):
         rows = images_BHWC.mean((1, 2), dtype=np.float32) @ np.asarray(params["w"])
         return adm.Rows(rows, rows, rows)
 

@@ -85,7 +85,7 @@ def test_fixture(path, monkeypatch):
     assert any("singular" in note for note in found["notes"])
 
 
-def _fake(params, images_BHWC: np.ndarray, size: int = 0) -> adm.Rows:
+def _fake(params, images_BHWC: np.ndarray) -> adm.Rows:
     """Features that are cheap, tell pictures apart and do not depend on the batch."""
     rows = images_BHWC.reshape(len(images_BHWC), -1).astype(np.float32) / 255
     logits = np.zeros((len(rows), 10), np.float32)
