@@ -27,8 +27,8 @@ SCORES = ("fid", "sfid", "is", "precision", "recall")
 PUBLISHED_COUNT = 50_000
 BATCH = 64
 CPU_BATCH = 8
-"""Pictures in one call on a CPU, which makes several calls at a time: faster than one call of 64, part
-of which keeps a single core busy."""
+"""Pictures in one call on a CPU, which makes several calls at a time: faster than one call of 64,
+part of which keeps a single core busy."""
 FLUSH = 1024  # rows at once into the moments, whose cost is that of a matrix of 2048 x 2048
 
 
