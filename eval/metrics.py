@@ -51,11 +51,13 @@ class Accumulator:
         """Takes one batch, any float dtype, at least one row."""
         rows = _matrix(rows_NF, "features")
         mean_F = rows.mean(0)
-        centred = rows - mean_F
         total = self.count + len(rows)
         step = mean_F - self.mean
-        between = np.outer(step, step) * (self.count * len(rows) / total)
-        self.scatter = self.scatter + centred.T @ centred + between
+        centred = np.empty((len(rows) + 1, rows.shape[1]))
+        np.subtract(rows, mean_F, out=centred[:-1])
+        # What lies between the means is one more row of the same product.
+        centred[-1] = step * (self.count * len(rows) / total) ** 0.5
+        self.scatter += centred.T @ centred  # in place: it is the largest array here
         self.mean = self.mean + step * (len(rows) / total)
         self.count = total
 

@@ -9,7 +9,7 @@ from vqjax.config import PRESETS
 from vqjax.core.plan import kernel_shapes
 from vqjax.errors import DoesNotFitError
 from vqjax.io import keys
-from vqjax.pipeline import calibrate, memory
+from vqjax.pipeline import calibrate, estimate, memory
 from vqjax.pipeline.calibrate import LayerInput
 from vqjax.settings import Calibration
 
@@ -66,3 +66,19 @@ def test_the_published_model_fits_a_workstation():
     }
     found = memory.divide(config, shapes, sizes, Calibration(), limit=32e9, workers=4)
     assert found.peak <= 32e9
+
+
+def test_what_a_run_holds_already_counts_as_available(monkeypatch, tmp_path):
+    system = tmp_path / "meminfo"
+    system.write_text("MemTotal:  9000 kB\nMemFree:  100 kB\nMemAvailable:  4000 kB\n")
+    own = tmp_path / "status"
+    own.write_text("VmHWM:  2000 kB\nVmRSS:  1000 kB\n")
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(estimate, "MEMORY_FILES", (own, system, limit))
+    assert estimate.available_memory() == 5000 * 1024
+    limit.write_text("max\n")
+    assert estimate.available_memory() == 5000 * 1024
+    limit.write_text("3000000\n")
+    assert estimate.available_memory() == 3_000_000
+    system.unlink()
+    assert estimate.available_memory() is None

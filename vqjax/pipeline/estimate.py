@@ -5,9 +5,10 @@ Bytes are exact. Memory and time are predictions: counted work over the speed of
 measured now, with factors fitted to complete runs.
 """
 
+import contextlib
 import dataclasses
 import math
-import os
+import pathlib
 import time
 from collections.abc import Mapping
 
@@ -40,6 +41,11 @@ _ROUNDING = 200  # operations of a large matrix product in the time that one num
 # Of XLA on two cores; nothing from the second run on one machine. Networks, and each kind of layer.
 _COMPILE_NETWORKS, _COMPILE_TUNED_NETWORK = 60.0, 50.0
 _COMPILE_LAYER, _COMPILE_TUNED_LAYER = 5.5, 5.0
+
+MEMORY_FILES = tuple(
+    map(pathlib.Path, ("/proc/self/status", "/proc/meminfo", "/sys/fs/cgroup/memory.max"))
+)
+"""Of this process, of the system, and the limit of its container."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,11 +163,27 @@ def flops_per_second(size: int = 768) -> float:
 
 
 def available_memory() -> int | None:
-    """Free physical memory in bytes where the system tells, else None."""
+    """Bytes that this process can come to hold, or None where the system does not tell.
+
+    That is what it holds already, what is free, and what the system keeps of files while nobody
+    needs the memory; never more than the limit of a container.
+    """
+    own, system, limit = MEMORY_FILES
     try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):
+        within = _bytes_of(own, "VmRSS") + _bytes_of(system, "MemAvailable")
+    except (OSError, ValueError):
         return None
+    with contextlib.suppress(OSError, ValueError):  # no container, or "max"
+        within = min(within, int(limit.read_text()))
+    return within
+
+
+def _bytes_of(path: pathlib.Path, name: str) -> int:
+    """A line such as "MemAvailable:  1024 kB"; raises ValueError where there is none."""
+    for line in path.read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return 1024 * int(line.split()[1])
+    raise ValueError(f"{path} has no {name}")
 
 
 def show(estimate: Estimate, plan: Plan, shapes: Mapping[str, tuple[int, ...]]) -> None:

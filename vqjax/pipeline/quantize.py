@@ -162,7 +162,7 @@ def run(wanted: settings.QuantizeSettings) -> Report:
     if free is not None and job.division.peak > free:
         raise DoesNotFitError(
             f"this run takes about {job.division.peak / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB "
-            f"are free; ask for --memory {free / 1e9:.1f} or end other programs"
+            f"can be had; ask for --memory {free / 1e9:.1f} or end other programs"
         )
     journal = Journal.open(wanted.out, record_of(job), team)
     if journal.done:
