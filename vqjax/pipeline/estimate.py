@@ -26,7 +26,7 @@ from vqjax.core.flops import layer_flops, total
 from vqjax.core.grouping import groups_per_row, matrix_shape
 from vqjax.core.initialization import SAMPLE
 from vqjax.core.plan import LayerSpec, Plan
-from vqjax.pipeline.calibrate import LayerInput
+from vqjax.pipeline.calibrate import LayerInput, batches
 from vqjax.pipeline.layer_figures import held_out_settings
 from vqjax.pipeline.memory import Division
 from vqjax.pipeline.sensitivity import LEAST_IMAGES, POSITIONS
@@ -37,6 +37,8 @@ _SCORE_SHARE = 0.10  # speed of enumerating sums, relative to a large matrix pro
 NETWORK_SHARE = 0.45  # the same for the networks
 _BACKWARD = 4  # forward calls that one step takes which is computed, again, and gone back through
 _TRAINED = 3  # forward calls that a step of training takes
+_FACTOR_SHARE = 0.45  # of Cholesky factors, and of products with them
+_SCALAR_RANGES = 5  # that the scalar baseline tries for each row
 _ROUNDING = 200  # operations of a large matrix product in the time that one number is rounded in
 # Of XLA on two cores; nothing from the second run on one machine. Networks, and each kind of layer.
 _COMPILE_NETWORKS, _COMPILE_TUNED_NETWORK = 60.0, 50.0
@@ -98,13 +100,17 @@ def estimate(
     followed = min(calibration.images, max(LEAST_IMAGES, POSITIONS // positions))
     weighed = _BACKWARD * followed * calibration.steps * 2
     search = sum(search_flops(unet[path], plan[path]) for path in plan)
+    metrics = sum(metric_flops(unet[path]) for path in plan)
+    baseline = sum(baseline_flops(unet[path]) for path in plan)
     speed = flops_per_second()
     pictures = picture_flops(config, forward, calls=40)
 
+    passes = len(batches({path: sizes[path] for path in plan}, division.moments))
+
     def inputs(wanted: Calibration) -> float:
-        """Seconds of trajectories and of the moments along them."""
+        """Seconds of trajectories and of the moments along them, in passes."""
         calls = wanted.images * wanted.steps * 2
-        return calls * (2 * forward / NETWORK_SHARE + moments) / speed
+        return calls * ((1 + passes) * forward / NETWORK_SHARE + moments) / speed
 
     looked = 2 * calibration.images * calibration.steps if ranges else 0
     tried = TRIED / (2 * min(calibration.batch, calibration.images))  # of one image in one branch
@@ -120,8 +126,11 @@ def estimate(
         memory=division.parts,
         seconds={
             "compile": compiled,
-            "calibrate": inputs(calibration) + weighed * forward / NETWORK_SHARE / speed,
+            "calibrate": inputs(calibration)
+            + weighed * forward / NETWORK_SHARE / speed
+            + metrics / _FACTOR_SHARE / speed,
             "compress": search / speed / _SCORE_SHARE,
+            "scalar baseline": baseline / _FACTOR_SHARE / speed,
             "ranges": looked * (4 * forward / NETWORK_SHARE + rounded * _ROUNDING) / speed,
             "tune": tuned * 2 * forward / NETWORK_SHARE / speed,
             "sample": 3 * samples * pictures / speed / NETWORK_SHARE,
@@ -147,6 +156,18 @@ def search_flops(shape: tuple[int, ...], spec: LayerSpec) -> float:
     rows = _SWEEPS * part + (_LAST_SWEEPS * outputs if part < outputs else 0)
     first = SAMPLE * compress.start_steps(spec, compress.Effort())
     return 2.0 * (rows * groups + first) * sums + 4.0 * rows * fan_in**2
+
+
+def metric_flops(shape: tuple[int, ...]) -> float:
+    """Operations of drawing one layer's typical error: a factor of S, and products with S."""
+    outputs, fan_in = matrix_shape(shape)
+    return 2 / 3 * fan_in**3 + 5.0 * outputs * fan_in**2
+
+
+def baseline_flops(shape: tuple[int, ...]) -> float:
+    """Operations of quantizing one layer to scalars: factors of S, and products with them."""
+    outputs, fan_in = matrix_shape(shape)
+    return 2.0 * fan_in**3 + 4.0 * _SCALAR_RANGES * outputs * fan_in**2
 
 
 def flops_per_second(size: int = 768) -> float:
