@@ -27,6 +27,19 @@ def test_images_do_not_depend_on_the_batch_size(images):
     assert np.abs(images.astype(int) - split.astype(int)).max() <= 1
 
 
+def test_no_call_computes_more_images_than_are_asked_for(monkeypatch):
+    sizes, real = [], sampling.sample_batch
+
+    def counted(config, params, ids_B, *others, **named):
+        sizes.append(len(ids_B))
+        return real(config, params, ids_B, *others, **named)
+
+    monkeypatch.setattr(sampling, "sample_batch", counted)
+    assert len(sampling.generate(MODEL, CLASSES[:2], steps=1)) == 2
+    assert len(sampling.generate(MODEL, CLASSES[:3], steps=1, batch_size=2)) == 3
+    assert sizes == [2, 2, 2]
+
+
 def test_a_series_can_be_continued(images):
     rest = sampling.generate(MODEL, CLASSES[3:], steps=2, seed=3, first_index=3, batch_size=5)
     assert np.abs(images[3:].astype(int) - rest.astype(int)).max() <= 1

@@ -244,7 +244,7 @@ def sample(model: Model, count: int, seed: int, name: str) -> np.ndarray:
             classes(count),
             guidance=model.config.guidance,
             seed=seed,
-            batch_size=min(_BATCH, count),
+            batch_size=_BATCH,
             on_batch=advance,
         )
 

@@ -41,7 +41,7 @@ def _work(settings: SampleSettings) -> None:
             guidance=settings.guidance,
             eta=settings.eta,
             seed=settings.seed,
-            batch_size=min(settings.batch, settings.count),
+            batch_size=settings.batch,
             integer=settings.integer,
             dtype=settings.dtype,
             weight_memory=settings.weight_memory,

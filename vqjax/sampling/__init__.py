@@ -175,7 +175,8 @@ def generate_with_latents(
       steps, eta: of DDIM; `guidance`: of classifier-free guidance, 1 is none.
       seed: image i is drawn from (seed, first_index + i) alone.
       first_index: number of the first image, to continue a series.
-      batch_size: images in one compiled call; the last call is padded, so one program serves all.
+      batch_size: most images in one compiled call; of several calls the last is padded, so that one
+        program serves all.
       integer: multiply int8 by int8 in the U-Net, which needs a model with ranges of activations of
         at most 8 bits and 8-bit integer weights. Otherwise such a model is simulated in floating
         point.
@@ -192,6 +193,7 @@ def generate_with_latents(
     """
     config, classes = model.config, np.asarray(classes)
     _check_classes(config, classes)
+    batch_size = min(batch_size, max(1, len(classes)))
     ddim_schedule(config, steps, eta)
     run = Run(steps, float(guidance), float(eta), dtype, dispatch.wanted())
     if integer:
