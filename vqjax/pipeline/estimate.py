@@ -104,7 +104,6 @@ def estimate(
     baseline = sum(baseline_flops(unet[path]) for path in plan)
     speed = flops_per_second()
     pictures = picture_flops(config, forward, calls=40)
-
     passes = len(batches({path: sizes[path] for path in plan}, division.moments))
 
     def inputs(wanted: Calibration) -> float:
