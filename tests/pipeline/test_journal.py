@@ -3,6 +3,7 @@
 
 import numpy as np
 
+from vqjax.pipeline import journal as journals
 from vqjax.pipeline.journal import Journal
 
 
@@ -32,3 +33,23 @@ def test_what_a_killed_process_had_begun_is_cleared_away(tmp_path):
     (tmp_path / "run" / "work" / ".piece.123.part").write_text("half")
     Journal.open(tmp_path / "run", {"fingerprint": "f"})
     assert not list(tmp_path.rglob("*.part"))
+
+
+def test_a_continued_run_keeps_seconds_and_the_peak_of_memory(tmp_path, monkeypatch):
+    def attempt(peak: int) -> Journal:
+        monkeypatch.setattr(journals, "peak_memory_bytes", lambda: peak)
+        journal = Journal.open(tmp_path / "run", {"fingerprint": "f"})
+        journal.record["seconds"].setdefault("compress", 100.0)
+        with journal.stage("compress"):
+            pass
+        return journal
+
+    attempt(17)
+    second = attempt(9)
+    with second.stage("sample"):
+        pass
+    assert second.record["peak_memory_after"] == {"compress": 17, "sample": 9}
+    assert second.record["seconds"]["compress"] >= 100
+    second.finish()
+    assert Journal.open(tmp_path / "run", {"fingerprint": "f"}).record["status"] == "done"
+    assert second.record["peak_memory_bytes"] == 17

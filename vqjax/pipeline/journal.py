@@ -27,6 +27,7 @@ from vqjax.pipeline import processes
 from vqjax.pipeline.processes import Team
 
 STATUS_RUNNING, STATUS_DONE = "running", "done"
+_KEPT = "started", "status", "seconds", "peak_memory_after"  # of earlier attempts
 
 
 def fingerprint(*parts: Any) -> str:
@@ -56,7 +57,8 @@ class Journal:
         """Starts a run, or continues the one in `folder`.
 
         Args:
-          record: must hold "fingerprint". Timings of an earlier part of the run are kept.
+          record: must hold "fingerprint". Timings and peaks of memory of an earlier part of the
+            run are kept.
           team: the processes of the run; all but the first wait until that one has opened it.
 
         Raises:
@@ -78,8 +80,7 @@ class Journal:
                     f"({found.get('command', 'unknown command')}); "
                     "choose another --out or delete it"
                 )
-            record = {**record, "seconds": found["seconds"], "status": found["status"]}
-            record["started"] = found["started"]
+            record = {**record, **{name: found[name] for name in _KEPT if name in found}}
             if team.leads:
                 _clear_leftovers(folder)
                 processes.clear(folder)
@@ -114,14 +115,21 @@ class Journal:
     def stage(self, name: str) -> Iterator[None]:
         """Adds the time spent inside to `seconds[name]`, also over several attempts.
 
-        `peak_memory_after[name]` is the largest resident size of this process so far.
+        `peak_memory_after[name]` is the largest resident size of this process so far, or what an
+        earlier attempt came to by then.
         """
         start = time.monotonic()
         yield
         seconds = self.record["seconds"]
         seconds[name] = round(seconds.get(name, 0.0) + time.monotonic() - start, 3)
-        self.record.setdefault("peak_memory_after", {})[name] = peak_memory_bytes()
+        after = self.record.setdefault("peak_memory_after", {})
+        after[name] = max(after.get(name, 0), peak_memory_bytes())
         self.save()
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        """The largest resident size of the run so far, over all attempts."""
+        return max(peak_memory_bytes(), *self.record.get("peak_memory_after", {}).values(), 0)
 
     def load(self, name: str) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
         """A finished piece of work and its JSON notes, or None if there is none yet."""
@@ -166,7 +174,7 @@ class Journal:
     def finish(self) -> None:
         """Marks the run complete and drops the pieces."""
         self.record["status"] = STATUS_DONE
-        self.record["peak_memory_bytes"] = peak_memory_bytes()
+        self.record["peak_memory_bytes"] = self.peak_memory_bytes
         self.save()
         shutil.rmtree(self.folder / "work", ignore_errors=True)
 

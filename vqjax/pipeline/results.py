@@ -17,7 +17,7 @@ from vqjax.core.scalar import ScalarLayer
 from vqjax.core.tensor import VQTensor
 from vqjax.eval import fidelity, figures, judges, report
 from vqjax.pipeline import environment, layer_figures, timesteps
-from vqjax.pipeline.journal import Journal, peak_memory_bytes
+from vqjax.pipeline.journal import Journal
 from vqjax.settings import FLOAT_BITS
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def write(
         "flops": _flops(job),
         "calibration": {"timestep_weights": timesteps.recorded(journal)},
         "seconds": journal.record["seconds"],
-        "peak_memory_bytes": peak_memory_bytes(),
+        "peak_memory_bytes": journal.peak_memory_bytes,
         "environment": environment.describe() | {"command": journal.record["command"]},
         "folded": {
             "weights": job.folded.weights,
@@ -216,7 +216,7 @@ def _figures(job, content, pictures, labels) -> dict[str, figures.Picture]:
     headings = {
         "full_precision": "full precision",
         "quantized": f"vqjax, {content['weights']['bits_per_weight']:.2f} bits",
-        "scalar_baseline": f"scalar, {job.scalar_bits} bits",
+        "scalar_baseline": f"scalar, {job.scalar_bits}-bit",
     }
     panels = {headings[name]: pictures[name].images for name in MODELS}
     weights = content["weights"]
