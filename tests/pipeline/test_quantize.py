@@ -17,7 +17,7 @@ from tests.pipeline import commands
 from tests.pipeline.commands import contents
 from vqjax.core import tree
 from vqjax.core.tensor import VQTensor
-from vqjax.errors import VqjaxError
+from vqjax.errors import QualityGateError, VqjaxError
 from vqjax.io import native
 from vqjax.pipeline import quantize
 from vqjax.pipeline.journal import Journal
@@ -41,15 +41,18 @@ def source(tmp_path_factory) -> pathlib.Path:
 def run(source, tmp_path_factory) -> quantize.Report:
     out = tmp_path_factory.mktemp("run") / "out"
     export = out.parent / "model.safetensors"
-    return vqjax.quantize(
-        source,
-        bits=BITS,
-        out=out,
-        export=export,
-        samples=4,
-        calibration=CALIBRATION,
-        tune_steps=0,  # which has a test of its own
-    )
+    with pytest.raises(QualityGateError, match="PSNR .* --least-psnr 99"):  # all else is done
+        vqjax.quantize(
+            source,
+            bits=BITS,
+            out=out,
+            export=export,
+            samples=4,
+            calibration=CALIBRATION,
+            tune_steps=0,  # which has a test of its own
+            least_psnr=99.0,
+        )
+    return quantize.Report(out, json.loads((out / "report.json").read_text()))
 
 
 @pytest.mark.slow
@@ -76,6 +79,7 @@ def test_the_run_folder_is_complete(run):
         assert layer["codes_entropy"] <= layer["bits_per_weight"]
         assert layer["seconds"] > 0
     assert run.report["seconds"]["held-out errors"] > 0
+    assert "--least-psnr 99" in " ".join(run.report["failures"])
     assert run.report["activations"] == {"bits": 8}
     assert run.report["tuning"] == {"steps": 0}
     model = vqjax.load(run.out)

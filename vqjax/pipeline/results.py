@@ -18,7 +18,7 @@ from vqjax.core.tensor import VQTensor
 from vqjax.eval import fidelity, figures, judges, report
 from vqjax.pipeline import environment, layer_figures, timesteps
 from vqjax.pipeline.journal import Journal
-from vqjax.settings import FLOAT_BITS
+from vqjax.settings import FLOAT_BITS, QuantizeSettings
 
 if TYPE_CHECKING:
     from vqjax.pipeline.quantize import Job, Layers
@@ -76,6 +76,7 @@ def write(
         },
         "warnings": _warnings(job, done.scalar),
     }
+    content["failures"] = failures(job.settings, content["fidelity"])
     if judge is not None:
         before = pictures["full_precision"].images
         content["paired"] = {
@@ -210,6 +211,14 @@ def _warnings(job: "Job", scalar: dict[str, ScalarLayer]) -> list[str]:
             "N."
         )
     return warnings
+
+
+def failures(wanted: QuantizeSettings, fidelity: Mapping[str, float | None]) -> list[str]:
+    """What a run falls short of that it was asked for."""
+    least, psnr = wanted.least_psnr, fidelity["psnr"]
+    if least is None or psnr is None or psnr >= least:
+        return []
+    return [f"PSNR {psnr:.2f} dB to full precision, --least-psnr {least:g} asked for more"]
 
 
 def _figures(job, content, pictures, labels) -> dict[str, figures.Picture]:
