@@ -41,7 +41,7 @@ def source(tmp_path_factory) -> pathlib.Path:
 def run(source, tmp_path_factory) -> quantize.Report:
     out = tmp_path_factory.mktemp("run") / "out"
     export = out.parent / "model.safetensors"
-    with pytest.raises(QualityGateError, match="PSNR .* --least-psnr 99"):  # all else is done
+    with pytest.raises(QualityGateError, match=r"PSNR .* --least-psnr 99"):  # all else is done
         vqjax.quantize(
             source,
             bits=BITS,
