@@ -34,6 +34,7 @@ from vqjax.config import LatentDiffusionConfig
 from vqjax.core import cores
 from vqjax.core.activations import Activations
 from vqjax.core.model import Model
+from vqjax.errors import VqjaxError
 from vqjax.sampling import ddim
 from vqjax.sampling.schedule import DDIMSchedule, ddim_schedule
 from vqjax.train import loop
@@ -55,6 +56,8 @@ class Recipe:
     Attributes:
       steps: optimizer steps.
       batch: pairs of a latent and a timestep in each.
+      at_once: of these, computed together; gradients of the parts of a batch are added. A divisor
+        of `batch`; 0 takes all.
       trajectories: sampled by the teacher together; their pairs are used once.
       timesteps: of a trajectory, at least.
       guidance: of the trajectories and of the loss.
@@ -66,12 +69,25 @@ class Recipe:
 
     steps: int
     batch: int = 32
+    at_once: int = 0
     trajectories: int = 128
     timesteps: int = 25
     guidance: float = 1.5
     seed: int = 0
     order: Order = "mixed"
     remat: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises VqjaxError if batches have no such parts."""
+        if self.batch % (self.at_once or self.batch):
+            raise VqjaxError(
+                f"at_once {self.at_once}: expected a divisor of the batch, {self.batch}, or 0"
+            )
+
+    @property
+    def parts(self) -> int:
+        """How many times `at_once` a batch is."""
+        return self.batch // (self.at_once or self.batch)
 
 
 class Ranges(NamedTuple):
@@ -146,7 +162,8 @@ def distill(
         beside the teacher's first lesson.
       metrics: of the weights optimizer's state, shown beside the loss.
       on_restart: what becomes of that state where new trajectories begin.
-      devices: batches are split over them, as many as divide the batch; parameters are on all.
+      devices: batches are split over them, as many as divide `recipe.at_once`; parameters are on
+        all.
         Default: this process's accelerators, or one CPU, whose simulated devices share its cores.
       name: of the progress line.
 
@@ -154,7 +171,8 @@ def distill(
       loop.DivergedError: if the loss grows beyond bounds or is not finite.
     """
     devices = devices or jax.local_devices()[: 1 if jax.default_backend() == "cpu" else None]
-    count = max(n for n in range(1, len(devices) + 1) if recipe.batch % n == 0)
+    together = recipe.batch // recipe.parts
+    count = max(n for n in range(1, len(devices) + 1) if together % n == 0)
     mesh = Mesh(np.array(devices[:count]), ("batch",))
     everywhere = NamedSharding(mesh, PartitionSpec())
     lessons = Lessons(teacher, recipe, NamedSharding(mesh, PartitionSpec("batch")))
@@ -176,6 +194,7 @@ def distill(
             guidance=recipe.guidance,
             weight_T=weight_T,
             remat=recipe.remat,
+            parts=recipe.parts,
         )
     )
     apply: Any = jax.jit(optax.apply_updates)
@@ -240,27 +259,41 @@ def loss_and_gradients(
     guidance: float,
     weight_T: jax.Array,
     remat: bool = False,
+    parts: int = 1,
 ) -> tuple[jax.Array, Student]:
     """The loss of this module's head, and its gradients.
 
     Args:
       activations: as in `distill`.
       weight_T: of every timestep of the model, float32.
+      parts: as many equal parts of the batch are computed one after the other.
 
     Returns:
       The loss, and gradients by the decoded kernels and all else that is trained.
     """
 
-    def loss_of(dense: dict[str, Any], ranges: Ranges | None) -> jax.Array:
-        params = dict(dense)
-        if ranges is not None and activations is not None:
-            params["activations"] = ranges.to_activations(activations)
-        error_BHWC = guided_error(config, params, taught, guidance, remat=remat)
-        return jnp.mean(weight_T[taught.t_B] * jnp.mean(error_BHWC**2, axis=(1, 2, 3)))
+    def loss_of(dense: Student, part: Taught) -> jax.Array:
+        params = dict(dense.weights)
+        if dense.ranges is not None and activations is not None:
+            params["activations"] = dense.ranges.to_activations(activations)
+        error_BHWC = guided_error(config, params, part, guidance, remat=remat)
+        return jnp.mean(weight_T[part.t_B] * jnp.mean(error_BHWC**2, axis=(1, 2, 3)))
 
-    value_and_grad = jax.value_and_grad(loss_of, argnums=(0, 1))
-    loss, gradients = value_and_grad(decoded(student.weights), student.ranges)
-    return loss, Student(*gradients)
+    value_and_grad = jax.value_and_grad(loss_of)
+    dense = Student(decoded(student.weights), student.ranges)
+    if parts == 1:
+        return value_and_grad(dense, taught)
+
+    def add(sums: Any, part: Taught) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, sums, value_and_grad(dense, part)), None
+
+    # Every device keeps the pairs that it has: a part takes some of each.
+    dealt = jax.tree.map(
+        lambda rows: rows.reshape(-1, parts, *rows.shape[1:]).swapaxes(0, 1), taught
+    )
+    zeros = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), dense))
+    sums, _ = jax.lax.scan(add, zeros, dealt)
+    return jax.tree.map(lambda whole: whole / parts, sums)
 
 
 def guided_error(

@@ -167,7 +167,7 @@ class PVState(NamedTuple):
 
 
 def semi_pv(
-    config: PVConfig, key: jax.Array | None = None
+    config: PVConfig, key: jax.Array | None = None, *, donate: bool = False
 ) -> optax.GradientTransformationExtraArgs:
     """Returns the transformation, for trees of float arrays and `CodedWeight`s.
 
@@ -181,6 +181,8 @@ def semi_pv(
 
     Args:
       key: decides which vectors are drawn; needed where `config.temperature` is a number.
+      donate: `update` takes the memory of the state that it is given for the one that it returns:
+        three numbers less per weight, and the given state is gone. Only outside of `jit`.
 
     Raises:
       VqjaxError: if a key is needed and missing; by `update`, if params are missing or a gradient
@@ -214,7 +216,7 @@ def semi_pv(
             step = _Step(fixed, now)
             found |= {index: step.of_weight(*triples[index], index) for index in coded}
         else:
-            compiled = _of_weight()
+            compiled = _of_weight(donate)
             own = cores.each(lambda index: compiled(fixed, now, index, *triples[index]), coded)
             found |= zip(coded, own)
         pairs = [found[index] for index in range(len(leaves))]
@@ -225,13 +227,13 @@ def semi_pv(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def compile_ahead(config: PVConfig, params: Any, state: PVState) -> None:
-    """Compiles what `update` of `semi_pv(config)` runs, for one weight of each kind.
+def compile_ahead(config: PVConfig, params: Any, state: PVState, *, donate: bool = False) -> None:
+    """Compiles what `update` of `semi_pv` runs, for one weight of each kind.
 
     `update` does so by itself; here it can be done beside other work, with little memory.
 
     Args:
-      config: that of the transformation, schedules or not.
+      config, donate: those of the transformation; schedules do not matter.
       params, state: as for `update`, placed as they will be there; nothing of them changes.
     """
     now = _now(config, state)
@@ -241,12 +243,15 @@ def compile_ahead(config: PVConfig, params: Any, state: PVState) -> None:
         if _is_coded(leaf):
             shapes = [(array.shape, array.dtype) for array in jax.tree.leaves((leaf, own))]
             kinds.setdefault((leaf.shape, leaf.grouping, tuple(shapes)), (index, leaf, own))
-    compiled, fixed = _of_weight(), _without_schedules(config)
+    compiled, fixed = _of_weight(donate), _without_schedules(config)
+
+    def zeros(shape: tuple[int, ...], like: jax.Array) -> jax.Array:
+        return jax.device_put(np.zeros(shape, like.dtype), like.sharding)
 
     def compile_one(kind: tuple) -> None:
         index, leaf, own = kind
-        books_MKG = leaf.codebooks_MKG
-        grad = jax.device_put(np.zeros(leaf.shape, books_MKG.dtype), books_MKG.sharding)
+        grad = zeros(leaf.shape, leaf.codebooks_MKG)
+        own = jax.tree.map(lambda array: zeros(array.shape, array), own)  # the real one stays
         jax.block_until_ready(compiled(fixed, now, index, leaf, grad, own))
 
     cores.each(compile_one, kinds.values())
@@ -341,12 +346,17 @@ def _of_plain(config: PVConfig, now: _Now, triples: list[tuple]) -> list[tuple]:
 
 
 @functools.cache
-def _of_weight() -> Callable[..., tuple[Any, Any]]:
+def _of_weight(donate: bool) -> Callable[..., tuple[Any, Any]]:
     """Returns the compiled update and state of a `CodedWeight`."""
     # On a CPU a third less to compile for each shape, and no slower.
     options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
 
-    @functools.partial(jax.jit, static_argnames="config", compiler_options=options)
+    @functools.partial(
+        jax.jit,
+        static_argnames="config",
+        compiler_options=options,
+        donate_argnames="own" if donate else None,
+    )
     def of_weight(config: PVConfig, now: _Now, index, weight, grad, own):
         return _Step(config, now).of_weight(weight, grad, own, index)
 

@@ -19,6 +19,7 @@ from vqjax.core import grouping, scalar, tree
 from vqjax.core.activations import Activations
 from vqjax.core.coded import CodedWeight
 from vqjax.core.plan import kernel_shapes
+from vqjax.errors import VqjaxError
 from vqjax.pipeline import tuning
 from vqjax.train import distill, loop, pv
 
@@ -108,7 +109,7 @@ def test_batches_in_order_of_the_trajectory_have_one_timestep_each():
     assert timesteps == [{667}, {334}, {1}, {667}]
 
 
-def compiled(activations: Activations | None, remat: bool = False) -> Any:
+def compiled(activations: Activations | None, remat: bool = False, parts: int = 1) -> Any:
     """`loss_and_gradients` of student, batch and weights of timesteps."""
 
     @jax.jit
@@ -121,6 +122,7 @@ def compiled(activations: Activations | None, remat: bool = False) -> Any:
             guidance=RECIPE.guidance,
             weight_T=weight_T,
             remat=remat,
+            parts=parts,
         )
 
     return compute
@@ -136,16 +138,23 @@ def test_what_equals_the_teacher_has_no_loss():
     assert gradients.ranges is None
 
 
-def test_remat_changes_no_gradient():
+@pytest.mark.parametrize("how", [{"remat": True}, {"parts": 2}, {"parts": 4}], ids=str)
+def test_what_saves_memory_changes_no_gradient(how):
     coded, activations = student(bits=3)
     batch = lessons(RECIPE)(0)
-    found = [compiled(activations, remat)(coded, batch, EQUAL) for remat in (False, True)]
+    found = [compiled(activations, **way)(coded, batch, EQUAL) for way in ({}, how)]
     assert float(found[0][0]) == pytest.approx(float(found[1][0]), rel=1e-5)
-    plain, remade = (jax.tree.leaves(gradients) for _, gradients in found)
+    plain, other = (jax.tree.leaves(gradients) for _, gradients in found)
     # Biases before a norm have no gradient but rounding.
     scale = max(float(jnp.max(jnp.abs(leaf))) for leaf in plain)
-    for a, b in zip(plain, remade, strict=True):
+    for a, b in zip(plain, other, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5 * scale)
+
+
+def test_batches_have_equal_parts():
+    assert [dataclasses.replace(RECIPE, at_once=n).parts for n in (0, 4, 2, 1)] == [1, 1, 2, 4]
+    with pytest.raises(VqjaxError, match=r"at_once 3: expected a divisor of the batch, 4"):
+        dataclasses.replace(RECIPE, at_once=3)
 
 
 def test_tuning_moves_codes_ranges_and_biases(whole):

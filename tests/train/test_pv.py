@@ -277,21 +277,40 @@ def test_compiled_equals_eager():
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_what_is_compiled_ahead_is_not_compiled_again():
+@pytest.mark.parametrize("donate", [False, True])
+def test_what_is_compiled_ahead_is_not_compiled_again(donate):
     weights = {name: _problem(seed, rows=rows)[0] for seed, (name, rows) in enumerate(KINDS)}
     config = dataclasses.replace(QUICK, lr=optax.constant_schedule(1e-2))
-    transform: Any = semi_pv(config)
+    transform: Any = semi_pv(config, donate=donate)
     mesh = jax.sharding.Mesh(jax.devices()[:1], ("batch",))  # as `distill` places them
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     weights, state = jax.device_put((weights, transform.init(weights)), everywhere)
-    compiled: Any = pv._of_weight()
+    compiled: Any = pv._of_weight(donate)
     compiled.clear_cache()
-    pv.compile_ahead(config, weights, state)
+    pv.compile_ahead(config, weights, state, donate=donate)
     assert compiled._cache_size() == 2
     grads = {name: jnp.ones(weight.shape) for name, weight in weights.items()}
     grads = jax.device_put(grads, everywhere)
     transform.update(grads, state, weights)
     assert compiled._cache_size() == 2
+
+
+def test_donated_state_is_reused_for_the_same_bits():
+    weight, loss = _problem()
+    grad = jax.grad(loss)(weight.decode())
+    found = {}
+    for donate in (False, True):
+        transform: Any = semi_pv(dataclasses.replace(pv.SEMI_PV, code_lr=0.5), donate=donate)
+        state, params = transform.init(weight), weight
+        for _ in range(3):
+            before = state
+            updates, state = transform.update(grad, state, params)
+            params = optax.apply_updates(params, updates)
+            assert before.leaves.codes.target_OJG.is_deleted() == donate
+            assert before.leaves.codes.moments.second.is_deleted() == donate
+        found[donate] = params, state
+    for kept, donated in zip(*map(jax.tree.leaves, found.values()), strict=True):
+        np.testing.assert_array_equal(kept, donated)
 
 
 def test_padding_and_rows_of_zeros_decide_nothing():

@@ -6,7 +6,6 @@ results of other code are not continued.
 """
 
 import dataclasses
-import functools
 import io
 import pathlib
 from collections.abc import Callable
@@ -147,7 +146,7 @@ def tuned(start: Compressed, method: str, seed: int, teaching: Teaching) -> Mode
     known = fingerprint(repr(teaching))[:8]
     ahead = {}
     if method in VARIANTS:
-        ahead["compile_ahead"] = functools.partial(pv.compile_ahead, VARIANTS[method])
+        ahead["compile_ahead"] = tuning.compile_ahead(VARIANTS[method])
     taught = distill.distill(
         start.job.model,
         student,

@@ -143,7 +143,13 @@ def _update_seconds(wanted: BenchTuneSettings, variant: pv.PVConfig, gradients, 
         _STEPS, tuning.rate_of(wanted.tuning, wanted.bits), variant
     )
     state = jax.jit(optimizer.init)(weights)
-    return median(optimizer.update, wanted.repeat, gradients, state, weights)
+
+    def update() -> Any:
+        nonlocal state  # an updated one is gone
+        updates, state = optimizer.update(gradients, state, weights)
+        return updates, state
+
+    return median(update, wanted.repeat)
 
 
 def median(work: Callable[..., Any], repeat: int, *arguments: Any) -> float:

@@ -86,7 +86,7 @@ def _distilled(job: "Job", journal: Journal, model: Model) -> Model:
             (journal.folder / "work" / "tune").absolute(),
             activations=model.params.get("activations"),
             weight_of_t=lambda t_T: timesteps.at(journal, t_T),
-            compile_ahead=functools.partial(pv.compile_ahead, pv.SEMI_PV),
+            compile_ahead=compile_ahead(),
             metrics=lambda state: {"moved": pv.moved_fraction(state)},
         )
     return model_of(taught, model)
@@ -124,14 +124,21 @@ def needs_remat(model: Model) -> bool:
 def weights_optimizer(
     steps: int, rate: float, variant: pv.PVConfig = pv.SEMI_PV
 ) -> optax.GradientTransformationExtraArgs:
-    """PV-Tuning or a variant of it, with schedules; `rate` multiplies its learning rates."""
-    return pv.semi_pv(
-        dataclasses.replace(
-            variant,
-            lr=distill.schedule_of(variant.lr, steps, rate),
-            code_lr=distill.schedule_of(variant.code_lr, steps, rate),
-        )
+    """PV-Tuning or a variant of it, with schedules; `rate` multiplies its learning rates.
+
+    A state that is updated is gone.
+    """
+    config = dataclasses.replace(
+        variant,
+        lr=distill.schedule_of(variant.lr, steps, rate),
+        code_lr=distill.schedule_of(variant.code_lr, steps, rate),
     )
+    return pv.semi_pv(config, donate=True)
+
+
+def compile_ahead(variant: pv.PVConfig = pv.SEMI_PV) -> Callable[[Any, Any], None]:
+    """What compiles the programs of `weights_optimizer`, given weights and its state."""
+    return functools.partial(pv.compile_ahead, variant, donate=True)
 
 
 def ranges_optimizer(steps: int, rate: float) -> optax.GradientTransformation:
