@@ -79,15 +79,20 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Raises VqjaxError if batches have no such parts."""
-        if self.batch % (self.at_once or self.batch):
+        if self.batch % self.together:
             raise VqjaxError(
                 f"at_once {self.at_once}: expected a divisor of the batch, {self.batch}, or 0"
             )
 
     @property
+    def together(self) -> int:
+        """Pairs that are computed together."""
+        return self.at_once or self.batch
+
+    @property
     def parts(self) -> int:
-        """How many times `at_once` a batch is."""
-        return self.batch // (self.at_once or self.batch)
+        """Parts of a batch that are computed one after the other."""
+        return self.batch // self.together
 
 
 class Ranges(NamedTuple):
@@ -162,8 +167,8 @@ def distill(
         beside the teacher's first lesson.
       metrics: of the weights optimizer's state, shown beside the loss.
       on_restart: what becomes of that state where new trajectories begin.
-      devices: batches are split over them, as many as divide `recipe.at_once`; parameters are on
-        all.
+      devices: what is computed together is split over as many of them as divide it; parameters
+        are on all.
         Default: this process's accelerators, or one CPU, whose simulated devices share its cores.
       name: of the progress line.
 
@@ -171,8 +176,7 @@ def distill(
       loop.DivergedError: if the loss grows beyond bounds or is not finite.
     """
     devices = devices or jax.local_devices()[: 1 if jax.default_backend() == "cpu" else None]
-    together = recipe.batch // recipe.parts
-    count = max(n for n in range(1, len(devices) + 1) if together % n == 0)
+    count = max(n for n in range(1, len(devices) + 1) if recipe.together % n == 0)
     mesh = Mesh(np.array(devices[:count]), ("batch",))
     everywhere = NamedSharding(mesh, PartitionSpec())
     lessons = Lessons(teacher, recipe, NamedSharding(mesh, PartitionSpec("batch")))
@@ -375,13 +379,13 @@ class Lessons:
         index_P = np.arange(number * count, (number + 1) * count, dtype=np.uint32)
 
         def teach(first: int) -> Taught:
-            chosen = slice(first, first + self._recipe.batch)
+            chosen = slice(first, first + self._recipe.together)
             noise = sampling.image_noise(seed, index_P[chosen], self._shape)
             ids = jnp.asarray(ids_P[chosen]) if self._conditional else None
             return jax.device_get(self._teach(self._params, ids, noise))
 
         # No more in a call than a step takes.
-        firsts = range(0, count, self._recipe.batch)
+        firsts = range(0, count, self._recipe.together)
         parts = cores.in_order(teach, firsts, together=self._small)
         whole = jax.tree.map(lambda *rows: np.concatenate(rows, axis=1), *parts)
         return jax.tree.map(lambda rows: rows.reshape(-1, *rows.shape[2:]), whole)

@@ -88,8 +88,9 @@ class QuantizeSettings:
     least_psnr: float | None = None
     """Quality gate, dB: exit code 4 where the report's PSNR to full precision is below."""
     memory: float | None = None
-    """Most GB that the run takes in each process: moments that do not fit take another pass, and
-    fewer layers are searched side by side. Default: 4 GB for moments, and what the rest needs."""
+    """Most GB that the run takes in each process, of an accelerator's memory where there is one:
+    moments that do not fit take another pass, fewer layers are searched side by side, and batches
+    of tuning are computed in parts. Default: 4 GB for moments, and what the rest needs."""
     seed: int = 0
     """Of calibration, search and samples."""
 

@@ -1,17 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """One number limits a run's memory: what follows from it, and what does not fit."""
 
-import math
+import functools
+import types
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from tests.io import models as small
+from vqjax import models
 from vqjax.config import PRESETS
-from vqjax.core.plan import kernel_shapes
+from vqjax.core import tree
 from vqjax.errors import DoesNotFitError
 from vqjax.io import keys
 from vqjax.pipeline import calibrate, estimate, memory
 from vqjax.pipeline.calibrate import LayerInput
 from vqjax.settings import Calibration
+from vqjax.train import distill
 
 SHAPES = {f"unet/{i}/kernel": (4000, 400) for i in range(12)}
 SIZES = {path: LayerInput(4000, 64) for path in SHAPES}
@@ -21,6 +28,19 @@ def divide(limit, workers=4) -> memory.Division:
     return memory.divide(
         PRESETS["digits"](), SHAPES, SIZES, Calibration(), limit=limit, workers=workers
     )
+
+
+@functools.cache
+def published() -> tuple:
+    """Configuration, shapes and layers of cin256-v2."""
+    config = PRESETS["cin256-v2"]()
+    shapes = {entry.path: entry.param_shape for entry in keys.table(config)}
+    params = tree.unflatten({p: jax.ShapeDtypeStruct(s, np.float32) for p, s in shapes.items()})
+    return config, shapes, calibrate.trace_layers(config, params)
+
+
+def divided(**more) -> memory.Division:
+    return memory.divide(*published(), Calibration(), workers=1, **more)
 
 
 def test_without_a_limit_everything_goes_side_by_side():
@@ -58,14 +78,59 @@ def test_what_cannot_fit_says_what_would():
 
 
 def test_the_published_model_fits_a_workstation():
-    config = PRESETS["cin256-v2"]()
-    shapes = {entry.path: entry.param_shape for entry in keys.table(config)}
-    sizes = {
-        path: LayerInput(math.prod(shape[:-1]), 64, shape[0] if len(shape) == 4 else 1)
-        for path, shape in kernel_shapes(shapes).items()
-    }
-    found = memory.divide(config, shapes, sizes, Calibration(), limit=32e9, workers=4)
-    assert found.peak <= 32e9
+    assert divided(limit=32e9).peak <= 32e9
+
+
+def test_less_memory_means_smaller_parts_of_a_batch_of_tuning():
+    plenty = divided(limit=None, tuned=32)
+    assert plenty.at_once == 32
+    assert "tuning" in plenty.parts
+    found = [divided(limit=limit, tuned=32) for limit in (100e9, 60e9, 40e9, 32e9)]
+    pairs = [division.at_once for division in found]
+    assert pairs == sorted(pairs, reverse=True)
+    assert pairs[0] == 32 > pairs[1] > pairs[2]
+    assert all(32 % n == 0 for n in pairs)
+    assert divided(limit=32e9).at_once == 0
+
+
+def test_the_published_model_is_tuned_on_a_gpu_of_16_gb():
+    found = divided(limit=16e9, tuned=32, accelerated=True)
+    assert found.peak <= 16e9
+    assert found.at_once >= 2
+    with pytest.raises(DoesNotFitError, match=r"--memory 12.2: a step of tuning takes"):
+        divided(limit=12.2e9, tuned=32, accelerated=True)
+
+
+def test_what_the_way_back_keeps_is_what_xla_sets_aside():
+    config = small.TINY
+    params = jax.eval_shape(lambda: models.init_params(config, jax.random.key(0)))
+    student = distill.Student({name: params[name] for name in memory.TRAINED}, None)
+
+    def set_aside(pairs: int) -> int:
+        def rows(*shape: int, dtype=np.float32):
+            return jax.ShapeDtypeStruct((pairs, *shape), dtype)
+
+        latent, number = rows(*config.latent_shape), rows(dtype=np.int32)
+        compute = functools.partial(
+            distill.loss_and_gradients,
+            config,
+            activations=None,
+            guidance=1.5,
+            weight_T=jnp.ones(config.timesteps),
+        )
+        taught = distill.Taught(latent, number, number, latent, latent)
+        program = jax.jit(compute).lower(student, taught).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    predicted = 4 * memory._kept(config, calibrate.trace_layers(config, params))
+    assert 0.7 * predicted < (set_aside(16) - set_aside(8)) / 8 < 1.1 * predicted
+
+
+def test_an_accelerator_says_itself_what_it_has():
+    gpu = types.SimpleNamespace(platform="gpu", memory_stats=lambda: {"bytes_limit": 12_000})
+    assert estimate.available_memory(gpu) == 12_000
+    silent = types.SimpleNamespace(platform="gpu", memory_stats=lambda: None)
+    assert estimate.available_memory(silent) is None
 
 
 def test_what_a_run_holds_already_counts_as_available(monkeypatch, tmp_path):

@@ -20,7 +20,7 @@ from vqjax.core.activations import Activations
 from vqjax.core.coded import CodedWeight
 from vqjax.core.plan import kernel_shapes
 from vqjax.errors import VqjaxError
-from vqjax.pipeline import tuning
+from vqjax.pipeline import memory, tuning
 from vqjax.train import distill, loop, pv
 
 TEACHER = small.dense(small.TINY)
@@ -31,7 +31,7 @@ RECIPE = distill.Recipe(steps=6, batch=4, trajectories=6, timesteps=3, guidance=
 
 def student(*, bits: int | None, ranges: bool = True) -> tuple[distill.Student, Activations | None]:
     """The teacher's weights, two kernels rounded to `bits`, and wide ranges of all inputs."""
-    flat = tree.flatten({name: TEACHER.params[name] for name in tuning.TRAINED})
+    flat = tree.flatten({name: TEACHER.params[name] for name in memory.TRAINED})
     kernels = kernel_shapes({path: leaf.shape for path, leaf in flat.items()})
     if bits is not None:
         for path in CODED:

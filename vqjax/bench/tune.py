@@ -28,7 +28,7 @@ from vqjax.core.coded import CodedWeight
 from vqjax.core.model import Model
 from vqjax.core.plan import LayerSpec, make_plan
 from vqjax.io import native
-from vqjax.pipeline import environment, tuning
+from vqjax.pipeline import environment, memory, tuning
 from vqjax.pipeline.journal import peak_memory_bytes
 from vqjax.settings import BenchTuneSettings, command_line
 from vqjax.train import distill, pv
@@ -70,7 +70,7 @@ def random_student(model: Model, bits: float, seed: int) -> distill.Student:
         if path in plan
         else leaf
         for path, leaf in flat.items()
-        if path.partition(tree.SEPARATOR)[0] in tuning.TRAINED
+        if path.partition(tree.SEPARATOR)[0] in memory.TRAINED
     }
     return distill.Student(tree.unflatten(weights), None)
 
@@ -94,12 +94,13 @@ def random_weight(shape: tuple[int, ...], spec: LayerSpec, seed: tuple[int, ...]
 
 def measure(wanted: BenchTuneSettings, model: Model, student: distill.Student) -> dict[str, float]:
     """Median seconds of each part of a step, compilation apart."""
+    shapes = {path: tuple(leaf.shape) for path, leaf in tree.flatten(model.params).items()}
     recipe = distill.Recipe(
         steps=_STEPS,
         batch=wanted.tuning.batch,
         trajectories=wanted.tuning.batch,
         guidance=model.config.guidance,
-        remat=tuning.needs_remat(model),
+        remat=memory.needs_remat(shapes),
     )
     teach = jax.jit(distill.teacher_of(model.config, recipe))
     ids = jnp.zeros(recipe.batch, jnp.int32) if model.config.n_classes else None

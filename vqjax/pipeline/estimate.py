@@ -11,6 +11,7 @@ import math
 import pathlib
 import time
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -182,12 +183,19 @@ def flops_per_second(size: int = 768) -> float:
     return 2 * size**3 / min(times)
 
 
-def available_memory() -> int | None:
+def available_memory(device: Any = None) -> int | None:
     """Bytes that this process can come to hold, or None where the system does not tell.
 
-    That is what it holds already, what is free, and what the system keeps of files while nobody
-    needs the memory; never more than the limit of a container.
+    On a CPU that is what it holds already, what is free, and what the system keeps of files while
+    nobody needs the memory; never more than the limit of a container. On an accelerator it is what
+    JAX may take of its memory.
+
+    Args:
+      device: default: the first one of this process.
     """
+    device = device or jax.local_devices()[0]
+    if device.platform != "cpu":
+        return (device.memory_stats() or {}).get("bytes_limit")
     own, system, limit = MEMORY_FILES
     try:
         within = _bytes_of(own, "VmRSS") + _bytes_of(system, "MemAvailable")

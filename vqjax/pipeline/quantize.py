@@ -268,6 +268,7 @@ def division_of(
         limit=None if wanted.memory is None else wanted.memory * 1e9,
         workers=layers.side_by_side(),
         tuned=wanted.tuning.batch if tune_steps_of(config, wanted) else 0,
+        accelerated=jax.default_backend() != "cpu",
     )
 
 
@@ -565,8 +566,9 @@ def _baseline(job, journal, moments, part) -> dict[str, ScalarLayer]:
             return ScalarLayer(kernel=found[0]["kernel"], **found[1])
         bits = job.scalar_bits_of(path)
         layer = scalar_baseline(flat[path], jax.numpy.asarray(moment.second_NN), bits)
+        layer = layer._replace(kernel=np.asarray(layer.kernel))  # not in an accelerator's memory
         notes = {name: value for name, value in layer._asdict().items() if name != "kernel"}
-        journal.store(piece(path), {"kernel": np.asarray(layer.kernel)}, notes)
+        journal.store(piece(path), {"kernel": layer.kernel}, notes)
         return layer
 
     def note(path: str, layer: ScalarLayer) -> str:

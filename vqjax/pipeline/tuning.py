@@ -12,23 +12,16 @@ import numpy as np
 import optax
 
 from vqjax import progress, settings
-from vqjax.core import tree
 from vqjax.core.coded import CodedWeight
 from vqjax.core.model import Model
 from vqjax.core.tensor import VQTensor
 from vqjax.io import leaves
-from vqjax.pipeline import activations, timesteps
+from vqjax.pipeline import activations, memory, timesteps
 from vqjax.pipeline.journal import Journal
 from vqjax.train import distill, pv
 
 if TYPE_CHECKING:
     from vqjax.pipeline.quantize import Job
-
-TRAINED = ("unet", "cond_stage")
-"""Parts of a model that are tuned; the first stage stays as it is."""
-
-REMAT_WEIGHTS = 100_000_000
-"""Weights from which activations are made again on the way back instead of kept."""
 
 STEP_RATE, ZERO_RATE = 2e-3, 0.05
 """Adam's learning rates of ranges: per step, of the base-2 logarithm of the step size, and of the
@@ -107,18 +100,13 @@ def recipe_of(job: "Job") -> distill.Recipe:
     return distill.Recipe(
         steps=job.tune_steps,
         batch=wanted.tuning.batch,
+        at_once=job.division.at_once,
         trajectories=wanted.tuning.trajectories,
         timesteps=wanted.calibration.steps,
         guidance=config.guidance,
         seed=wanted.seed + SEED,
-        remat=needs_remat(job.model),
+        remat=memory.needs_remat(job.shapes),
     )
-
-
-def needs_remat(model: Model) -> bool:
-    """Whether the activations of a step would take more memory than all that is trained."""
-    weights = sum(leaf.size for leaf in tree.flatten(model.params["unet"]).values())
-    return weights >= REMAT_WEIGHTS
 
 
 def weights_optimizer(
@@ -165,7 +153,7 @@ def student_of(model: Model) -> distill.Student:
     def is_tensor(leaf: Any) -> bool:
         return isinstance(leaf, VQTensor)
 
-    parts = {name: model.params[name] for name in TRAINED if name in model.params}
+    parts = {name: model.params[name] for name in memory.TRAINED if name in model.params}
     weights = jax.tree.map(trainable, parts, is_leaf=is_tensor)
     known = model.params.get("activations")
     return distill.Student(weights, None if known is None else distill.Ranges.of(known))
