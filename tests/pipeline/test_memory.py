@@ -3,6 +3,7 @@
 
 import functools
 import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,7 @@ def divide(limit, workers=4) -> memory.Division:
 
 
 @functools.cache
-def published() -> tuple:
+def published() -> tuple[Any, Any, Any]:
     """Configuration, shapes and layers of cin256-v2."""
     config = PRESETS["cin256-v2"]()
     shapes = {entry.path: entry.param_shape for entry in keys.table(config)}
@@ -107,7 +108,7 @@ def test_what_the_way_back_keeps_is_what_xla_sets_aside():
     student = distill.Student({name: params[name] for name in memory.TRAINED}, None)
 
     def set_aside(pairs: int) -> int:
-        def rows(*shape: int, dtype=np.float32):
+        def rows(*shape: int, dtype: Any = np.float32) -> Any:
             return jax.ShapeDtypeStruct((pairs, *shape), dtype)
 
         latent, number = rows(*config.latent_shape), rows(dtype=np.int32)
@@ -120,7 +121,8 @@ def test_what_the_way_back_keeps_is_what_xla_sets_aside():
         )
         taught = distill.Taught(latent, number, number, latent, latent)
         program = jax.jit(compute).lower(student, taught).compile()
-        return program.memory_analysis().temp_size_in_bytes
+        found: Any = program.memory_analysis()
+        return found.temp_size_in_bytes
 
     predicted = 4 * memory._kept(config, calibrate.trace_layers(config, params))
     assert 0.7 * predicted < (set_aside(16) - set_aside(8)) / 8 < 1.1 * predicted

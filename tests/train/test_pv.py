@@ -301,7 +301,8 @@ def test_donated_state_is_reused_for_the_same_bits():
     found = {}
     for donate in (False, True):
         transform: Any = semi_pv(dataclasses.replace(pv.SEMI_PV, code_lr=0.5), donate=donate)
-        state, params = transform.init(weight), weight
+        params: Any = weight
+        state = transform.init(params)
         for _ in range(3):
             before = state
             updates, state = transform.update(grad, state, params)
