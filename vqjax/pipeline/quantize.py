@@ -370,13 +370,17 @@ def compressed(job: Job, journal: Journal) -> tuple[Job, Layers]:
 
 
 def assembled(job: Job, done: Layers) -> tuple[Model, Model]:
-    """The compressed model and its scalar baseline; what is not quantized is float16 in both."""
+    """The compressed model and its scalar baseline; what is not quantized has 16 bits in both.
+
+    Those of the baseline lie in float32, so that full precision's program samples it, too.
+    """
     flat = tree.flatten(job.model.params)
     half = {
         path: np.asarray(leaf, np.float16) for path, leaf in flat.items() if path not in job.plan
     }
+    same = {path: leaf.astype(np.float32) for path, leaf in half.items()}
     dense = {path: layer.kernel for path, layer in done.scalar.items()}
-    ours, rival = (half | done.biases | done.quantized), half | dense
+    ours, rival = (half | done.biases | done.quantized), same | dense
     config = job.model.config
     return Model(config, tree.unflatten(ours)), Model(config, tree.unflatten(rival))
 
