@@ -52,6 +52,9 @@ def _set_up() -> None:
     """Settings that a command may make and a library may not."""
     # JAX would take most of a GPU's memory at once; other programs on the machine may need it.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    # Not taken ahead, it would still be three quarters of the memory at most.
+    if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:  # the older name; both are an error
+        os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.95")
     fix_threads()
     _fewer_arenas()
     import jax
