@@ -385,6 +385,26 @@ class BenchEvaluateSettings:
     """Of weights, pictures and features."""
 
 
+GpuPart = Literal["kernels", "sample", "tune", "evaluate", "kernels_tuned"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BenchGpuSettings:
+    """Times everything on a GPU: single layers, sampling, a step of tuning, scoring, and then
+    which kernel and schedule is fastest for each layer.
+
+    Each part is a command of its own, in a process of its own. Also: python -m vqjax.bench --gpu"""
+
+    model: Preset = "cin256-v2"
+    """Preset whose layers and U-Net are timed."""
+    minutes: float = 9.0
+    """For all parts: what would begin later is left out, and what is at work then is ended."""
+    parts: tuple[GpuPart, ...] = ("kernels", "sample", "tune", "evaluate", "kernels_tuned")
+    """Only these."""
+    out: pathlib.Path = pathlib.Path("vqjax-gpu")
+    """Folder of the results, one JSON file for each part, and of summary.json."""
+
+
 def command_line(module: str, settings: Any, subcommand: str = "") -> str:
     """The command that repeats a call with these settings, defaults left out."""
     words = [word for word in (subcommand, getattr(settings, "source", "")) if word]

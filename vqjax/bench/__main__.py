@@ -9,6 +9,7 @@ from vqjax.settings import (
     BenchAblationSettings,
     BenchAqSettings,
     BenchEvaluateSettings,
+    BenchGpuSettings,
     BenchKernelsSettings,
     BenchParetoSettings,
     BenchSampleSettings,
@@ -23,11 +24,13 @@ Settings = (
     | BenchAblationSettings
     | BenchParetoSettings
     | BenchEvaluateSettings
+    | BenchGpuSettings
 )
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parses the arguments and measures; returns the exit code."""
+    words = sys.argv[1:] if argv is None else argv
     settings = tyro.extras.subcommand_cli_from_dict(
         {
             "aq": BenchAqSettings,
@@ -37,8 +40,9 @@ def main(argv: list[str] | None = None) -> int:
             "ablation": BenchAblationSettings,
             "pareto": BenchParetoSettings,
             "evaluate": BenchEvaluateSettings,
+            "gpu": BenchGpuSettings,
         },
-        args=argv,
+        args=["gpu", *words[1:]] if words[:1] == ["--gpu"] else words,
         prog="python -m vqjax.bench",
     )
     from vqjax.pipeline import command
@@ -73,6 +77,10 @@ def _work(settings: Settings) -> None:
         from vqjax.bench import evaluate
 
         evaluate.run(settings)
+    elif isinstance(settings, BenchGpuSettings):
+        from vqjax.bench import gpu
+
+        gpu.run(settings)
     elif (settings.inputs is None) == (settings.model is None):
         raise VqjaxError(
             "give either --inputs DIR, a folder of matrix files, or --model NAME, such as cin256-v2"

@@ -98,7 +98,7 @@ def run(wanted: BenchKernelsSettings) -> None:
     """Measures, prints, writes, and tunes where that is asked for."""
     if min(*wanted.batch, wanted.repeat, 1) < 1:
         raise VqjaxError(f"--batch {wanted.batch}, --repeat {wanted.repeat}: expected 1 or more")
-    records = [measure(case, wanted) for case in cases(wanted)]
+    records: list[dict[str, Any]] = []
     found = {
         "command": command_line("vqjax.bench", wanted, "kernels"),
         "environment": environment.describe(),
@@ -107,8 +107,10 @@ def run(wanted: BenchKernelsSettings) -> None:
         "peaks": roofline.of(device.current(), wanted.dtype)._asdict(),
         "records": records,
     }
-    if wanted.json is not None:
-        native.write_atomically(wanted.json, (json.dumps(found, indent=2) + "\n").encode())
+    for case in cases(wanted):
+        records.append(measure(case, wanted))
+        if wanted.json is not None:  # after each: whoever ends the process keeps what was measured
+            native.write_atomically(wanted.json, (json.dumps(found, indent=2) + "\n").encode())
     show(found)
     if wanted.tune:
         tune(wanted)

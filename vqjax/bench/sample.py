@@ -74,10 +74,8 @@ def run(wanted: BenchSampleSettings) -> None:
     model = quantized_model(wanted.source, wanted.bits, wanted.seed)
     quantized = [leaf for leaf in tree.flatten(model.params).values() if isinstance(leaf, VQTensor)]
     guidance = model.config.guidance if wanted.guidance is None else wanted.guidance
-    records = []
-    for batch in wanted.batch:
-        records += measure(wanted, model, batch, guidance)
-    found = {
+    records: list[dict[str, Any]] = []
+    found: dict[str, Any] = {
         "command": command_line("vqjax.bench", wanted, "sample"),
         "environment": environment.describe(),
         "model": model.config.name,
@@ -86,11 +84,13 @@ def run(wanted: BenchSampleSettings) -> None:
         "steps": wanted.steps,
         "guidance": guidance,
         "dtype": wanted.dtype,
-        "peak_memory_bytes": peak_memory_bytes(),
         "records": records,
     }
-    if wanted.json is not None:
-        native.write_atomically(wanted.json, (json.dumps(found, indent=2) + "\n").encode())
+    for batch in wanted.batch:
+        records += measure(wanted, model, batch, guidance)
+        found["peak_memory_bytes"] = peak_memory_bytes()
+        if wanted.json is not None:  # after each: whoever ends the process keeps what was measured
+            native.write_atomically(wanted.json, (json.dumps(found, indent=2) + "\n").encode())
     show(found)
 
 
