@@ -46,7 +46,7 @@ def run(wanted: BenchGpuSettings) -> None:
         [sys.executable, "-c", _ASK], capture_output=True, text=True, check=False
     )
     backend = asked.stdout.strip() or "none"
-    if backend not in ("gpu", "cuda", "rocm"):
+    if backend != "gpu":
         raise VqjaxError(
             f"bench --gpu: expected a GPU, found JAX's backend {backend!r}; install the extra "
             "cuda12 or cuda13, and see python -m vqjax.doctor"

@@ -161,8 +161,6 @@ def _kept(config: LatentDiffusionConfig, sizes: Mapping[str, LayerInput]) -> int
     """Numbers that the way back through the network needs of all branches of one pair.
 
     Of layers' inputs those before and after norms and activations; of attention its weights, twice.
-    JAX saves 3.9 times the inputs for `digits` and `cin256-v2`, 3.9 times them and twice the
-    attention for the unconditional models.
     """
     unet = config.unet
 

@@ -378,9 +378,9 @@ def assembled(job: Job, done: Layers) -> tuple[Model, Model]:
     half = {
         path: np.asarray(leaf, np.float16) for path, leaf in flat.items() if path not in job.plan
     }
-    same = {path: leaf.astype(np.float32) for path, leaf in half.items()}
+    wide = {path: leaf.astype(np.float32) for path, leaf in half.items()}
     dense = {path: layer.kernel for path, layer in done.scalar.items()}
-    ours, rival = (half | done.biases | done.quantized), same | dense
+    ours, rival = (half | done.biases | done.quantized), wide | dense
     config = job.model.config
     return Model(config, tree.unflatten(ours)), Model(config, tree.unflatten(rival))
 
