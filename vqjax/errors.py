@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Errors a user can act on. Command lines turn them into one line and an exit code."""
 
+import contextlib
+from collections.abc import Iterator
+
 
 class VqjaxError(ValueError):
     """The user's mistake: says what was found, what was expected and what to do.
@@ -22,6 +25,15 @@ class QualityGateError(VqjaxError):
     """The result was made but misses the quality the user asked for (exit code 4)."""
 
     exit_code = 4
+
+
+@contextlib.contextmanager
+def about(name: str) -> Iterator[None]:
+    """Puts a name, of a layer or a file, in front of what errors raised inside say."""
+    try:
+        yield
+    except VqjaxError as error:
+        raise type(error)(f"{name}: {error}") from None
 
 
 def gathered(problems: list[str], heading: str, *, limit: int = 20) -> VqjaxError:

@@ -82,7 +82,9 @@ def test_everything_that_does_not_fit_is_listed_at_once():
         "steps": SPEC,
         "net/conv/kernel": LayerSpec("conv3x3", "conv3x3", 9, 1, 40),
         "table": LayerSpec("conv3x3", "conv3x3", 9, 0, 8),
+        "broken": SPEC,
     }
+    quantized["broken"] = np.full((8, 8), np.nan, np.float32)
     moments = {"net/conv/kernel": np.eye(8), "net/other": np.eye(3)}
     with pytest.raises(VqjaxError) as error:
         vqjax.compress_tree(quantized, moments, plan)
@@ -92,7 +94,8 @@ def test_everything_that_does_not_fit_is_listed_at_once():
         "net/dense/bias: float64 (16,), expected floats, [inputs, outputs] or",
         "steps: int32 (), expected floats",
         "net/conv/kernel: codebooks of 40 entries for 32 vectors; take at most 32",
-        "net/conv/kernel: moment (8, 8), expected (36, 36) for a kernel (3, 3, 4, 8)",
+        "net/conv/kernel: moment (8, 8) for a kernel (3, 3, 4, 8): expected (36, 36)",
+        "broken: kernel of shape (8, 8) holds 64 NaN or infinite values",
         "table: codebooks 0, expected a whole number",
         "table: grouping conv3x3 for a kernel (10, 8)",
         "net/other: a moment, but no such layer in the plan",

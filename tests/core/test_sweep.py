@@ -86,6 +86,20 @@ def test_codebooks_fitted_to_some_rows_are_kept_only_where_all_rows_gain():
     assert codebooks.fit_rows(64, 64) == 64
 
 
+@pytest.mark.parametrize("padded", [ROWS + 2, 2 * ROWS + 3])
+def test_padding_changes_no_fit(padded):
+    weight, moment, codes, books_MKG, scales = _problem()
+    key = jax.random.key(0)
+    alone = codebooks.improve(weight, moment, codes, books_MKG, scales, key)
+    rows = jax.tree.map(
+        lambda array: jnp.pad(array, ((0, padded - ROWS), *((0, 0),) * (array.ndim - 1))),
+        (weight, codes, scales),
+    )
+    filled = codebooks.improve(rows[0], moment, rows[1], books_MKG, rows[2], key, ROWS)
+    np.testing.assert_allclose(filled.books_MKG, alone.books_MKG, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(filled.scales_O[:ROWS], alone.scales_O, rtol=1e-4)
+
+
 def test_unused_entries_move_next_to_the_busiest():
     weight, moment, codes, books_MKG, scales = _problem()
     codes = jnp.where(codes == 2, 1, codes)

@@ -149,3 +149,13 @@ def test_misfits_are_named_together():
             shape=(20, 6),
             grouping="linear",
         )
+
+
+def test_codes_that_no_codebook_has_are_refused():
+    _, codes, codebooks, scales = _tensor(entries=5)
+    parts = (jnp.asarray(codebooks), jnp.asarray(scales))
+    for wrong in (-1, 5):
+        codes[0, 0, 0] = wrong
+        for array in (codes, jnp.asarray(codes)):
+            with pytest.raises(VqjaxError, match=r"codes from -?\d to \d, expected 0 to 4"):
+                VQTensor.pack(array, *parts, shape=(20, 6), grouping="linear")

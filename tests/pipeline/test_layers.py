@@ -78,9 +78,9 @@ def test_a_failing_layer_stops_the_others(tmp_path):
 
     def work(path, argument):
         started.append(path)
-        raise VqjaxError(f"{path} is broken")
+        raise VqjaxError("is broken")
 
-    with pytest.raises(VqjaxError, match="a is broken"):
+    with pytest.raises(VqjaxError, match="a: is broken"):
         layers.each_layer(
             "test", work, dict.fromkeys(COSTS), quiet,
             journal=journal(tmp_path), piece=str, costs=COSTS, workers=1,

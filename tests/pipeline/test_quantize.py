@@ -87,7 +87,7 @@ def test_the_run_folder_is_complete(run):
 
 
 @pytest.mark.slow
-def test_bits_claimed_are_bytes_on_disk(run):
+def test_bits_claimed_are_bytes_on_disk(run, source):
     on_disk = (run.out.parent / "model.safetensors").stat().st_size
     model = vqjax.load(run.out)
     unet = {p: leaf for p, leaf in tree.flatten(model.params).items() if p.startswith("unet/")}
@@ -100,6 +100,11 @@ def test_bits_claimed_are_bytes_on_disk(run):
         2 * t.size for t in packed
     )
     data = sum(t.nbytes for t in packed) + rest + ranges
+    job = quantize.prepare(QuantizeSettings(source=str(source), plan=run.out / "plan.json"))
+    known = job.model.config, job.shapes, job.plan, job.sizes
+    wanted = dataclasses.replace(job.settings, calibration=CALIBRATION)
+    predicted = quantize.expected_of(*known, wanted, job.division)
+    assert predicted.bytes_after == run.report["weights"]["bytes_after"]
     assert data <= on_disk < data + 100_000  # names, shapes, config and plan
 
 

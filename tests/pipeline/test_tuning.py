@@ -3,6 +3,8 @@
 
 import dataclasses
 import functools
+import math
+import pathlib
 from typing import Any
 
 import jax
@@ -85,7 +87,17 @@ def source(tmp_path):
         ({"act_bits": 9}, "--act-bits 9: expected 2 to 8, or 32"),
         ({"tune_steps": -1}, "--tune-steps -1: expected 0 or more"),
         ({"tuning": Tuning(rate=0.0)}, "a rate above 0"),
+        ({"tuning": Tuning(rate=math.nan)}, "a rate above 0"),
         ({"tuning": Tuning(batch=0)}, "1 or more of batch"),
+        ({"tuning": Tuning(trajectories=1), "tune_steps": 2}, "1 trajectories of 25 .* 25 pairs"),
+        ({"calibration": Calibration(images=0)}, "--calibration: found .*images=0.*1 or more"),
+        ({"calibration": Calibration(batch=0)}, "1 or more of images and batch"),
+        ({"calibration": Calibration(guidance=math.nan)}, "a finite guidance"),
+        ({"calibration": Calibration(steps=0)}, "--calibration.steps: found 0, expected 1 to 999"),
+        ({"memory": math.nan}, "--memory nan: expected a number of GB above 0"),
+        ({"export": pathlib.Path("model.npz")}, r"--export model.npz: .*\.safetensors"),
+        ({"export": pathlib.Path("absent/m.safetensors")}, "no folder absent; make it first"),
+        ({"bits": 9.0, "samples": 1}, "--bits 9: .*; --samples 1: "),
     ],
 )
 def test_unusable_settings_are_refused(source, settings, message):

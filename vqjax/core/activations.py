@@ -86,6 +86,12 @@ def _per_example(values_B: jax.Array, x: jax.Array) -> jax.Array:
     return values_B.reshape(-1, *[1] * (x.ndim - 1))
 
 
+def stored_bytes(layers: int, timesteps: int) -> int:
+    """Bytes of the ranges of so many layers: four of a timestep and of a step, one of a zero
+    point."""
+    return timesteps * (4 + 5 * layers)
+
+
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["timesteps_T", "log2_steps", "zeros"],
@@ -111,8 +117,8 @@ class Activations:
 
     @property
     def nbytes(self) -> int:
-        """Bytes as stored: four of a timestep and of a step, one of a zero point."""
-        return len(self.timesteps_T) * (4 + 5 * len(self.log2_steps))
+        """Bytes as stored."""
+        return stored_bytes(len(self.log2_steps), len(self.timesteps_T))
 
     def bits_of(self, path: str) -> int:
         """Bits of one layer: first and last convolution and the time embedding have 8 or more."""

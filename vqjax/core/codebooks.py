@@ -190,7 +190,9 @@ def improve(
     diagonal_N = jnp.diagonal(moment_NN)
     count = w_ON.shape[0] if outputs is None else outputs
     rows = w_ON.shape[0] if rows is None else rows
-    fit_R = jnp.arange(rows, dtype=jnp.int32) * count // rows
+    place_R = jnp.arange(rows, dtype=jnp.int32)
+    # Padding has scale 0 and weighs nothing: where there is room for it, no row counts twice.
+    fit_R = jnp.where(count <= rows, place_R, place_R * count // rows)
     part = codes_OJM[fit_R], books_MKG, scales_O[fit_R]
     part_MK = entry_weights(part[0], part[2], diagonal_N, entries)
     fitted_MKG = fit_codebooks(image_ON[fit_R], moment_NN, *part, part_MK)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vqjax.core import grouping, tree
-from vqjax.core.compress import Effort, LayerStats, compress_layer
+from vqjax.core.compress import Effort, LayerStats, check_layer, compress_layer
 from vqjax.core.plan import LayerSpec, Plan, best_spec
 from vqjax.core.tensor import VQTensor
 from vqjax.errors import VqjaxError, gathered
@@ -60,8 +60,8 @@ def compress_tree(
 
     Raises:
       VqjaxError: lists every layer of the plan that is missing, has no kernel of two or four axes,
-        has fewer vectors than codebook entries, or a moment of the wrong size; and every moment of
-        a layer that is not in the plan.
+        has fewer vectors than codebook entries, NaN or infinite weights, or a moment that cannot be
+        its own; and every moment of a layer that is not in the plan.
     """
     flat, moments = tree.flatten(params), moments or {}
     problems = [problem for path in plan for problem in _problems(path, flat, moments, plan[path])]
@@ -141,7 +141,8 @@ def _problems(
             f"{path}: codebooks of {spec.entries} entries for {vectors} vectors; take at most "
             f"{vectors} entries, or leave the layer out"
         )
-    size = np.shape(moments[path]) if path in moments else (fan_in, fan_in)
-    if size != (fan_in, fan_in):
-        found.append(f"{path}: moment {size}, expected {(fan_in, fan_in)} for a kernel {shape}")
+    try:
+        check_layer(leaf, moments.get(path))
+    except VqjaxError as error:
+        found.append(f"{path}: {error}")
     return found

@@ -92,8 +92,10 @@ class LayerSpec:
             value = getattr(self, name)
             if not isinstance(value, int) or not low <= value <= high:
                 found.append(f"{name} {value!r}, expected a whole number from {low} to {high}")
-        if self.codebook_bits not in (8, 16):
-            found.append(f"codebook_bits {self.codebook_bits!r}, expected 8 or 16")
+        stored = (8,) if self.grouping == "scalar" else (8, 16)
+        if self.codebook_bits not in stored:
+            expected = " or ".join(map(str, stored))
+            found.append(f"codebook_bits {self.codebook_bits!r}, expected {expected}")
         if self.input_scales not in ((False,) if self.grouping == "scalar" else (False, True)):
             found.append(
                 f"input_scales {self.input_scales!r}, expected true or false; false for scalar"
@@ -300,7 +302,7 @@ _SIZES = {
     "linear": ((8, 1), (8, 2), (8, 3), (8, 4), (6, 4), (4, 3), (4, 4), (4, 5)),
     "conv3x3": ((9, 1), (9, 2), (9, 3), (9, 4), (9, 5), (3, 2), (3, 3), (3, 4)),
 }
-"""Group and codebooks of 16 entries that plans choose from, half a bit apart or less.
+"""Group and codebooks of 16 entries that plans choose from, up to two bits half a bit apart.
 
 Up to four codebooks all sums are enumerated. More bits therefore come from smaller vectors: at 4
 bits on Gaussian weights, four codebooks for 4 weights leave a third less error than eight for 8, in
@@ -387,6 +389,7 @@ def make_plan(
     *,
     bits: float | None = None,
     size: int | None = None,
+    ranges: int = 0,
     sensitivity: Mapping[str, float] | None = None,
     gain: Mapping[str, float] | None = None,
     input_gain: Mapping[str, float] | None = None,
@@ -402,7 +405,9 @@ def make_plan(
       shapes: of all parameters; of the kernels alone where `size` is not given.
       bits: stored bits per quantized weight that must not be exceeded: codes, codebooks, scales and
         padding of all layers, first and last included.
-      size: bytes that the whole stored U-Net must not exceed, the parts in float16 included.
+      size: bytes that the whole stored U-Net must not exceed, the parts in float16 and ranges of
+        activations included.
+      ranges: bytes of these ranges.
       sensitivity: what a relative output error of 1 in a layer costs; default: the square root
         of its weights, a layer's error entering the residual stream whatever its size.
       gain: relative output error of a layer over D; default: 1.
@@ -421,7 +426,7 @@ def make_plan(
     rest = sum(math.prod(s) for p, s in shapes.items() if p.startswith("unet/")) - weights
     if (bits is None) == (size is None):
         raise VqjaxError("a plan needs a budget: bits per weight or a size, not both")
-    budget = math.floor(weights * (bits or 0)) if size is None else 8 * size - 16 * rest
+    budget = math.floor(weights * (bits or 0)) if size is None else 8 * (size - ranges) - 16 * rest
     choices: dict[str, list[LayerSpec]] = {}
     options: dict[str, list[Option]] = {}
     for path, shape in kernels.items():
@@ -442,7 +447,8 @@ def make_plan(
         asked = f"{bits} bits per weight" if size is None else f"{size / 1e6} MB"
         raise VqjaxError(
             f"{asked} is too little: the least possible is {_up(least / weights, 3)} bits per "
-            f"weight, {_up((least + 16 * rest) / 8e6, 3)} MB with the parts in float16"
+            f"weight, {_up((least + 16 * rest) / 8e6 + ranges / 1e6, 3)} MB with all that is not "
+            "quantized"
         )
     chosen = allocate(options, budget)
     layers = {path: choices[path][place] for path, place in chosen.items()}

@@ -78,7 +78,8 @@ class VQTensor:
           scales: numbers [O] are rounded; see `LogScales`.
 
         Raises:
-          VqjaxError: if the parts do not fit together; every misfit is named.
+          VqjaxError: if the parts do not fit together; every misfit is named. Values of codes are
+            unknown inside of `jit`, and not checked there.
         """
         outputs, fan_in = grouping_lib.matrix_shape(shape)
         books, entries, group = codebooks_MKG.shape
@@ -96,6 +97,10 @@ class VQTensor:
             problems.append(f"input_scales {(input_scales.count,)}, expected {(channels,)}")
         if (codebooks_MKG.dtype == jnp.int8) != (codebook_scale is not None):
             problems.append(f"{codebooks_MKG.dtype} codebooks; int8 and codebook_scale go together")
+        if not isinstance(codes_OJM, jax.core.Tracer) and codes_OJM.size:
+            least, most = int(codes_OJM.min()), int(codes_OJM.max())
+            if least < 0 or most >= entries:
+                problems.append(f"codes from {least} to {most}, expected 0 to {entries - 1}")
         if problems:
             found = "; ".join(problems)
             raise VqjaxError(f"kernel {tuple(shape)} in vectors of {group} does not fit: {found}")

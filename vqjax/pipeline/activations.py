@@ -11,13 +11,15 @@ model's own is a few numbers per layer, timestep and candidate.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vqjax.config import LatentDiffusionConfig
+from vqjax.core import activations as core
 from vqjax.core import cores
 from vqjax.core.activations import (
     TRIED,
@@ -27,13 +29,29 @@ from vqjax.core.activations import (
     squared_errors,
 )
 from vqjax.core.model import Model
+from vqjax.core.plan import kernel_shapes
 from vqjax.errors import gathered
 from vqjax.pipeline import calibrate
+from vqjax.sampling.schedule import ddim_schedule
+from vqjax.settings import Calibration
 
 
 def calls(visited: Sequence[tuple]) -> int:
     """How often `observe` calls the U-Net, and its `on_step`."""
     return 2 * sum(len(t_T) for _, t_T, _ in visited)
+
+
+def stored_bytes(
+    config: LatentDiffusionConfig, shapes: Mapping[str, tuple[int, ...]], wanted: Calibration
+) -> int:
+    """Bytes of what `observe` will return.
+
+    Args:
+      shapes: of all parameters, by path.
+      wanted: what the trajectories follow.
+    """
+    timesteps = len(ddim_schedule(config, wanted.steps).timesteps)
+    return core.stored_bytes(len(kernel_shapes(shapes)), timesteps)
 
 
 def observe(

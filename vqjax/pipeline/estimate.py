@@ -27,6 +27,7 @@ from vqjax.core.flops import layer_flops, total
 from vqjax.core.grouping import groups_per_row, matrix_shape
 from vqjax.core.initialization import SAMPLE
 from vqjax.core.plan import LayerSpec, Plan
+from vqjax.pipeline import activations
 from vqjax.pipeline.calibrate import LayerInput, batches
 from vqjax.pipeline.layer_figures import held_out_settings
 from vqjax.pipeline.memory import Division
@@ -57,7 +58,7 @@ class Estimate:
 
     Attributes:
       bytes_before: U-Net in float32.
-      bytes_after: U-Net as it will be stored, unquantized parts in float16.
+      bytes_after: U-Net as it will be stored, unquantized parts in float16, ranges of activations.
       memory: peak resident bytes by part.
       seconds: by stage.
     """
@@ -90,7 +91,7 @@ def estimate(
       folded_weights: removed before; they count in `bytes_before`.
       division: how the run divides its memory.
       tune_pairs: latents that tuning sees, each in both branches.
-      ranges: whether ranges of activations are looked for.
+      ranges: whether ranges of activations are looked for, and stored.
     """
     unet = {path: shape for path, shape in shapes.items() if path.startswith("unet/")}
     weights = sum(math.prod(shape) for shape in unet.values())
@@ -122,7 +123,9 @@ def estimate(
         compiled += _COMPILE_TUNED_NETWORK + alike * _COMPILE_TUNED_LAYER
     return Estimate(
         bytes_before=4 * (weights + folded_weights),
-        bytes_after=math.ceil(stored.total / 8) + 2 * (weights - stored.weights),
+        bytes_after=math.ceil(stored.total / 8)
+        + 2 * (weights - stored.weights)
+        + (activations.stored_bytes(config, shapes, calibration) if ranges else 0),
         memory=division.parts,
         seconds={
             "compile": compiled,
@@ -233,7 +236,7 @@ def show(estimate: Estimate, plan: Plan, shapes: Mapping[str, tuple[int, ...]]) 
     console.print(table)
     console.print(
         f"U-Net: {estimate.bytes_before / 1e6:.2f} MB in float32 -> "
-        f"{estimate.bytes_after / 1e6:.2f} MB (norms and biases in float16 included)\n"
+        f"{estimate.bytes_after / 1e6:.2f} MB (norms and biases in float16, ranges included)\n"
         f"memory: about {sum(estimate.memory.values()) / 1e9:.2f} GB ("
         + ", ".join(f"{part} {value / 1e9:.2f}" for part, value in estimate.memory.items())
         + ")\n"

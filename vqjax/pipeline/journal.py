@@ -67,7 +67,7 @@ class Journal:
         team = team or Team()
         path = folder / "run.json"
         if not team.leads:
-            team.wait_for_leader(folder, lambda: _is_done(path))
+            team.wait_for_leader(folder, lambda: is_done(path))
         if path.exists():
             try:
                 found = json.loads(path.read_text())
@@ -161,7 +161,7 @@ class Journal:
           VqjaxError: if it died.
         """
         path = self.folder / "run.json"
-        self.team.wait(self.folder, lambda: _is_done(path), (0,), "the end of the run")
+        self.team.wait(self.folder, lambda: is_done(path), (0,), "the end of the run")
 
     def store(self, name: str, arrays: Mapping[str, np.ndarray], notes: dict[str, Any]) -> None:
         """Keeps a finished piece of work until the run is complete."""
@@ -182,7 +182,7 @@ class Journal:
         return self.folder / "work" / f"{name}.safetensors"
 
 
-def _is_done(path: pathlib.Path) -> bool:
+def is_done(path: pathlib.Path) -> bool:
     try:
         return json.loads(path.read_text())["status"] == STATUS_DONE
     except (OSError, ValueError, KeyError, TypeError):

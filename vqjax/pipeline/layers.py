@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vqjax import progress
+from vqjax.errors import about
 from vqjax.pipeline.journal import Journal
 
 CPU_WORKERS = 4  # layers searched side by side; each has its own arrays, so more cost memory
@@ -115,7 +116,7 @@ def _on_devices(
     def one(path: str) -> Any:
         device = free.get()
         try:
-            with jax.default_device(device), jax.default_matmul_precision(precision):
+            with jax.default_device(device), jax.default_matmul_precision(precision), about(path):
                 return _unplaced(work(path, arguments[path]))
         finally:
             free.put(device)

@@ -13,12 +13,13 @@ from rich.console import Console
 from rich.table import Table
 
 from vqjax import progress
+from vqjax.config import LatentDiffusionConfig
 from vqjax.core import shrinkage, tree
 from vqjax.core.granularity import input_scale_gain
 from vqjax.core.moments import Moment
 from vqjax.core.plan import Plan, expected_distortion, make_plan
 from vqjax.core.shrinkage import Shrinkage
-from vqjax.pipeline import sensitivity
+from vqjax.pipeline import activations, sensitivity
 from vqjax.pipeline.journal import Journal
 from vqjax.settings import FLOAT_BITS, QuantizeSettings
 
@@ -126,15 +127,24 @@ def planned(job: "Job", outlooks: Mapping[str, Outlook], costs: Mapping[str, flo
     gain = {path: one.gain for path, one in outlooks.items()}
     input_gain = {path: one.input_gain for path, one in outlooks.items()}
     plan = make_plan(
-        job.shapes, **budget(job.settings), sensitivity=costs, gain=gain, input_gain=input_gain
+        job.shapes,
+        **budget(job.model.config, job.shapes, job.settings),
+        sensitivity=costs,
+        gain=gain,
+        input_gain=input_gain,
     )
     return dataclasses.replace(job, plan=plan)
 
 
-def budget(wanted: QuantizeSettings) -> dict[str, Any]:
+def budget(
+    config: LatentDiffusionConfig, shapes: Mapping[str, tuple[int, ...]], wanted: QuantizeSettings
+) -> dict[str, Any]:
     """The arguments of `make_plan` that say how much may be spent, and on what."""
-    most = {"bits": wanted.bits} if wanted.size is None else {"size": int(wanted.size * 1e6)}
-    return most | {"integer": wanted.act_bits < FLOAT_BITS}
+    integer = wanted.act_bits < FLOAT_BITS
+    if wanted.size is None:
+        return {"bits": wanted.bits, "integer": integer}
+    ranges = activations.stored_bytes(config, shapes, wanted.calibration) if integer else 0
+    return {"size": int(wanted.size * 1e6), "ranges": ranges, "integer": integer}
 
 
 def record(

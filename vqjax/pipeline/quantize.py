@@ -34,11 +34,12 @@ from vqjax.pipeline import (
     layers,
     memory,
     planning,
+    refusals,
     results,
     timesteps,
     tuning,
 )
-from vqjax.pipeline.journal import Journal, fingerprint
+from vqjax.pipeline.journal import Journal, fingerprint, is_done
 from vqjax.pipeline.processes import Team
 
 CALIBRATION_SEED = 1_000_003  # added to the seed, so that no report image was calibrated on
@@ -158,12 +159,8 @@ def run(wanted: settings.QuantizeSettings) -> Report:
             print("The plan above knows shapes alone; the run measures layers and makes its own.")
     if wanted.dry_run:
         return Report(wanted.out, {})
-    free = estimate.available_memory()
-    if free is not None and job.division.peak > free:
-        raise DoesNotFitError(
-            f"this run takes about {job.division.peak / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB "
-            f"can be had; ask for --memory {free / 1e9:.1f} or end other programs"
-        )
+    if not is_done(wanted.out / "run.json"):
+        _check_memory(job.division)
     journal = Journal.open(wanted.out, record_of(job), team)
     if journal.done:
         print(f"{wanted.out}: this run is complete", file=sys.stderr)
@@ -187,6 +184,15 @@ def run(wanted: settings.QuantizeSettings) -> Report:
     return Report(wanted.out, report)
 
 
+def _check_memory(division: memory.Division) -> None:
+    free = estimate.available_memory()
+    if free is not None and division.peak > free:
+        raise DoesNotFitError(
+            f"this run takes about {division.peak / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB "
+            f"can be had; ask for --memory {free / 1e9:.1f} or end other programs"
+        )
+
+
 def _check_quality(wanted: settings.QuantizeSettings, report: dict[str, Any]) -> None:
     failures = results.failures(wanted, report["fidelity"])
     if failures:
@@ -198,26 +204,7 @@ def _check_quality(wanted: settings.QuantizeSettings, report: dict[str, Any]) ->
 
 def prepare(wanted: settings.QuantizeSettings) -> Job:
     """Loads, folds and plans; checks every setting."""
-    if not 0.5 <= wanted.bits <= 8:
-        raise VqjaxError(f"--bits {wanted.bits:g}: expected 0.5 to 8 bits per weight")
-    if wanted.size is not None and not 0 < wanted.size < math.inf:
-        raise VqjaxError(f"--size {wanted.size:g}: expected a number of MB above 0")
-    if wanted.act_bits != settings.FLOAT_BITS and not 2 <= wanted.act_bits <= 8:
-        raise VqjaxError(
-            f"--act-bits {wanted.act_bits}: expected 2 to 8, or {settings.FLOAT_BITS} for floating "
-            "point"
-        )
-    if wanted.tune_steps is not None and wanted.tune_steps < 0:
-        raise VqjaxError(f"--tune-steps {wanted.tune_steps}: expected 0 or more")
-    taught = wanted.tuning
-    still = taught.rate is not None and not taught.rate > 0
-    if taught.batch < 1 or taught.trajectories < 1 or still:
-        raise VqjaxError(
-            f"--tuning: found {taught}; expected 1 or more of batch and trajectories, and a "
-            "rate above 0"
-        )
-    if wanted.samples is not None and wanted.samples < 4:
-        raise VqjaxError(f"--samples {wanted.samples}: expected 4 or more images per model")
+    refusals.check(wanted)
     preset = None if wanted.config is None else config_lib.PRESETS[wanted.config]()
     model = io.load_model(wanted.source, config=preset)
     quantized = [p for p, leaf in tree.flatten(model.params).items() if isinstance(leaf, VQTensor)]
@@ -226,6 +213,7 @@ def prepare(wanted: settings.QuantizeSettings) -> Job:
             f"{wanted.source} is quantized already ({len(quantized)} weights); "
             "start from the full-precision model"
         )
+    refusals.check_steps(model.config, wanted, tune_steps_of(model.config, wanted))
     judge = judges.of_model(model.config.name)
     if judge is not None:
         judge.check()
@@ -233,7 +221,7 @@ def prepare(wanted: settings.QuantizeSettings) -> Job:
     model = dataclasses.replace(model, params=folded.params)
     shapes = {path: tuple(leaf.shape) for path, leaf in tree.flatten(folded.params).items()}
     if wanted.plan is None:
-        plan = make_plan(shapes, **planning.budget(wanted))
+        plan = make_plan(shapes, **planning.budget(model.config, shapes, wanted))
     else:
         plan = Plan.from_json(_read(wanted.plan))
         plan.check(shapes)
@@ -316,7 +304,9 @@ def record_of(job: Job) -> dict[str, Any]:
     names = ("calibration", "memory", "seed", "act_bits", "tuning")
     matters: dict[str, Any] = {name: shown[name] for name in names}
     matters["tune_steps"] = job.tune_steps
-    matters["budget"] = planning.budget(job.settings) if job.settings.plan is None else None
+    matters["budget"] = None
+    if job.settings.plan is None:
+        matters["budget"] = planning.budget(job.model.config, job.shapes, job.settings)
     versions = environment.versions()
     return {
         "command": settings.command_line("vqjax.quantize", job.settings),

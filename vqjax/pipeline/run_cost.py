@@ -60,7 +60,7 @@ def predict(run: Run) -> Cost | None:
     params = folding.fold(config, models.param_shapes(config)).params
     shapes = {path: tuple(leaf.shape) for path, leaf in tree.flatten(params).items()}
     sizes = calibrate.trace_layers(config, params)
-    budget = planning.budget(run.quantize or settings.QuantizeSettings())
+    budget = planning.budget(config, shapes, run.quantize or settings.QuantizeSettings())
     plan = make_plan(shapes, **budget)
     seconds, peak, disk = {}, 0, 0
     if run.quantize is not None:
