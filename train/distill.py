@@ -189,6 +189,8 @@ def distill(
         ranges_optimizer.init(student.ranges),
     )
     state = jax.device_put(state, everywhere)
+    if loop.begun(folder):
+        state = loop.shapes_of(state)  # or the restored one would be in memory beside it
 
     compute = jax.jit(
         functools.partial(

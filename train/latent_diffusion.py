@@ -9,6 +9,8 @@ Dimension key:  N images   B batch   H W image or latent   C channels   V varian
 
 import dataclasses
 import functools
+import hashlib
+import json
 import pathlib
 from typing import Any
 
@@ -32,7 +34,8 @@ class Training:
     out: pathlib.Path
     """The trained model: float16 weights, configuration and training record."""
     work: pathlib.Path
-    """Checkpoints; an unfinished run found there is continued to the same result."""
+    """Checkpoints, in a folder for each training; an unfinished one is continued to the same
+    result."""
     seed: int = 0
     """Of the initialization, the batches and the noise."""
     autoencoder_steps: int
@@ -62,6 +65,7 @@ def fit(
     from vqjax.core.model import Model
     from vqjax.io import native
 
+    args = dataclasses.replace(args, work=args.work / _name(config, images_VNHWC, labels_N, args))
     first_stage = train_autoencoder(config, images_VNHWC, args)
     encode = jax.jit(lambda x: _latents(config, first_stage, x))
     first_stage = rescaled(first_stage, 1 / float(np.std(encode(images_VNHWC[0]))))
@@ -73,6 +77,15 @@ def fit(
     )
     native.save_model(args.out, Model(config=config, params=half), extra_metadata=record)
     print(f"{args.out}: {args.out.stat().st_size / 1e6:.2f} MB")
+
+
+def _name(config: LatentDiffusionConfig, images_VNHWC, labels_N, args: Training) -> str:
+    """What tells a training from all others with another result."""
+    steps = args.seed, args.autoencoder_steps, args.unet_steps
+    digest = hashlib.sha256(json.dumps([config.to_dict(), *steps]).encode())
+    for array in (images_VNHWC, labels_N):
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()[:12]
 
 
 def rescaled(params: dict[str, Any], scale: float) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from vqjax.errors import VqjaxError
 
 SAVE_INTERVAL = 60.0  # seconds between checkpoints: the most that a kill can cost
 WINDOW = 100  # steps that the shown figures are means of
+_ITEMS = ("state", "watch")  # of a checkpoint
 
 Metrics = Mapping[str, jax.Array]
 """Scalars of one step by name; "loss" is one of them."""
@@ -42,7 +43,8 @@ def train(
 
     Args:
       name: stage name for the progress line, which shows the means of all metrics.
-      state: pytree of arrays before step 0; restored ones take over where its arrays lie.
+      state: pytree of arrays before step 0; restored ones take over where its arrays lie. Where
+        `begun`, their shapes, types and places are enough.
       step: `(state, inputs(index)) -> (state, metrics)`, pure, compiled where that pays; it may
         donate its input state.
       folder: absolute path; holds this stage's checkpoints alone.
@@ -64,20 +66,34 @@ def train(
     )
     with ocp.CheckpointManager(folder, options=options) as manager:
         first = manager.latest_step() or 0
-        if first:
-            abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-            state = manager.restore(first, args=ocp.args.StandardRestore(abstract))
         watch = _Watch(name, most, advice)
+        if first:
+            wanted = ocp.args.StandardRestore(shapes_of(state)), ocp.args.JsonRestore()
+            found = manager.restore(first, args=ocp.args.Composite(**dict(zip(_ITEMS, wanted))))
+            state, seen = (found[item] for item in _ITEMS)
+            watch.restore(seen)
         saved = time.monotonic()
         with progress.stage(name, steps, done=first) as advance:
             for index in range(first, steps):
                 state, metrics = step(state, inputs(index))
                 watch.add(index, {key: float(value) for key, value in metrics.items()})
-                if time.monotonic() - saved > SAVE_INTERVAL or index == steps - 1:
-                    manager.save(index + 1, args=ocp.args.StandardSave(state))
+                due = time.monotonic() - saved > SAVE_INTERVAL and watch.sound
+                if due or index == steps - 1:
+                    kept = ocp.args.StandardSave(state), ocp.args.JsonSave(watch.seen)
+                    manager.save(index + 1, args=ocp.args.Composite(**dict(zip(_ITEMS, kept))))
                     saved = time.monotonic()
                 advance(1, watch.note())
     return state
+
+
+def begun(folder: pathlib.Path) -> bool:
+    """Whether `train` would continue from a checkpoint."""
+    return folder.exists() and bool(ocp.utils.checkpoint_steps(folder))
+
+
+def shapes_of(state: Any) -> Any:
+    """Returns the shapes, types and places of a state, which take no memory."""
+    return jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
 
 
 class _Watch:
@@ -87,6 +103,21 @@ class _Watch:
         self._name, self._most, self._advice = name, most, advice
         self._recent: collections.deque[dict[str, float]] = collections.deque(maxlen=WINDOW)
         self._early: list[float] = []
+
+    @property
+    def seen(self) -> dict[str, list]:
+        """What a resumed run has to know to stop where an unbroken one does."""
+        return {"recent": list(self._recent), "early": self._early}
+
+    def restore(self, seen: dict[str, list]) -> None:
+        """Takes what an earlier part of the run saw."""
+        self._recent.extend(seen["recent"])
+        self._early = list(seen["early"])
+
+    @property
+    def sound(self) -> bool:
+        """Whether losses are still far from where training stops: what a checkpoint shall keep."""
+        return not self._mean("loss") > self._most**0.5 * float(np.mean(self._early))
 
     def add(self, index: int, metrics: dict[str, float]) -> None:
         """Takes the metrics of a step; raises DivergedError."""

@@ -210,7 +210,9 @@ def semi_pv(
         fixed = _without_schedules(config)
         triples = list(zip(leaves, grads, owned, strict=True))
         plain = [index for index, leaf in enumerate(leaves) if not _is_coded(leaf)]
-        found = dict(zip(plain, _of_plain(fixed, now, [triples[index] for index in plain])))
+        of_plain = _of_plain(donate and not isinstance(now.count, Tracer))
+        split = zip(*(triples[index] for index in plain)) if plain else ((), (), ())
+        found = dict(zip(plain, of_plain(fixed, now, *map(list, split))))
         coded = [index for index in range(len(leaves)) if index not in found]
         if isinstance(now.count, Tracer):
             step = _Step(fixed, now)
@@ -234,9 +236,15 @@ def compile_ahead(config: PVConfig, params: Any, state: PVState, *, donate: bool
 
     Args:
       config, donate: those of the transformation; schedules do not matter.
-      params, state: as for `update`, placed as they will be there; nothing of them changes.
+      params, state: shapes, types and places of what `update` will be given, or that itself.
     """
-    now = _now(config, state)
+
+    def zeros(array: Any) -> jax.Array:
+        if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+            return jax.device_put(jax.random.key(0), array.sharding)
+        return jax.device_put(np.zeros(array.shape, array.dtype), array.sharding)
+
+    now = _now(config, jax.tree.map(zeros, state._replace(leaves=None)))
     leaves, treedef = _leaves(params)
     kinds = {}
     for index, (leaf, own) in enumerate(zip(leaves, treedef.flatten_up_to(state.leaves))):
@@ -245,13 +253,11 @@ def compile_ahead(config: PVConfig, params: Any, state: PVState, *, donate: bool
             kinds.setdefault((leaf.shape, leaf.grouping, tuple(shapes)), (index, leaf, own))
     compiled, fixed = _of_weight(donate), _without_schedules(config)
 
-    def zeros(shape: tuple[int, ...], like: jax.Array) -> jax.Array:
-        return jax.device_put(np.zeros(shape, like.dtype), like.sharding)
-
     def compile_one(kind: tuple) -> None:
-        index, leaf, own = kind
-        grad = zeros(leaf.shape, leaf.codebooks_MKG)
-        own = jax.tree.map(lambda array: zeros(array.shape, array), own)  # the real one stays
+        index, *parts = kind
+        leaf, own = jax.tree.map(zeros, parts)
+        books = leaf.codebooks_MKG
+        grad = jax.device_put(np.zeros(leaf.shape, books.dtype), books.sharding)
         jax.block_until_ready(compiled(fixed, now, index, leaf, grad, own))
 
     cores.each(compile_one, kinds.values())
@@ -338,11 +344,18 @@ def _now(config: PVConfig, state: PVState) -> _Now:
     return _Now(at(config.lr), at(config.code_lr), state.count + 1, state.key)
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def _of_plain(config: PVConfig, now: _Now, triples: list[tuple]) -> list[tuple]:
-    """Updates and states of all leaves that are arrays."""
-    step = _Step(config, now)
-    return [step.of_plain(*triple) for triple in triples]
+@functools.cache
+def _of_plain(donate: bool) -> Callable[..., list[tuple]]:
+    """Returns the compiled updates and states of all leaves that are arrays."""
+
+    @functools.partial(
+        jax.jit, static_argnames="config", donate_argnames="owned" if donate else None
+    )
+    def of_plain(config: PVConfig, now: _Now, leaves, grads, owned) -> list[tuple]:
+        step = _Step(config, now)
+        return [step.of_plain(*triple) for triple in zip(leaves, grads, owned, strict=True)]
+
+    return of_plain
 
 
 @functools.cache

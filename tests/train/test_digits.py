@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The pieces of the digits training, and what the shipped model promises."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +24,29 @@ def test_augmentation_keeps_the_images_and_adds_small_changes():
     change = np.abs(variants[1:] - variants[:1]).mean()
     assert 0.01 < change < 0.3
     assert np.abs(variants).max() <= 1 + 1e-6
+
+
+def test_trainings_of_other_results_have_other_checkpoints(tmp_path, monkeypatch):
+    folders, config = [], LatentDiffusionConfig.digits()
+    params = models.init_params(config, jax.random.key(0))
+    first_stage, rest = params["first_stage"], {"unet": {}, "cond_stage": {}}
+
+    def train_autoencoder(config, images, args):
+        folders.append(args.work)
+        return first_stage
+
+    monkeypatch.setattr(latent_diffusion, "train_autoencoder", train_autoencoder)
+    monkeypatch.setattr(latent_diffusion, "train_unet", lambda *arguments: rest)
+    images, labels = np.random.default_rng(0).normal(size=(1, 2, 32, 32, 3)), np.arange(2)
+    wanted = digits.Args(out=tmp_path / "model.safetensors", work=tmp_path / "work")
+    others = ({}, {"seed": 1}, {"unet_steps": 3}, {"autoencoder_steps": 4})
+    for number, changes in enumerate((*others, {})):
+        data = images.astype(np.float32) + (number == len(others))
+        latent_diffusion.fit(config, data, labels, dataclasses.replace(wanted, **changes), "test")
+    latent_diffusion.fit(config, images.astype(np.float32), labels, wanted, "test")
+    assert len(set(folders)) == 5
+    assert folders[-1] == folders[0]
+    assert {folder.parent for folder in folders} == {tmp_path / "work"}
 
 
 def test_rescaling_the_latents_changes_no_image():

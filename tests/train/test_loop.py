@@ -63,6 +63,35 @@ def test_growing_losses_stop_before_they_overflow(tmp_path, monkeypatch):
         loop.train("run", start(), growing, 99, tmp_path, most=5, advice="try 0.1")
 
 
+def test_what_diverged_diverges_again_from_its_last_good_state(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "WINDOW", 4)
+    monkeypatch.setattr(loop, "SAVE_INTERVAL", -1.0)  # after every step
+
+    def growing(state, index):
+        return {"index": index}, {"loss": 2.0 ** max(0, index - 6)}
+
+    def run():
+        with pytest.raises(loop.DivergedError) as error:
+            loop.train("run", {"index": jnp.int32(0)}, growing, 30, tmp_path, most=20)
+        return str(error.value)
+
+    first = run()
+    assert "loss 64 at step 12, 1 in the first steps" in first
+    assert loop.begun(tmp_path)
+    assert run() == first
+    stop = loop.train("run", {"index": jnp.int32(0)}, growing, 10, tmp_path)  # saved, far from 20
+    assert int(stop["index"]) == 9
+
+
+def test_a_resumed_run_needs_shapes_alone(tmp_path):
+    assert not loop.begun(tmp_path / "run")
+    whole = loop.train("run", start(), step, 5, tmp_path / "whole")
+    loop.train("run", start(), step, 3, tmp_path / "run")
+    assert loop.begun(tmp_path / "run")
+    resumed = loop.train("run", loop.shapes_of(start()), step, 5, tmp_path / "run")
+    np.testing.assert_array_equal(resumed[0]["w"], whole[0]["w"])
+
+
 def test_steps_see_their_inputs(tmp_path):
     def adding(state, x):
         return {"sum": state["sum"] + x}, {"loss": x}
