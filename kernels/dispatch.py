@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import jax
 
 from vqjax.errors import VqjaxError
-from vqjax.kernels import pallas_gpu, schedule, triton_gpu, tuned
+from vqjax.kernels import gpu_arrays, pallas_gpu, schedule, triton_gpu, tuned
 from vqjax.kernels.device import Device, current
 from vqjax.kernels.lut_matmul import counts, native
 from vqjax.kernels.problem import Problem
@@ -37,6 +37,8 @@ PLATFORMS = {"pallas": "cuda", "triton": "cuda", "native": "cpu"}
 """Where kernels run, as XLA names it."""
 
 UNMEASURED = "it is taken by name, or where it was measured to be fastest"
+
+_UNREAD = {"pallas": gpu_arrays.unread, "triton": gpu_arrays.unread, "native": native.unsupported}
 
 _log = logging.getLogger("vqjax.kernels")
 _asked: contextvars.ContextVar[str | None] = contextvars.ContextVar("asked", default=None)
@@ -99,11 +101,12 @@ def choose(problem: Problem, refusals: Refusals, device: Device) -> Choice:
 
     Raises:
       VqjaxError: if `VQJAX_KERNELS` names a path that cannot run it; every reason is listed. Tables
-        are for a part of a network's layers: where they save nothing ("lut"), or native code does
-        not read a layer's codes, XLA answers.
+        and kernels are for a part of a network's layers: where tables save nothing ("lut"), or
+        kernels do not read a layer's codes, XLA answers.
     """
     name = wanted()
-    if name == "native" and not device.refuses(name) and (unread := native.unsupported(problem)):
+    unread = _UNREAD[name](problem) if name in _UNREAD and not device.refuses(name) else []
+    if unread:
         return _logged(problem, device, Choice("xla", None, "; ".join(unread), keeps=False))
     if name == "lut":
         saves_nothing = counts.refusal(problem)
@@ -154,12 +157,13 @@ class Kernel(NamedTuple):
 
     Attributes:
       unsupported: why no device can run a problem; nothing if some can.
-      compile_small: compiles kernels like those of a problem; raises if they do not compile.
+      trial: runs kernels like those of a problem; raises if they do not compile, or give other
+        numbers than the definition.
       run: the operation, on a GPU by a schedule.
     """
 
     unsupported: Callable[[Problem], list[str]]
-    compile_small: Callable[[Problem], object]
+    trial: Callable[[Problem], object]
     run: Callable[[Any, Schedule | None], jax.Array]
 
 
@@ -178,7 +182,7 @@ class Implementations(NamedTuple):
 
 
 def decide(problem: Problem, ways: Implementations) -> Choice:
-    """Returns what `run` would do with a problem; a small kernel is compiled where there is one."""
+    """Returns what `run` would do with a problem; a small kernel is tried where there is one."""
     device = current()
     refusals = {
         path: _refusals(path, kernel, problem, device) for path, kernel in ways.kernels.items()
@@ -200,7 +204,7 @@ def _refusals(path: str, kernel: Kernel, problem: Problem, device: Device) -> li
             return [refused]
     found = refusals_of(path, kernel.unsupported(problem), device)
     if not found:
-        found += _failed_trial(kernel.compile_small, problem.kind_of_kernel(), device)
+        found += _failed_trial(kernel.trial, problem.kind_of_kernel(), device)
     return found
 
 
@@ -269,12 +273,12 @@ def _measured(device: Device) -> str:
 
 @functools.cache
 def _failed_trial(
-    compile_small: Callable[[Problem], object], small: Problem, device: Device
+    trial: Callable[[Problem], object], small: Problem, device: Device
 ) -> tuple[str, ...]:
-    """What a small kernel that does not compile says: it would come too late from a whole model."""
+    """What is wrong with a small kernel: it would come too late from a whole model."""
     try:
-        compile_small(small)
+        trial(small)
     except Exception as error:  # whatever it is, there is another path
         text = str(error).strip().splitlines() or [""]
-        return (f"a small kernel does not compile on {device} ({type(error).__name__}: {text[0]})",)
+        return (f"a small kernel fails on {device} ({type(error).__name__}: {text[0]})",)
     return ()

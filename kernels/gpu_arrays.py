@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vqjax.kernels.problem import Problem, Scaling
 from vqjax.kernels.schedule import SMALLEST, Tiles, power_of_two
@@ -18,16 +19,24 @@ from vqjax.kernels.schedule import SMALLEST, Tiles, power_of_two
 CODE_BITS = (4, 8, 12)
 _MOST_BOOKS = 8
 _MOST_ELEMENTS = 2**31 - 1  # indices are 32 bits
+_MOST_ERROR = {"float32": 1e-5, "float16": 5e-3, "bfloat16": 4e-2, "int8": 1e-5}
+"""Of a result relative to the largest, by type of activations: what rounding in another order does,
+several times over."""
 
 
-def unsupported(problem: Problem, dtypes: tuple[str, ...]) -> list[str]:
-    """Returns why kernels that take activations of these types cannot run a problem."""
-    found = []
-    bits = problem.code_bits
+def unread(problem: Problem) -> list[str]:
+    """Returns why kernels cannot read the codes of a problem; nothing if they can."""
+    found, bits = [], problem.code_bits
     if problem.entries != 1 << bits or bits not in CODE_BITS:
         found.append(f"K = {problem.entries}, kernels read codes of 4, 8 or 12 bits")
     if not 1 <= problem.books <= _MOST_BOOKS:
         found.append(f"M = {problem.books}, kernels add up 1 to {_MOST_BOOKS} codebooks")
+    return found
+
+
+def unsupported(problem: Problem, dtypes: tuple[str, ...]) -> list[str]:
+    """Returns why kernels that take activations of these types cannot run a problem."""
+    found = unread(problem)
     if problem.dtype not in dtypes:
         found.append(f"activations are {problem.dtype}, kernels take {', '.join(dtypes)}")
     reach = max(problem.strides[0] * problem.strides[1], 1)
@@ -66,16 +75,48 @@ def frame(problem: Problem, tiles: Tiles) -> dict[str, Any]:
     }
 
 
-def compile_small(
-    run: Callable[..., jax.Array], problem: Problem, x_shape: tuple[int, ...]
+def try_small(
+    run: Callable[..., jax.Array],
+    definition: Callable[[Any], jax.Array],
+    problem: Problem,
+    x_shape: tuple[int, ...],
 ) -> None:
-    """Compiles `run(operands, problem=, schedule=)` for the default device by both schedules.
+    """Runs `run(operands, problem=, schedule=)` on the default device by both schedules.
 
     Whatever the compiler raises passes on.
+
+    Raises:
+      ArithmeticError: if numbers are not those of the definition, rounding apart.
     """
+    operands = _sample(problem, x_shape)
+    expected = _result(definition, operands)
     for schedule in SMALLEST:
-        work = functools.partial(run, problem=problem, schedule=schedule)
-        jax.jit(work).lower(problem.abstract(x_shape)).compile()
+        found = _result(functools.partial(run, problem=problem, schedule=schedule), operands)
+        error = np.max(np.abs(found - expected)) / np.max(np.abs(expected))
+        if not error <= _MOST_ERROR[problem.dtype]:
+            raise ArithmeticError(
+                f"{schedule.kind} products differ from the definition by {error:.2g} of the largest"
+            )
+
+
+def _sample(problem: Problem, x_shape: tuple[int, ...]) -> Any:
+    """Random operands by NumPy: they are wanted while other functions are traced."""
+    rng, most = np.random.default_rng(0), 127 // problem.books  # so that sums of entries fit int8
+
+    def values(like: jax.ShapeDtypeStruct) -> np.ndarray:
+        if like.dtype == np.uint8:  # every pattern of bits is a code
+            return rng.integers(0, 256, like.shape).astype(np.uint8)
+        if np.issubdtype(like.dtype, np.integer):
+            return rng.integers(-most, most + 1, like.shape).astype(like.dtype)
+        return rng.normal(size=like.shape).astype(like.dtype)
+
+    return jax.tree.map(values, problem.abstract(x_shape))
+
+
+def _result(work: Callable[[Any], jax.Array], operands: Any) -> np.ndarray:
+    with jax.default_matmul_precision("highest"):
+        program = jax.jit(work).lower(operands).compile()
+    return np.asarray(program(operands)).astype(np.float64)
 
 
 def add_splits(y: jax.Array, splits: int, scaling: Scaling, dtype: Any) -> jax.Array:

@@ -108,7 +108,7 @@ def vq_conv_int8(
     )
     problem = problem_of(operands, inner)
     check(problem, operands)
-    return dispatch.run(problem, operands, integer_ways(problem, inner))
+    return dispatch.run(problem, operands, ways(problem, inner))
 
 
 def problem_of(operands: AnyOperands, window: Window) -> Problem:
@@ -153,24 +153,24 @@ def ways(problem: Problem, window: Window) -> dispatch.Implementations:
         kernels={
             "pallas": dispatch.Kernel(
                 unsupported=pallas.unsupported,
-                compile_small=pallas.compile_small,
+                trial=pallas.try_small,
                 run=lambda operands, schedule: pallas.vq_conv(operands, problem, schedule, window),
             ),
             "triton": dispatch.Kernel(
                 unsupported=_unsupported_triton,
-                compile_small=_compile_small_triton,
+                trial=_try_triton,
                 run=lambda operands, schedule: _triton().vq_conv(
                     operands, problem, schedule, window
                 ),
             ),
             "native": dispatch.Kernel(
                 unsupported=native.unsupported,
-                compile_small=native.build,
+                trial=native.build,
                 run=lambda operands, schedule: native.lut_conv(operands, window),
             ),
         },
         lookup=lambda operands: lut.lut_conv(*operands, **geometry),
-        reference=lambda operands: ref.vq_conv(*operands, **geometry),
+        reference=ref.definition(problem, window),
     )
 
 
@@ -186,14 +186,7 @@ def integer_choice(
     inner = window._replace(padding=POINT.padding)
     operands = Operands(q_BHWI, packed_OY, codebooks_MKG, None)  # pyright: ignore
     problem = problem_of(operands, inner)
-    return dispatch.decide(problem, integer_ways(problem, inner))
-
-
-def integer_ways(problem: Problem, window: Window) -> dispatch.Implementations:
-    """Returns what there is to run a problem in integers."""
-    return ways(problem, window)._replace(
-        reference=lambda operands: ref.vq_conv_int8(operands, window)
-    )
+    return dispatch.decide(problem, ways(problem, inner))
 
 
 def _triton() -> Any:
@@ -207,8 +200,8 @@ def _unsupported_triton(problem: Problem) -> list[str]:
     return triton_gpu.unsupported(problem) + unread(problem)
 
 
-def _compile_small_triton(problem: Problem) -> None:
-    _triton().compile_small(problem)
+def _try_triton(problem: Problem) -> None:
+    _triton().try_small(problem)
 
 
 @functools.cache

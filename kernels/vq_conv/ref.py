@@ -6,16 +6,17 @@ Dimension key:  B batch   H W image   I inputs   O outputs   N fan-in (I * windo
                 Y bytes of a row
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from vqjax.kernels.decode import decode, decode_integers
-from vqjax.kernels.problem import IntegerOperands
+from vqjax.kernels.problem import IntegerOperands, Problem
 from vqjax.kernels.vq_conv.window import Window
-from vqjax.kernels.vq_matmul.ref import integer_product
+from vqjax.kernels.vq_matmul.ref import integer_product, precision_of
 
 
 def vq_conv(
@@ -60,11 +61,24 @@ def convolve(
         window_strides=window.strides,
         padding=window.padding,
         dimension_numbers=("NHWC", "OIHW", "NHWC"),
+        precision=precision_of(x_BHWI),
     )
     if bias_O is None:
         return y_BHWO
     y_BHWO = y_BHWO.astype(jnp.float32) + bias_O.astype(jnp.float32)[None, None, None]
     return y_BHWO.astype(x_BHWI.dtype)
+
+
+def definition(problem: Problem, window: Window) -> Callable[[Any], jax.Array]:
+    """Returns what defines a problem's result, by its operands."""
+    if problem.integer:
+        return lambda operands: vq_conv_int8(operands, window)
+    geometry: Any = {
+        "window": window.size,
+        "strides": window.strides,
+        "padding": window.padding,
+    }
+    return lambda operands: vq_conv(*operands, **geometry)
 
 
 def vq_conv_int8(operands: IntegerOperands, window: Window) -> jax.Array:

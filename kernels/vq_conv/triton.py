@@ -17,7 +17,7 @@ from vqjax.kernels.problem import Operands, Problem
 from vqjax.kernels.schedule import Schedule, Tiles
 from vqjax.kernels.triton_decode import add_product, finish, jit, read_codes, sum_places
 from vqjax.kernels.vq_conv import ref
-from vqjax.kernels.vq_conv.window import Window
+from vqjax.kernels.vq_conv.window import Window, for_trial
 
 
 def vq_conv(
@@ -39,12 +39,12 @@ def vq_conv(
     return _fused(operands, problem, schedule.tiles, window, capability)
 
 
-def compile_small(problem: Problem) -> None:
-    """Compiles both schedules of a small problem for the default device; raises what it meets."""
-    image = (1, problem.rows)
-    window = Window.of(problem.window, problem.strides, "SAME", image)
+def try_small(problem: Problem) -> None:
+    """Tries both schedules on a small problem, on the default device; raises what it meets."""
+    window, image = for_trial(problem)
     run = functools.partial(vq_conv, window=window)
-    gpu_arrays.compile_small(run, problem, (1, *image, problem.inputs))
+    shape = (1, *image, problem.inputs)
+    gpu_arrays.try_small(run, ref.definition(problem, window), problem, shape)
 
 
 def _fused(

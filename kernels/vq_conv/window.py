@@ -50,6 +50,15 @@ class Window(NamedTuple):
 POINT = Window(1, (1, 1), ((0, 0), (0, 0)))
 """Of a 1x1 convolution that is a product."""
 
+
+def for_trial(problem: Problem) -> tuple[Window, Pair]:
+    """Returns how a small problem is tried, and the height and width of its image."""
+    image, padding = (1, problem.rows), "SAME"
+    if problem.integer:  # whose images were padded before
+        image, padding = (problem.window, problem.rows + problem.window - 1), "VALID"
+    return Window.of(problem.window, problem.strides, padding, image), image
+
+
 _GROUPS = (1, 3, 9)
 
 

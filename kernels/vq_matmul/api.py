@@ -90,7 +90,7 @@ def vq_matmul_int8(
     )  # fmt: skip
     problem = problem_of(operands)
     check(problem, operands)
-    y = dispatch.run(problem, operands, integer_ways(problem))
+    y = dispatch.run(problem, operands, ways(problem))
     return y.reshape(*q.shape[:-1], packed_OY.shape[0])
 
 
@@ -134,22 +134,22 @@ def ways(problem: Problem) -> dispatch.Implementations:
         kernels={
             "pallas": dispatch.Kernel(
                 unsupported=pallas.unsupported,
-                compile_small=pallas.compile_small,
+                trial=pallas.try_small,
                 run=lambda operands, schedule: pallas.vq_matmul(operands, problem, schedule),
             ),
             "triton": dispatch.Kernel(
                 unsupported=triton_gpu.unsupported,
-                compile_small=_compile_small_triton,
+                trial=_try_triton,
                 run=lambda operands, schedule: _triton().vq_matmul(operands, problem, schedule),
             ),
             "native": dispatch.Kernel(
                 unsupported=native.unsupported,
-                compile_small=native.build,
+                trial=native.build,
                 run=lambda operands, schedule: native.lut_matmul(operands),
             ),
         },
         lookup=lambda operands: lut.lut_matmul(*operands),
-        reference=_reference,
+        reference=ref.definition(problem),
     )
 
 
@@ -157,12 +157,7 @@ def integer_choice(x: jax.Array, packed_OY: jax.Array, codebooks_MKG: jax.Array)
     """Returns how `vq_matmul_int8` would run x [..., I] once it is quantized."""
     q_BI = jax.ShapeDtypeStruct((math.prod(x.shape[:-1]), x.shape[-1]), jnp.int8)
     problem = problem_of(Operands(q_BI, packed_OY, codebooks_MKG, None))  # pyright: ignore
-    return dispatch.decide(problem, integer_ways(problem))
-
-
-def integer_ways(problem: Problem) -> dispatch.Implementations:
-    """Returns what there is to run a problem in integers."""
-    return ways(problem)._replace(reference=ref.vq_matmul_int8)
+    return dispatch.decide(problem, ways(problem))
 
 
 def _triton() -> Any:
@@ -172,8 +167,8 @@ def _triton() -> Any:
     return triton
 
 
-def _compile_small_triton(problem: Problem) -> None:
-    _triton().compile_small(problem)
+def _try_triton(problem: Problem) -> None:
+    _triton().try_small(problem)
 
 
 def _reference(operands: Operands) -> jax.Array:

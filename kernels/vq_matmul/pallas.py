@@ -38,9 +38,10 @@ def vq_matmul(
     return _fused(operands, problem, schedule.tiles, interpret)
 
 
-def compile_small(problem: Problem) -> None:
-    """Compiles both schedules of a small problem for the default device; raises what it meets."""
-    gpu_arrays.compile_small(vq_matmul, problem, (problem.rows, problem.inputs))
+def try_small(problem: Problem) -> None:
+    """Tries both schedules on a small problem, on the default device; raises what it meets."""
+    shape = (problem.rows, problem.inputs)
+    gpu_arrays.try_small(vq_matmul, ref.definition(problem), problem, shape)
 
 
 def _fused(operands: AnyOperands, problem: Problem, tiles: Tiles, interpret: bool) -> jax.Array:

@@ -5,11 +5,14 @@ Dimension key:  B rows of x   I inputs   O outputs   J = I / G rounded up   G we
                 M codebooks   K entries   Y bytes of a row of codes
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from vqjax.kernels.decode import decode, decode_integers
-from vqjax.kernels.problem import IntegerOperands
+from vqjax.kernels.problem import IntegerOperands, Problem
 
 
 def vq_matmul(
@@ -37,10 +40,26 @@ def vq_matmul(
 
 def product(x_BI: jax.Array, w_OI: jax.Array, bias_O: jax.Array | None) -> jax.Array:
     """Returns x @ w.T + bias for a decoded weight in the type of x."""
-    y_BO = jnp.einsum("bi,oi->bo", x_BI, w_OI, preferred_element_type=jnp.float32)
+    y_BO = jnp.einsum(
+        "bi,oi->bo",
+        x_BI,
+        w_OI,
+        precision=precision_of(x_BI),
+        preferred_element_type=jnp.float32,
+    )
     if bias_O is not None:
         y_BO += bias_O.astype(jnp.float32)[None]
     return y_BO.astype(x_BI.dtype)
+
+
+def precision_of(x: jax.Array) -> jax.lax.Precision | None:
+    """Returns the precision of products with x: GPUs would shorten float32 to TF32."""
+    return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+
+
+def definition(problem: Problem) -> Callable[[Any], jax.Array]:
+    """Returns what defines a problem's result, by its operands."""
+    return vq_matmul_int8 if problem.integer else lambda operands: vq_matmul(*operands)
 
 
 def vq_matmul_int8(operands: IntegerOperands) -> jax.Array:

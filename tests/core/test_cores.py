@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from vqjax.core import cores
+from vqjax.kernels import dispatch
 
 
 def test_results_come_in_the_order_of_the_items():
@@ -38,6 +39,13 @@ def test_threads_have_the_settings_of_the_caller():
 
     with jax.default_matmul_precision("highest"):
         assert all("HIGHEST" in found for found in cores.each(work, range(2)))
+
+
+def test_threads_ask_for_the_kernels_of_the_caller():
+    with dispatch.asking("lut"):
+        assert cores.each(lambda _: dispatch.wanted(), range(2)) == ["lut"] * 2
+        later = cores.beside(dispatch.wanted)
+    assert later() == "lut"
 
 
 def test_work_runs_where_programs_run_by_default():

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from vqjax.core.tensor import VQTensor
 from vqjax.kernels import decode
-from vqjax.kernels.vq_conv.ref import vq_conv
-from vqjax.kernels.vq_matmul.ref import vq_matmul
+from vqjax.kernels.vq_conv.ref import convolve, vq_conv
+from vqjax.kernels.vq_conv.window import Window
+from vqjax.kernels.vq_matmul.ref import product, vq_matmul
 
 
 @settings(max_examples=16, deadline=None)
@@ -81,3 +82,15 @@ def test_vq_conv_equals_the_decoded_convolution(window, group, name):
         x, tensor.decode(), (2, 2), [(1, 1), (1, 1)], dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("dtype", "precise"), [("float32", True), ("bfloat16", False)])
+def test_float32_is_never_shortened(dtype, precise):
+    """GPUs would compute products of float32 in TF32, with three digits."""
+    x_BI, w_OI = jnp.ones((4, 8), dtype), jnp.ones((6, 8), dtype)
+    x_BHWI, w_ON = jnp.ones((1, 4, 4, 2), dtype), jnp.ones((6, 18), dtype)
+    window = Window.of(3, (1, 1), "SAME", (4, 4))
+    with jax.default_matmul_precision("default"):
+        products = str(jax.make_jaxpr(lambda: product(x_BI, w_OI, None))())
+        patches = str(jax.make_jaxpr(lambda: convolve(x_BHWI, w_ON, None, window))())
+    assert ("HIGHEST" in products) == ("HIGHEST" in patches) == precise

@@ -73,6 +73,26 @@ def test_a_named_path_that_cannot_run_says_all_reasons(monkeypatch):
     )
 
 
+@pytest.mark.parametrize("path", ["pallas", "triton"])
+def test_a_layer_whose_codes_kernels_do_not_read_is_decoded(path, caplog):
+    """Plans have a few such layers: they would keep the whole model from a path that was named."""
+    problem, why = (
+        dataclasses.replace(PROBLEM, books=1, entries=64, group=1),
+        "K = 64, kernels read",
+    )
+    for device in (H200, T4):
+        with dispatch.asking(path):
+            refused = {path: dispatch.refusals_of(path, [why], device)}
+            if device.refuses(path):
+                with pytest.raises(VqjaxError, match=r"K = 64.*compute capability 7\.5"):
+                    dispatch.choose(problem, refused, device)
+                continue
+            with caplog.at_level(logging.INFO, "vqjax.kernels"):
+                choice = dispatch.choose(problem, refused, device)
+        assert (choice.path, choice.keeps) == ("xla", False)
+        assert "xla (decode, then multiply): K = 64" in caplog.messages[-1]
+
+
 def test_names_are_obeyed(monkeypatch):
     monkeypatch.setenv(dispatch.VARIABLE, "xla")
     assert dispatch.choose(PROBLEM, refusals(H200), H200).path == "xla"
@@ -203,7 +223,7 @@ def test_a_kernel_that_does_not_compile_is_passed_over(monkeypatch, caplog):
 
     broken = dispatch.Kernel(
         unsupported=lambda problem: [],
-        compile_small=fails,
+        trial=fails,
         run=lambda operands, schedule: pytest.fail("the kernel ran"),
     )
     ways = dispatch.Implementations(
@@ -215,7 +235,7 @@ def test_a_kernel_that_does_not_compile_is_passed_over(monkeypatch, caplog):
     with caplog.at_level(logging.INFO, "vqjax.kernels"):
         assert dispatch.run(PROBLEM, operands, ways) is operands.x
     (line,) = caplog.messages
-    assert "a small kernel does not compile on NVIDIA H200" in line
+    assert "a small kernel fails on NVIDIA H200" in line
     assert "(RuntimeError: out of shared memory)" in line
     monkeypatch.setenv(dispatch.VARIABLE, "pallas")
     with pytest.raises(VqjaxError, match="out of shared memory"):

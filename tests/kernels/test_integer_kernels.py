@@ -188,7 +188,7 @@ def test_integers_lower():
 def test_paths_without_integers_say_so():
     problem = problem_of("vq_matmul", 2, (20, 3), (4, 16), 8)
     operands = random_operands(problem, (2, 20), unit=False)
-    ways = api.integer_ways(problem)
+    ways = api.ways(problem)
     with dispatch.asking("lut"):
         found = dispatch.decide(problem, ways)
     assert found.path == "xla"

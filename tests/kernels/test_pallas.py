@@ -5,6 +5,7 @@ Errors are relative to the largest output.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +14,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vqjax.kernels import decode, device, specs
+from vqjax.kernels import decode, device, gpu_arrays, specs
 from vqjax.kernels.problem import Operands, Problem
 from vqjax.kernels.schedule import Schedule, Tiles, by_rule
 from vqjax.kernels.vq_conv import pallas as conv_pallas
+from vqjax.kernels.vq_conv import ref as conv_ref
 from vqjax.kernels.vq_conv.specs import LAYERS as CONV_LAYERS
-from vqjax.kernels.vq_conv.window import Window
+from vqjax.kernels.vq_conv.window import Window, for_trial
 from vqjax.kernels.vq_matmul import pallas as matmul_pallas
+from vqjax.kernels.vq_matmul import ref as matmul_ref
 from vqjax.kernels.vq_matmul.specs import LAYERS as MATMUL_LAYERS
 
 # Three to four times what was measured; half precision loses most where weights are rounded.
@@ -185,3 +188,31 @@ def test_int8_codebooks_meet_their_scale():
         operands.factors(), operands.scales_O * operands.codebook_scale, rtol=1e-6
     )
     assert operands.scaling().biases_O.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_small_trials_compare_numbers(dtype):
+    """What the dispatcher asks of a kernel before a model depends on it, also while tracing."""
+    product = Problem("vq_matmul", 16, 16, 16, 4, 16, 8, dtype, "int8")
+    patches = Problem("vq_conv", 16, 16, 16, 3, 16, 9, dtype, "int8", window=3)
+    window, image = for_trial(patches)
+    run_product = functools.partial(matmul_pallas.vq_matmul, interpret=True)
+    run_patches = functools.partial(conv_pallas.vq_conv, window=window, interpret=True)
+    cases = [
+        (run_product, matmul_ref.definition(product), product, (16, 16)),
+        (run_patches, conv_ref.definition(patches, window), patches, (1, *image, 16)),
+    ]
+
+    def trials(x):
+        for case in cases:
+            gpu_arrays.try_small(*case)
+        return x
+
+    assert jax.jit(trials)(1.0) == 1.0
+    for run, *rest in cases:
+
+        def wrong(operands, *, problem, schedule, run=run):
+            return 1.1 * run(operands, problem=problem, schedule=schedule)
+
+        with pytest.raises(ArithmeticError, match=r"products differ from the definition by 0\.1"):
+            gpu_arrays.try_small(wrong, *rest)

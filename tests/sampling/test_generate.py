@@ -95,11 +95,20 @@ def test_rounding_is_half_up():
         ([0], {"steps": 0}, "steps: found 0, expected 1 to 999"),
         ([0], {"steps": 1000}, "steps: found 1000"),
         ([0], {"eta": -1}, "eta: found -1"),
+        ([0], {"seed": -1}, "seed: found -1, expected a whole number from 0 to"),
+        ([0], {"seed": 2**32}, "seed: found 4294967296"),
+        ([0], {"seed": 1.5}, "seed: found 1.5"),
+        ([0], {"guidance": float("nan")}, "guidance: found nan, expected a finite number"),
     ],
 )
 def test_mistakes_are_named(classes, settings, message):
     with pytest.raises(VqjaxError, match=message):
         vqjax.sample(MODEL, classes, **settings)
+
+
+def test_a_call_has_images():
+    with pytest.raises(VqjaxError, match="batch_size: found 0, expected 1 or more"):
+        sampling.generate(MODEL, [0], batch_size=0)
 
 
 def test_an_unconditional_model_counts_classes_only():

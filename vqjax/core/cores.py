@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Independent pieces of work on all cores of a CPU: most of ours keep one core busy."""
 
+import contextvars
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -81,9 +82,10 @@ def _default_device() -> Any:
 def _as_here(work: Callable[..., Result], device: Any) -> Callable[..., Result]:
     """The work with the settings of the calling thread, which others do not see."""
     precision = getattr(jax.config, "jax_default_matmul_precision", None)
+    context = contextvars.copy_context()  # which kernels were asked for, among others
 
     def placed(*items: Any) -> Result:
         with jax.default_device(device), jax.default_matmul_precision(precision):
             return work(*items)
 
-    return placed
+    return lambda *items: context.copy().run(placed, *items)

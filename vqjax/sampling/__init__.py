@@ -6,6 +6,7 @@ Dimension key:  B images of one compiled batch   N images asked for   H W latent
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -193,6 +194,7 @@ def generate_with_latents(
     """
     config, classes = model.config, np.asarray(classes)
     _check_classes(config, classes)
+    _check_numbers(seed, guidance, batch_size)
     batch_size = min(batch_size, max(1, len(classes)))
     ddim_schedule(config, steps, eta)
     run = Run(steps, float(guidance), float(eta), dtype, dispatch.wanted())
@@ -235,6 +237,16 @@ def _check_ranges(model: Model) -> None:
 def generate(model: Model, classes: Sequence[int] | np.ndarray, **settings) -> np.ndarray:
     """`generate_with_latents` without the latents: uint8 [N, H, W, 3]."""
     return generate_with_latents(model, classes, **settings)[0]
+
+
+def _check_numbers(seed: int, guidance: float, batch_size: int) -> None:
+    whole = isinstance(seed, int | np.integer)
+    if not whole or not 0 <= seed < 2**32:
+        raise VqjaxError(f"seed: found {seed}, expected a whole number from 0 to 2^32 - 1")
+    if not math.isfinite(guidance):
+        raise VqjaxError(f"guidance: found {guidance}, expected a finite number; 1 is none")
+    if batch_size < 1:
+        raise VqjaxError(f"batch_size: found {batch_size}, expected 1 or more images in a call")
 
 
 def _check_classes(config: LatentDiffusionConfig, classes: np.ndarray) -> None:
