@@ -178,7 +178,7 @@ class ReproduceSettings:
 
     run: Annotated[str | None, tyro.conf.Positional] = None
     """A run file, one in the package by name (such as digits_w2a8), the reproduction.json of an
-    earlier run, or the run.json of a quantization or an evaluation."""
+    earlier run, the run.json of a quantization or an evaluation, or the folder of either."""
     table: bool = False
     """Print our results beside the literature's; runs nothing."""
     results: tuple[pathlib.Path, ...] = ()

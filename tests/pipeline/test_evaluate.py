@@ -304,6 +304,14 @@ def test_mistakes_end_with_code_2(twins, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_folder_must_be_one(tmp_path, capsys):
+    adm_npz.save_npz(tmp_path / "a.npz", [pictures(1)], count=12)
+    (tmp_path / "file").write_text("")
+    for out, message in (("file", "file is a file, expected a folder"), ("file/run", "file/run: ")):
+        assert command.main([str(tmp_path / "a.npz"), "--out", str(tmp_path / out)]) == 2
+        assert message in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_digits_keep_their_scores(tmp_path):
     found = evaluate.run(

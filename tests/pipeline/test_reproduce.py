@@ -103,6 +103,7 @@ def test_the_cost_grows_with_the_samples():
     ("text", "message"),
     [
         ("{", "not JSON"),
+        ("\xff\xfe\xfd", "not JSON"),
         ("[]", "expected a run file"),
         ("{}", "expected a run"),
         ('{"name": "a", "quantize": {"bit": 2}}', "unknown settings"),
@@ -112,7 +113,7 @@ def test_the_cost_grows_with_the_samples():
 )
 def test_files_that_are_no_runs_are_refused(tmp_path, text, message):
     path = tmp_path / "run.json"
-    path.write_text(text)
+    path.write_bytes(text.encode("latin-1"))
     with pytest.raises(VqjaxError, match=message):
         run_file.load(str(path))
 
@@ -121,6 +122,8 @@ def test_mistakes_of_the_command(tmp_path, capsys):
     for words, message in (
         ([], "give a run file, or the name"),
         (["nonsense"], "nor a run in the package: cin256"),
+        ([str(tmp_path)], "holds neither reproduction.json nor run.json"),
+        (["digits_w2a8", "--out", __file__], "test_reproduce.py is a file, expected a folder"),
         (["--table", "--results", str(tmp_path / "absent")], "no such folder"),
     ):
         assert command.main(words) == 2
@@ -194,7 +197,8 @@ def small_run(tmp_path, monkeypatch):
         names = ("bits_per_weight", "bits_per_weight_model", "bytes_before", "bytes_after")
         report = {"weights": dict.fromkeys(names, 1), "fidelity": {"psnr": 20.0}}
         (wanted.out / "report.json").write_text(json.dumps(report))
-        about = {"command": "python -m vqjax.quantize", "fingerprint": "", "environment": {}}
+        command = f"python -m vqjax.quantize {'long/' * 60}model.ckpt"
+        about = {"command": command, "fingerprint": "0123456789", "environment": {}}
         (wanted.out / "run.json").write_text(json.dumps(about | {"settings": lib.plain(wanted)}))
 
     monkeypatch.setattr(quantize, "run", quantized)
@@ -223,12 +227,23 @@ def test_a_run_and_its_parts_are_repeated_to_the_same_bits(small_run, capsys):
     about = json.loads((folder / "first" / "evaluation" / "run.json").read_text())
     assert about["settings"]["against"] == str(folder / "small.safetensors")
     for path, name in (
-        (pathlib.Path(run_file.RECORD), "second"),
+        (pathlib.Path(), "second"),  # the folder: by its record
         (pathlib.Path("evaluation/run.json"), "third"),
         (pathlib.Path("quantized/run.json"), "fourth"),
     ):
+        with pytest.raises(VqjaxError, match="holds the run to be repeated"):
+            again(folder / "first" / path, "first")
         again(folder / "first" / path, name)
         assert "all numbers and bits are equal" in capsys.readouterr().out
+
+
+def test_a_run_of_a_long_command_has_a_short_name(tmp_path):
+    command = f"python -m vqjax.evaluate {'long/' * 60}model.ckpt"
+    about = {"command": command, "fingerprint": "0123456789", "settings": {}}
+    (tmp_path / "run.json").write_text(json.dumps(about))
+    found = {"models": {"source": {"n": 4}}, "difference": None}
+    (tmp_path / "evaluation.json").write_text(json.dumps(found))
+    assert run_file.load(str(tmp_path)).name == f"evaluate {tmp_path.name} 01234567"
 
 
 @pytest.mark.slow

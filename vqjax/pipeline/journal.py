@@ -36,6 +36,12 @@ def fingerprint(*parts: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def check_folder(out: pathlib.Path) -> None:
+    """Raises VqjaxError where a run folder cannot be, since something else is there."""
+    if out.exists() and not out.is_dir():
+        raise VqjaxError(f"{out} is a file, expected a folder; choose another --out")
+
+
 class Journal:
     """The folder of one run.
 
@@ -67,8 +73,7 @@ class Journal:
         """
         team = team or Team()
         path = folder / "run.json"
-        if folder.exists() and not folder.is_dir():
-            raise VqjaxError(f"{folder} is a file, expected a folder; choose another --out")
+        check_folder(folder)
         if not team.leads:
             team.wait_for_leader(folder, lambda: _is_done(path))
         if path.exists():

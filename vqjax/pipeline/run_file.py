@@ -65,17 +65,19 @@ def load(where: str) -> Run:
     """Reads a run file, a record, or the run.json of a command.
 
     Args:
-      where: a path, or the name of a run in the package.
+      where: a path, of a folder that holds a record or a run.json, too, or the name of a run in the
+        package.
 
     Raises:
       VqjaxError: if there is no such run, or it is no run.
     """
-    path = pathlib.Path(where)
-    if path.exists():
-        return parse(_json(path.read_text(), where), path)
-    known = packaged()
+    path, known = pathlib.Path(where), packaged()
+    if path.is_dir() and where not in known:  # a run of the package may have a folder of its name
+        path = _in_folder(path)
+    if path.exists() and not path.is_dir():
+        return parse(_json(path.read_bytes(), str(path)), path)
     if where in known:
-        return parse(_json(known[where].read_text(), where), path)
+        return parse(_json(known[where].read_bytes(), where), path)
     raise VqjaxError(f"{where}: no such file, nor a run in the package: {', '.join(known)}")
 
 
@@ -174,9 +176,21 @@ def _where_from(named: str) -> str:
     return known.describe() if known is not None else f"{named}: no such file or folder"
 
 
+def _in_folder(folder: pathlib.Path) -> pathlib.Path:
+    for name in (RECORD, "run.json"):
+        if (folder / name).is_file():
+            return folder / name
+    raise VqjaxError(
+        f"{folder}: holds neither {RECORD} nor run.json; give the folder of a finished run, or a "
+        "run file"
+    )
+
+
 def _of_command(content: Mapping[str, Any], path: pathlib.Path) -> Run:
     """The run that a run.json of `vqjax.quantize` or `vqjax.evaluate` tells of."""
     command, folder = str(content.get("command")), path.parent
+    # Not the command itself, which may be longer than a folder's name can be.
+    which = f"{folder.resolve().name} {str(content['fingerprint'])[:8]}"
     wanted = {name: value for name, value in content["settings"].items() if name != "out"}
     there = content.get("environment", {})
     if "vqjax.quantize" in command:
@@ -184,14 +198,14 @@ def _of_command(content: Mapping[str, Any], path: pathlib.Path) -> Run:
         if wanted.get("plan") is not None:  # the folder carries a copy
             wanted["plan"] = str(folder / "plan.json")
         quantize = lib.from_plain(lib.QuantizeSettings, wanted, str(path))
-        return Run(command, quantize, None, run_results.of_quantization(folder), there)
+        return Run(f"quantize {which}", quantize, None, run_results.of_quantization(folder), there)
     if "vqjax.evaluate" in command:
         evaluate = lib.from_plain(lib.EvaluateSettings, wanted, str(path))
-        return Run(command, None, evaluate, run_results.of_evaluation(folder), there)
+        return Run(f"evaluate {which}", None, evaluate, run_results.of_evaluation(folder), there)
     raise VqjaxError(f"{path}: the run of {command!r} cannot be repeated")
 
 
-def _json(text: str, where: str) -> Any:
+def _json(text: bytes, where: str) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:
