@@ -50,8 +50,33 @@ def test_settings_survive_json():
     assert lib.from_plain(lib.QuantizeSettings, json.loads(text), "here") == wanted
     sampled = lib.SampleSettings(classes=(1, 2))
     assert lib.from_plain(lib.SampleSettings, lib.plain(sampled), "here") == sampled
-    with pytest.raises(VqjaxError, match=r"here: unknown settings \['bit'\]"):
-        lib.from_plain(lib.QuantizeSettings, {"bit": 2}, "here")
+    given = lib.EvaluateSettings(eta=1, lpips=(pathlib.Path("a"), pathlib.Path("b")))
+    assert lib.from_plain(lib.EvaluateSettings, lib.plain(given), "here") == given
+
+
+def test_all_values_that_do_not_fit_are_named_at_once():
+    wrong = {
+        "name": "a",
+        "quantize": {"config": "cin256", "bits": "2", "calibration": 3, "seed": 1.5, "bit": 2},
+        "evaluate": {"lpips": ["a", 1], "count": True, "tuning": {}, "against": []},
+        "more": 1,
+    }
+    with pytest.raises(VqjaxError) as caught:
+        run_file.parse(wrong, pathlib.Path("here.json"))
+    heading, *lines = str(caught.value).splitlines()
+    assert heading == "here.json: settings that do not fit; correct the file:"
+    found = dict(line.removeprefix("  - ").split(": ", 1) for line in lines)
+    assert found.pop("quantize.config").startswith('found "cin256", expected one of cin256-v2, ')
+    for name in ("more", "quantize.bit", "evaluate.tuning"):
+        assert found.pop(name).startswith("unknown, expected some of ")
+    assert found == {
+        "quantize.bits": 'found "2", expected a number',
+        "quantize.calibration": "found 3, expected an object of settings",
+        "quantize.seed": "found 1.5, expected a whole number",
+        "evaluate.lpips[1]": "found 1, expected a path",
+        "evaluate.count": "found true, expected a whole number or null",
+        "evaluate.against": "found [], expected text or null",
+    }
 
 
 def test_missing_files_are_named_with_where_they_are_and_what_the_run_costs(tmp_path, capsys):
@@ -106,7 +131,11 @@ def test_the_cost_grows_with_the_samples():
         ("\xff\xfe\xfd", "not JSON"),
         ("[]", "expected a run file"),
         ("{}", "expected a run"),
-        ('{"name": "a", "quantize": {"bit": 2}}', "unknown settings"),
+        ('{"name": "a", "quantize": {"bit": 2}}', r"quantize\.bit: unknown"),
+        ('{"name": "a", "quantize": []}', r"quantize: found \[\], expected an object"),
+        ('{"name": "a", "quantize": null}', "expected a run"),
+        ('{"run": {"name": "a", "evaluate": {}}, "results": 1}', "results: found 1, expected"),
+        ('{"settings": [], "fingerprint": ""}', r"settings: found \[\], expected"),
         ('{"name": "a", "quantize": {}, "more": 1}', "unknown"),
         ('{"settings": {}, "fingerprint": "", "command": "ls"}', "cannot be repeated"),
     ],

@@ -54,6 +54,15 @@ class Run:
         }
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Content:
+    """A run file."""
+
+    name: str
+    quantize: lib.QuantizeSettings | None = None
+    evaluate: lib.EvaluateSettings | None = None
+
+
 def packaged() -> dict[str, Any]:
     """Run files in the package, by name."""
     folder = importlib.resources.files("vqjax.eval") / "runs"
@@ -88,30 +97,27 @@ def parse(content: Any, path: pathlib.Path) -> Run:
       path: of the file; the results of a run.json stand beside it.
 
     Raises:
-      VqjaxError: if it is no run, or a setting is unknown.
+      VqjaxError: if it is no run, or settings are unknown or of another kind.
     """
     where = str(path)
     if not isinstance(content, dict):
         raise VqjaxError(f"{where}: expected a run file (a JSON object), found a list or a value")
+    for part in ("settings", "results", "environment"):
+        if not isinstance(content.get(part, {}), dict):
+            raise VqjaxError(f"{where}: {part}: found {content[part]!r}, expected a JSON object")
     if "run" in content:
         run = parse(content["run"], path)
         recorded, there = content.get("results", {}), content.get("environment", {})
         return dataclasses.replace(run, recorded=recorded, environment=there)
     if "settings" in content and "fingerprint" in content:
         return _of_command(content, path)
-    known = {"name", "quantize", "evaluate"}
-    if "name" not in content or not content.keys() & {"quantize", "evaluate"}:
+    given = {name for name, value in content.items() if value is not None}
+    if "name" not in given or not given & {"quantize", "evaluate"}:
         raise VqjaxError(
             f"{where}: holds {sorted(content)}, expected a run: name, and quantize or evaluate"
         )
-    if content.keys() - known:
-        raise VqjaxError(f"{where}: unknown {sorted(content.keys() - known)}, expected {known}")
-    kinds = {"quantize": lib.QuantizeSettings, "evaluate": lib.EvaluateSettings}
-    parts = {
-        part: lib.from_plain(kind, content[part], f"{where}: {part}") if part in content else None
-        for part, kind in kinds.items()
-    }
-    return Run(content["name"], parts["quantize"], parts["evaluate"], {}, {})
+    asked = lib.from_plain(_Content, content, where)
+    return Run(asked.name, asked.quantize, asked.evaluate, {}, {})
 
 
 def resolved(run: Run, files: pathlib.Path) -> Run:
