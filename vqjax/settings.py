@@ -14,9 +14,13 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
-from vqjax.errors import gathered
+from vqjax.errors import VqjaxError, gathered
 
 Settings = TypeVar("Settings")
+
+SEEDS = range(2**32)
+"""What both NumPy and JAX take."""
+_SEEDS = f"0 to {SEEDS[-1]}"
 
 _JSON = {
     str: ((str,), "text"),
@@ -265,7 +269,7 @@ class BenchAblationSettings:
     """Ways of tuning; "scalar" is uniform quantization with learned steps, the bits rounded up.
     "pv_restart" forgets the moments of all codes where new trajectories begin."""
     seeds: int = 3
-    """Of tuning and of the samples, from 0 on."""
+    """Of tuning and of the samples, from --seed on."""
     count: int = 10_000
     """Samples of each cell."""
     tune_steps: int = 100
@@ -282,6 +286,8 @@ class BenchAblationSettings:
     """Results, written after each cell: the same command continues where an earlier one stopped."""
     figure: pathlib.Path | None = None
     """A PNG of the results."""
+    seed: int = 0
+    """The first of --seeds."""
 
 
 ParetoMethod = Literal["tuned", "untuned", "scalar", "scalar_tuned"]
@@ -414,6 +420,15 @@ class BenchGpuSettings:
     """Only these."""
     out: pathlib.Path = pathlib.Path("vqjax-gpu")
     """Folder of the results, one JSON file for each part, and of summary.json."""
+    seed: int = 0
+    """Of weights and inputs of all parts."""
+
+
+def check_seed(settings: Any) -> None:
+    """Raises VqjaxError unless the seed of these settings, if any, is one of `SEEDS`."""
+    seed = getattr(settings, "seed", None)
+    if seed is not None and seed not in SEEDS:
+        raise VqjaxError(f"--seed {seed}: expected {_SEEDS}")
 
 
 def command_line(module: str, settings: Any, subcommand: str = "") -> str:
@@ -461,6 +476,8 @@ def _nested(kind: Any, values: Any, name: str, problems: list[str]) -> Any:
         for field, value in values.items()
         if field in kinds
     }
+    if type(seed := made.get("seed")) is int and seed not in SEEDS:
+        problems.append(_misfit(f"{prefix}seed", seed, _SEEDS))
     return None if problems else kind(**made)
 
 

@@ -58,7 +58,7 @@ def test_all_values_that_do_not_fit_are_named_at_once():
     wrong = {
         "name": "a",
         "quantize": {"config": "cin256", "bits": "2", "calibration": 3, "seed": 1.5, "bit": 2},
-        "evaluate": {"lpips": ["a", 1], "count": True, "tuning": {}, "against": []},
+        "evaluate": {"lpips": ["a", 1], "count": True, "tuning": {}, "against": [], "seed": -1},
         "more": 1,
     }
     with pytest.raises(VqjaxError) as caught:
@@ -76,6 +76,7 @@ def test_all_values_that_do_not_fit_are_named_at_once():
         "evaluate.lpips[1]": "found 1, expected a path",
         "evaluate.count": "found true, expected a whole number or null",
         "evaluate.against": "found [], expected text or null",
+        "evaluate.seed": "found -1, expected 0 to 4294967295",
     }
 
 

@@ -6,19 +6,25 @@ import ctypes
 import os
 import sys
 from collections.abc import Callable
+from typing import Any
 
+from vqjax import settings
 from vqjax.errors import VqjaxError
 
 _M_ARENA_MAX = -8  # of malloc.h
 
 
-def run(work: Callable[[], int | None]) -> int:
+def run(work: Callable[[], int | None], wanted: Any) -> int:
     """Runs a command: 0 when done, the error's own code when the user has something to fix.
 
     Files that cannot be read or written are the user's, too. Other exceptions are our bugs and keep
     their traceback.
+
+    Args:
+      wanted: the settings of the command.
     """
     try:
+        settings.check_seed(wanted)
         _set_up()
         return work() or 0
     except VqjaxError as error:

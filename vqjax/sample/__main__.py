@@ -14,7 +14,7 @@ def main(argv: list[str] | None = None) -> int:
     settings = tyro.cli(SampleSettings, args=argv, prog="python -m vqjax.sample")
     from vqjax.pipeline import command
 
-    return command.run(lambda: _work(settings))
+    return command.run(lambda: _work(settings), settings)
 
 
 def _work(settings: SampleSettings) -> None:
