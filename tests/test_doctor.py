@@ -33,13 +33,13 @@ def test_command_passes_here():
     assert lines[-1] == "all is well"
 
 
-def fail() -> str:
+def fail(seed: int) -> str:
     raise RuntimeError("the sky is green")
 
 
 def test_failure_is_shown_and_counted(monkeypatch, capsys):
-    monkeypatch.setattr(doctor, "CHECKS", {"good": lambda: "fine", "bad": fail})
-    assert doctor.examine(doctor.DoctorSettings()) == 1
+    monkeypatch.setattr(doctor, "CHECKS", {"good": lambda seed: "fine", "bad": fail})
+    assert doctor.examine(doctor.DoctorSettings()) == 4
     out = capsys.readouterr().out
     assert "FAIL" in out
     assert "RuntimeError: the sky is green" in out
@@ -61,7 +61,16 @@ def test_wrong_results_fail(monkeypatch):
 
     monkeypatch.setattr(encode, "encode_exact", zeros)
     with pytest.raises(AssertionError, match="exact search missed planted codes"):
-        doctor.check_search()
+        doctor.check_search(0)
+
+
+def test_the_seed_reaches_the_checks(monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "CHECKS", {"seeded": lambda seed: f"computed with {seed}"})
+    assert doctor.main(["--seed", "5"]) == 0
+    assert "computed with 5" in capsys.readouterr().out
+    for seed in ("-1", str(2**32)):
+        assert doctor.main(["--seed", seed]) == 2
+        assert f"vqjax: --seed {seed}: expected 0 to 4294967295" in capsys.readouterr().err
 
 
 def test_shipped_files_carry_their_hash(monkeypatch):
@@ -80,7 +89,7 @@ def test_missing_package_is_said(monkeypatch):
 
 def test_table_on_a_terminal(monkeypatch, capsys):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    monkeypatch.setattr(doctor, "CHECKS", {"good": lambda: "[fine]"})
+    monkeypatch.setattr(doctor, "CHECKS", {"good": lambda seed: "[fine]"})
     assert doctor.examine(doctor.DoctorSettings()) == 0
     out = capsys.readouterr().out
     assert "[devices]" not in out

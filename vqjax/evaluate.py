@@ -18,7 +18,7 @@ def main(argv: list[str] | None = None) -> int:
 
         run(settings)
 
-    return command.run(work)
+    return command.run(work, settings)
 
 
 if __name__ == "__main__":

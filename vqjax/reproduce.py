@@ -18,7 +18,7 @@ def main(argv: list[str] | None = None) -> int:
 
         reproduce.main(settings)
 
-    return command.run(work)
+    return command.run(work, settings)
 
 
 if __name__ == "__main__":

@@ -5,16 +5,31 @@ Imports neither jax nor anything of ours but errors, so that `--help` answers at
 """
 
 import dataclasses
+import json
 import pathlib
 import shlex
+import typing
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
-from vqjax.errors import VqjaxError
+from vqjax.errors import VqjaxError, gathered
 
 Settings = TypeVar("Settings")
+
+SEEDS = range(2**32)
+"""What both NumPy and JAX take."""
+_SEEDS = f"0 to {SEEDS[-1]}"
+
+_JSON = {
+    str: ((str,), "text"),
+    pathlib.Path: ((str,), "a path"),
+    bool: ((bool,), "true or false"),
+    int: ((int,), "a whole number"),
+    float: ((int, float), "a number"),
+}
+"""What JSON holds for the values of a field, and how errors call them."""
 
 FLOAT_BITS = 32
 """`act_bits` that leave activations in floating point."""
@@ -178,7 +193,7 @@ class ReproduceSettings:
 
     run: Annotated[str | None, tyro.conf.Positional] = None
     """A run file, one in the package by name (such as digits_w2a8), the reproduction.json of an
-    earlier run, or the run.json of a quantization or an evaluation."""
+    earlier run, the run.json of a quantization or an evaluation, or the folder of either."""
     table: bool = False
     """Print our results beside the literature's; runs nothing."""
     results: tuple[pathlib.Path, ...] = ()
@@ -254,7 +269,7 @@ class BenchAblationSettings:
     """Ways of tuning; "scalar" is uniform quantization with learned steps, the bits rounded up.
     "pv_restart" forgets the moments of all codes where new trajectories begin."""
     seeds: int = 3
-    """Of tuning and of the samples, from 0 on."""
+    """Of tuning and of the samples, from --seed on."""
     count: int = 10_000
     """Samples of each cell."""
     tune_steps: int = 100
@@ -271,6 +286,8 @@ class BenchAblationSettings:
     """Results, written after each cell: the same command continues where an earlier one stopped."""
     figure: pathlib.Path | None = None
     """A PNG of the results."""
+    seed: int = 0
+    """The first of --seeds."""
 
 
 ParetoMethod = Literal["tuned", "untuned", "scalar", "scalar_tuned"]
@@ -403,6 +420,15 @@ class BenchGpuSettings:
     """Only these."""
     out: pathlib.Path = pathlib.Path("vqjax-gpu")
     """Folder of the results, one JSON file for each part, and of summary.json."""
+    seed: int = 0
+    """Of weights and inputs of all parts."""
+
+
+def check_seed(settings: Any) -> None:
+    """Raises VqjaxError unless the seed of these settings, if any, is one of `SEEDS`."""
+    seed = getattr(settings, "seed", None)
+    if seed is not None and seed not in SEEDS:
+        raise VqjaxError(f"--seed {seed}: expected {_SEEDS}")
 
 
 def command_line(module: str, settings: Any, subcommand: str = "") -> str:
@@ -423,24 +449,68 @@ def from_plain(settings: type[Settings], values: dict[str, Any], where: str) -> 
       where: names the file that the values are from, in errors.
 
     Raises:
-      VqjaxError: naming every field that these settings do not have.
+      VqjaxError: naming every field that these settings do not have, and every value of another
+        kind than its field has.
     """
-    known: Any = settings  # a dataclass
-    fields = {field.name: field for field in dataclasses.fields(known)}
-    unknown = sorted(values.keys() - fields.keys())
-    if unknown:
-        raise VqjaxError(f"{where}: unknown settings {unknown}; expected some of {sorted(fields)}")
-    made = {}
-    for name, value in values.items():
-        kind = str(fields[name].type)
-        if dataclasses.is_dataclass(fields[name].default):
-            value = from_plain(type(fields[name].default), value, f"{where}: {name}")
-        elif isinstance(value, list):
-            value = tuple(pathlib.Path(item) if "Path" in kind else item for item in value)
-        elif value is not None and "Path" in kind:
-            value = pathlib.Path(value)
-        made[name] = value
-    return settings(**made)
+    problems: list[str] = []
+    made = _nested(settings, values, "", problems)
+    if problems:
+        raise gathered(problems, f"{where}: settings that do not fit; correct the file:")
+    return made
+
+
+def _nested(kind: Any, values: Any, name: str, problems: list[str]) -> Any:
+    """A dataclass from the values of its fields; `name` is of the field that it is in, if any."""
+    if not isinstance(values, dict):
+        problems.append(_misfit(name, values, "an object of settings"))
+        return None
+    prefix = f"{name}." if name else ""
+    kinds = typing.get_type_hints(kind)
+    problems += [
+        f"{prefix}{field}: unknown, expected some of {', '.join(kinds)}"
+        for field in values
+        if field not in kinds
+    ]
+    made = {
+        field: _value(kinds[field], value, f"{prefix}{field}", problems)
+        for field, value in values.items()
+        if field in kinds
+    }
+    if type(seed := made.get("seed")) is int and seed not in SEEDS:
+        problems.append(_misfit(f"{prefix}seed", seed, _SEEDS))
+    return None if problems else kind(**made)
+
+
+def _value(kind: Any, value: Any, name: str, problems: list[str], also: str = "") -> Any:
+    """What a field holds, from JSON; where it does not fit, a line goes to `problems`.
+
+    Args:
+      also: what else than `kind` the field takes, for that line.
+    """
+    parts = typing.get_args(kind)
+    if type(None) in parts:
+        return None if value is None else _value(parts[0], value, name, problems, " or null")
+    if dataclasses.is_dataclass(kind):
+        return _nested(kind, value, name, problems)
+    if typing.get_origin(kind) is tuple:
+        if isinstance(value, list):
+            return tuple(
+                _value(parts[0], item, f"{name}[{index}]", problems)
+                for index, item in enumerate(value)
+            )
+        problems.append(_misfit(name, value, f"a list{also}"))
+    elif typing.get_origin(kind) is Literal:
+        if value not in parts:
+            problems.append(_misfit(name, value, f"one of {', '.join(parts)}{also}"))
+    elif type(value) not in _JSON[kind][0]:  # not isinstance: true is no number
+        problems.append(_misfit(name, value, _JSON[kind][1] + also))
+    elif kind is pathlib.Path:
+        return pathlib.Path(value)
+    return value
+
+
+def _misfit(name: str, found: Any, expected: str) -> str:
+    return f"{name}: found {json.dumps(found)[:60]}, expected {expected}"
 
 
 def _plain(value: Any) -> Any:

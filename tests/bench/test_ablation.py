@@ -22,14 +22,14 @@ def record(bits, method, seed, rise=0.0, sd=0.1):
 
 
 def test_seeds_come_one_after_the_other_and_full_precision_first():
-    wanted = BenchAblationSettings(bits=(2.0,), methods=("none", "pv"), seeds=2)
+    wanted = BenchAblationSettings(bits=(2.0,), methods=("none", "pv"), seeds=2, seed=3)
     assert ablation.cells(wanted) == [
-        (None, "full_precision", 0),
-        (2.0, "none", 0),
-        (2.0, "pv", 0),
-        (None, "full_precision", 1),
-        (2.0, "none", 1),
-        (2.0, "pv", 1),
+        (None, "full_precision", 3),
+        (2.0, "none", 3),
+        (2.0, "pv", 3),
+        (None, "full_precision", 4),
+        (2.0, "none", 4),
+        (2.0, "pv", 4),
     ]
 
 

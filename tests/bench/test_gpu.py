@@ -29,12 +29,13 @@ def test_without_a_gpu_nothing_starts(tmp_path, capsys):
 def test_every_part_is_a_command_that_can_be_read(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(bench, "_work", seen.append)
-    parts = gpu.parts(BenchGpuSettings(out=tmp_path))
+    parts = gpu.parts(BenchGpuSettings(out=tmp_path, seed=7))
     assert [part.name for part in parts] == list(BenchGpuSettings().parts)
     for part in parts:
         assert part.words[:3] == (sys.executable, "-m", "vqjax.bench")
         assert bench.main(list(part.words[3:])) == 0
         assert seen[-1].json == tmp_path / f"{part.name}.json"
+        assert seen[-1].seed == 7
     some = gpu.parts(BenchGpuSettings(parts=("evaluate", "kernels")))
     assert [part.name for part in some] == ["kernels", "evaluate"]
 

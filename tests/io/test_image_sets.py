@@ -124,7 +124,7 @@ def test_a_picture_that_ends_early(tmp_path):
 
 
 BAD = {
-    "keys": ({"images": PICTURES}, "holds images, expected arr_0"),
+    "keys": ({"images": PICTURES}, r"holds images\.npy, expected arr_0\.npy"),
     "float pictures": ({"arr_0": PICTURES / 255}, r"found float64 \[7, 5, 4, 3\]"),
     "channels first": ({"arr_0": PICTURES.transpose(0, 3, 1, 2)}, r"\[7, 3, 5, 4\]"),
     "gray": ({"arr_0": PICTURES[..., 0]}, r"found uint8 \[7, 5, 4\]"),
@@ -160,6 +160,10 @@ def test_files_that_are_no_batches(tmp_path):
     (tmp_path / "text.npz").write_text("hello")
     with pytest.raises(VqjaxError, match=r"not a readable \.npz"):
         open_images(tmp_path / "text.npz")
+    with zipfile.ZipFile(tmp_path / "no_arrays.npz", "w") as file:
+        file.writestr("arr_0", b"no array of NumPy has this name")
+    with pytest.raises(VqjaxError, match=r"holds arr_0, expected arr_0\.npy"):
+        open_images(tmp_path / "no_arrays.npz")
     with pytest.raises(VqjaxError, match="no such file"):
         open_images(tmp_path / "absent.npz")
     with pytest.raises(VqjaxError, match=r"expected an \.npz file with arr_0 or a folder"):

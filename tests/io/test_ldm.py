@@ -17,6 +17,7 @@ from tests.io import models, torch_writer
 from tests.io.torch_writer import SAVERS, Instance
 from vqjax.config import PRESETS, LatentDiffusionConfig
 from vqjax.core import tree
+from vqjax.core.model import Model
 from vqjax.errors import VqjaxError
 from vqjax.io import keys, ldm, load_model, native
 from vqjax.io.lazy import LazyTensor
@@ -214,8 +215,15 @@ def test_exports_are_computed_in_single_precision(tmp_path):
     flat = tree.flatten(loaded.params)
     assert flat["unet/out/conv/bias"].dtype == np.float32
     assert flat["unet/out/conv/kernel"].codes.dtype == np.uint8
-    with pytest.raises(VqjaxError, match="with a config of its own"):
+    with pytest.raises(VqjaxError, match=r"in n_classes \(4, given 0\), unet/attention_res"):
         load_model(tmp_path / "model.safetensors", config=models.PLAIN)
+
+
+def test_an_export_is_taken_with_the_config_that_it_was_made_with(tmp_path):
+    made = dataclasses.replace(models.TINY, name="published", scale_factor=0.5, guidance=2.0)
+    native.save_model(tmp_path / "a.safetensors", Model(made, models.dense(made).params))
+    loaded = load_model(tmp_path / "a.safetensors", config=models.TINY)
+    assert loaded.config == made
 
 
 def test_sources_that_are_none(tmp_path):

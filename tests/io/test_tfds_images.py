@@ -125,6 +125,8 @@ def fake(monkeypatch, tmp_path):
 def test_names_are_taken_apart():
     full = tfds_images.parse("tfds:imagenet_resized/64x64:0.1.0?split=train[:90%]&size=32")
     assert full == tfds_images.Wanted("imagenet_resized/64x64:0.1.0", "train[:90%]", 32)
+    both = tfds_images.parse("tfds:a?split=train[:5%]+validation%2Btest")
+    assert both.split == "train[:5%]+validation+test"
     assert tfds_images.parse("tfds:cifar10") == tfds_images.Wanted("cifar10", "train", None)
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from vqjax.errors import VqjaxError
 from vqjax.eval import adm, fidelity
 from vqjax.io import adm_npz, image_set, inception, native
 from vqjax.models import inception as network
-from vqjax.pipeline import evaluate, features, sources
+from vqjax.pipeline import evaluate, features, sampled, sources
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -232,6 +233,35 @@ def test_samples_of_other_settings_are_not_mixed(twins, whole):
         evaluate.run(wanted(twins, whole, seed=1))
 
 
+def test_a_comparison_may_come_and_go(twins, whole, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    alone = evaluate.run(wanted(twins, out, against=None))
+    assert alone["difference"] is None
+    assert alone["models"].keys() == {"source"}
+    with pytest.raises(VqjaxError, match="holds work for another --against"):
+        evaluate.run(wanted(twins, out, against=str(twins[0])))
+    again = evaluate.run(wanted(twins, out))
+    assert again["difference"] == numbers(whole)["difference"]
+    assert shards(out) == shards(whole)
+
+
+def test_samples_that_a_killed_comparison_left_serve_no_other(twins, tmp_path, monkeypatch):
+    adm_npz.save_npz(tmp_path / "given.npz", [pictures(1, 4)], count=4)
+    options = {"source": str(tmp_path / "given.npz"), "count": None}
+    out = tmp_path / "run"
+    evaluate.run(wanted(twins, out, against=None, **options))
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sampled, "sample", killed)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.run(wanted(twins, out, **options))
+    with pytest.raises(VqjaxError, match="holds work for another --against"):
+        evaluate.run(wanted(twins, out, seed=1, **options))
+
+
 def test_a_damaged_shard_is_named(twins, tmp_path):
     settings = wanted(twins, tmp_path / "run", count=4)
     evaluate.run(settings)
@@ -263,6 +293,8 @@ def test_mistakes_end_with_code_2(twins, tmp_path, capsys):
         ([tmp_path / "absent"], "no such file or folder"),
         ([twins[0], "--count", "3"], "--count 3: expected 4 or more"),
         ([twins[0], "--against", "digits"], "twins share noise and classes"),
+        ([twins[0], "--steps", "0"], "steps: found 0, expected 1 to 999"),
+        ([twins[0], "--eta", "-1"], "eta: found -1.0, expected 0"),
         ([twins[0], "--inception", tmp_path / "absent.pth"], "absent.pth"),
         ([twins[0], "--reference", tmp_path / "absent.npz"], "no such file"),
         ([twins[0], "--lpips", tmp_path / "absent.pth"], "absent.pth"),
@@ -270,6 +302,14 @@ def test_mistakes_end_with_code_2(twins, tmp_path, capsys):
         assert command.main([*map(str, words), "--out", str(tmp_path / "run")]) == 2, words
         assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_folder_must_be_one(tmp_path, capsys):
+    adm_npz.save_npz(tmp_path / "a.npz", [pictures(1)], count=12)
+    (tmp_path / "file").write_text("")
+    for out, message in (("file", "file is a file, expected a folder"), ("file/run", "file/run: ")):
+        assert command.main([str(tmp_path / "a.npz"), "--out", str(tmp_path / out)]) == 2
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.slow

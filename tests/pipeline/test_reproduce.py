@@ -50,8 +50,34 @@ def test_settings_survive_json():
     assert lib.from_plain(lib.QuantizeSettings, json.loads(text), "here") == wanted
     sampled = lib.SampleSettings(classes=(1, 2))
     assert lib.from_plain(lib.SampleSettings, lib.plain(sampled), "here") == sampled
-    with pytest.raises(VqjaxError, match=r"here: unknown settings \['bit'\]"):
-        lib.from_plain(lib.QuantizeSettings, {"bit": 2}, "here")
+    given = lib.EvaluateSettings(eta=1, lpips=(pathlib.Path("a"), pathlib.Path("b")))
+    assert lib.from_plain(lib.EvaluateSettings, lib.plain(given), "here") == given
+
+
+def test_all_values_that_do_not_fit_are_named_at_once():
+    wrong = {
+        "name": "a",
+        "quantize": {"config": "cin256", "bits": "2", "calibration": 3, "seed": 1.5, "bit": 2},
+        "evaluate": {"lpips": ["a", 1], "count": True, "tuning": {}, "against": [], "seed": -1},
+        "more": 1,
+    }
+    with pytest.raises(VqjaxError) as caught:
+        run_file.parse(wrong, pathlib.Path("here.json"))
+    heading, *lines = str(caught.value).splitlines()
+    assert heading == "here.json: settings that do not fit; correct the file:"
+    found = dict(line.removeprefix("  - ").split(": ", 1) for line in lines)
+    assert found.pop("quantize.config").startswith('found "cin256", expected one of cin256-v2, ')
+    for name in ("more", "quantize.bit", "evaluate.tuning"):
+        assert found.pop(name).startswith("unknown, expected some of ")
+    assert found == {
+        "quantize.bits": 'found "2", expected a number',
+        "quantize.calibration": "found 3, expected an object of settings",
+        "quantize.seed": "found 1.5, expected a whole number",
+        "evaluate.lpips[1]": "found 1, expected a path",
+        "evaluate.count": "found true, expected a whole number or null",
+        "evaluate.against": "found [], expected text or null",
+        "evaluate.seed": "found -1, expected 0 to 4294967295",
+    }
 
 
 def test_missing_files_are_named_with_where_they_are_and_what_the_run_costs(tmp_path, capsys):
@@ -103,16 +129,21 @@ def test_the_cost_grows_with_the_samples():
     ("text", "message"),
     [
         ("{", "not JSON"),
+        ("\xff\xfe\xfd", "not JSON"),
         ("[]", "expected a run file"),
         ("{}", "expected a run"),
-        ('{"name": "a", "quantize": {"bit": 2}}', "unknown settings"),
+        ('{"name": "a", "quantize": {"bit": 2}}', r"quantize\.bit: unknown"),
+        ('{"name": "a", "quantize": []}', r"quantize: found \[\], expected an object"),
+        ('{"name": "a", "quantize": null}', "expected a run"),
+        ('{"run": {"name": "a", "evaluate": {}}, "results": 1}', "results: found 1, expected"),
+        ('{"settings": [], "fingerprint": ""}', r"settings: found \[\], expected"),
         ('{"name": "a", "quantize": {}, "more": 1}', "unknown"),
         ('{"settings": {}, "fingerprint": "", "command": "ls"}', "cannot be repeated"),
     ],
 )
 def test_files_that_are_no_runs_are_refused(tmp_path, text, message):
     path = tmp_path / "run.json"
-    path.write_text(text)
+    path.write_bytes(text.encode("latin-1"))
     with pytest.raises(VqjaxError, match=message):
         run_file.load(str(path))
 
@@ -121,6 +152,8 @@ def test_mistakes_of_the_command(tmp_path, capsys):
     for words, message in (
         ([], "give a run file, or the name"),
         (["nonsense"], "nor a run in the package: cin256"),
+        ([str(tmp_path)], "holds neither reproduction.json nor run.json"),
+        (["digits_w2a8", "--out", __file__], "test_reproduce.py is a file, expected a folder"),
         (["--table", "--results", str(tmp_path / "absent")], "no such folder"),
     ):
         assert command.main(words) == 2
@@ -194,7 +227,8 @@ def small_run(tmp_path, monkeypatch):
         names = ("bits_per_weight", "bits_per_weight_model", "bytes_before", "bytes_after")
         report = {"weights": dict.fromkeys(names, 1), "fidelity": {"psnr": 20.0}}
         (wanted.out / "report.json").write_text(json.dumps(report))
-        about = {"command": "python -m vqjax.quantize", "fingerprint": "", "environment": {}}
+        command = f"python -m vqjax.quantize {'long/' * 60}model.ckpt"
+        about = {"command": command, "fingerprint": "0123456789", "environment": {}}
         (wanted.out / "run.json").write_text(json.dumps(about | {"settings": lib.plain(wanted)}))
 
     monkeypatch.setattr(quantize, "run", quantized)
@@ -223,12 +257,23 @@ def test_a_run_and_its_parts_are_repeated_to_the_same_bits(small_run, capsys):
     about = json.loads((folder / "first" / "evaluation" / "run.json").read_text())
     assert about["settings"]["against"] == str(folder / "small.safetensors")
     for path, name in (
-        (pathlib.Path(run_file.RECORD), "second"),
+        (pathlib.Path(), "second"),  # the folder: by its record
         (pathlib.Path("evaluation/run.json"), "third"),
         (pathlib.Path("quantized/run.json"), "fourth"),
     ):
+        with pytest.raises(VqjaxError, match="holds the run to be repeated"):
+            again(folder / "first" / path, "first")
         again(folder / "first" / path, name)
         assert "all numbers and bits are equal" in capsys.readouterr().out
+
+
+def test_a_run_of_a_long_command_has_a_short_name(tmp_path):
+    command = f"python -m vqjax.evaluate {'long/' * 60}model.ckpt"
+    about = {"command": command, "fingerprint": "0123456789", "settings": {}}
+    (tmp_path / "run.json").write_text(json.dumps(about))
+    found = {"models": {"source": {"n": 4}}, "difference": None}
+    (tmp_path / "evaluation.json").write_text(json.dumps(found))
+    assert run_file.load(str(tmp_path)).name == f"evaluate {tmp_path.name} 01234567"
 
 
 @pytest.mark.slow

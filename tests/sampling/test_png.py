@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vqjax import sampling
 from vqjax.errors import VqjaxError
+from vqjax.sample import __main__ as command
 from vqjax.sampling import png
 
 
@@ -45,6 +47,17 @@ def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         png.save_grid(path, _images(), 2, {"run": 2})
     assert png.read_metadata(path) == {"run": 1}
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_place_for_no_grid_is_refused_before_sampling(tmp_path, monkeypatch, capsys):
+    def sampled(*args, **kwargs):
+        raise AssertionError("sampled before --out was looked at")
+
+    monkeypatch.setattr(sampling, "generate", sampled)
+    (tmp_path / "file").write_text("")
+    for out, message in ((tmp_path, "is a folder"), (tmp_path / "file" / "a.png", "is a file")):
+        assert command.main(["digits", "--out", str(out)]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_messages(tmp_path):

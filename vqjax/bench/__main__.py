@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     from vqjax.pipeline import command
 
-    return command.run(lambda: _work(settings))
+    return command.run(lambda: _work(settings), settings)
 
 
 def _work(settings: Settings) -> None:

@@ -68,7 +68,7 @@ def run(wanted: BenchAblationSettings) -> None:
 def cells(wanted: BenchAblationSettings) -> list[Cell]:
     """All cells, seed by seed, so that an unfinished file compares all methods."""
     found = []
-    for seed in range(wanted.seeds):
+    for seed in range(wanted.seed, wanted.seed + wanted.seeds):
         found.append(Cell(None, FULL, seed))
         found += [Cell(bits, method, seed) for bits in wanted.bits for method in wanted.methods]
     return found

@@ -87,9 +87,9 @@ def parts(wanted: BenchGpuSettings) -> list[Part]:
         "evaluate": ("evaluate", *scoring),
         "kernels_tuned": (*shapes, "--dtype", "bfloat16", "--tune", "--table", table),
     }
-    module = (sys.executable, "-m", "vqjax.bench")
+    module, seed = (sys.executable, "-m", "vqjax.bench"), ("--seed", str(wanted.seed))
     return [
-        Part(name, (*module, *words, "--json", str(wanted.out / f"{name}.json")))
+        Part(name, (*module, *words, *seed, "--json", str(wanted.out / f"{name}.json")))
         for name, words in every.items()
         if name in wanted.parts
     ]

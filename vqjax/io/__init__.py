@@ -77,6 +77,21 @@ def _load_digits() -> "Model":
         return native.load(path)
 
 
+def _differing(own: LatentDiffusionConfig, given: LatentDiffusionConfig) -> list[str]:
+    """What makes another model; checkpoints may have a scale factor of their own."""
+    from vqjax.core import tree
+
+    given = dataclasses.replace(
+        given, name=own.name, scale_factor=own.scale_factor, guidance=own.guidance
+    )
+    here, there = (tree.flatten(config.to_dict()) for config in (own, given))
+    return [
+        f"{field} ({here[field]}, given {there[field]})"
+        for field in here
+        if here[field] != there[field]
+    ]
+
+
 def _checked(model: "Model", config: LatentDiffusionConfig | None, where: str) -> "Model":
     """Our own files know their config. Their half-precision dense weights are computed with."""
     import jax.numpy as jnp
@@ -86,10 +101,10 @@ def _checked(model: "Model", config: LatentDiffusionConfig | None, where: str) -
     from vqjax.core.activations import Activations
     from vqjax.core.tensor import VQTensor
 
-    if config is not None and config != model.config:
+    if config is not None and (differing := _differing(model.config, config)):
         raise VqjaxError(
             f"{where} holds {model.config.name!r} with a config of its own, which differs from the "
-            f"one given ({config.name!r}); leave it out"
+            f"one given ({config.name!r}) in {', '.join(differing)}; leave it out"
         )
     flat = {
         # Cast by numpy: jax would compile a cast for every shape.

@@ -36,11 +36,13 @@ def open_npz(path: str | os.PathLike) -> ImageSet:
     """
     path = pathlib.Path(path)
     with _readable(path), zipfile.ZipFile(path) as archive:
-        names = {name.removesuffix(".npy") for name in archive.namelist()}
+        members = archive.namelist()
+        names = {name.removesuffix(".npy") for name in members if name.endswith(".npy")}
         if IMAGES not in names:
             raise VqjaxError(
-                f"{path}: holds {', '.join(sorted(names)[:8]) or 'nothing'}, expected {IMAGES} "
-                f"(uint8 pictures [N, H, W, 3]); save it with numpy.savez(file, images, labels)"
+                f"{path}: holds {', '.join(sorted(members)[:8]) or 'nothing'}, expected "
+                f"{IMAGES}.npy (uint8 pictures [N, H, W, 3]); save it with numpy.savez(file, "
+                "images, labels)"
             )
         with archive.open(f"{IMAGES}.npy") as member:
             shape, dtype = _header(member, f"{path}: {IMAGES}")

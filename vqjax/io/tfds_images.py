@@ -70,7 +70,9 @@ def parse(where: str) -> Wanted:
       VqjaxError: if it has another form, an unknown option, or a size that is none.
     """
     name, _, query = where.removeprefix(PREFIX).partition("?")
-    options = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
+    # Not parse_qsl, which reads the + of "train+validation" as a space.
+    parts = [part.partition("=") for part in query.split("&") if part]
+    options = {option: urllib.parse.unquote(value) for option, _, value in parts}
     unknown = sorted(options.keys() - {"split", "size"})
     if not name or unknown or (query and not options) or "" in options.values():
         raise VqjaxError(f"{where}: expected {_SYNTAX}, quoted for the shell")

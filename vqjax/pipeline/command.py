@@ -6,23 +6,34 @@ import ctypes
 import os
 import sys
 from collections.abc import Callable
+from typing import Any
 
+from vqjax import settings
 from vqjax.errors import VqjaxError
 
 _M_ARENA_MAX = -8  # of malloc.h
 
 
-def run(work: Callable[[], int | None]) -> int:
+def run(work: Callable[[], int | None], wanted: Any) -> int:
     """Runs a command: 0 when done, the error's own code when the user has something to fix.
 
-    Other exceptions are our bugs and keep their traceback.
+    Files that cannot be read or written are the user's, too. Other exceptions are our bugs and keep
+    their traceback.
+
+    Args:
+      wanted: the settings of the command.
     """
     try:
+        settings.check_seed(wanted)
         _set_up()
         return work() or 0
-    except (VqjaxError, FileNotFoundError, PermissionError) as error:
+    except VqjaxError as error:
         print(f"vqjax: {error}", file=sys.stderr)
-        return getattr(error, "exit_code", 2)
+        return error.exit_code
+    except OSError as error:
+        where = "" if error.filename is None else f"{error.filename}: "
+        print(f"vqjax: {where}{error.strerror or error}", file=sys.stderr)
+        return VqjaxError.exit_code
     except KeyboardInterrupt:
         print("vqjax: interrupted; the same command continues", file=sys.stderr)
         return 130

@@ -12,7 +12,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from vqjax import settings
+from vqjax import sampling, settings
 from vqjax.config import LatentDiffusionConfig
 from vqjax.errors import VqjaxError
 from vqjax.eval import adm, judges, scores_report
@@ -164,22 +164,34 @@ def default_count(config: LatentDiffusionConfig) -> int:
 
 
 def record_of(job: Evaluation) -> dict[str, Any]:
-    """What a run's record starts with; its fingerprint says which samples belong to it."""
+    """What a run's record starts with; its fingerprints say which samples belong to it.
+
+    Each side has its own: scores against something else may be asked for, or no longer.
+    """
     wanted, here = job.settings, environment.describe()
     hashes = {side: source.sha256 for side, source in job.sources.items()}
-    sampled_as = {side: [shards.count, shards.shard] for side, shards in job.shards.items()}
-    protocol = None if job.protocol is None else dataclasses.asdict(job.protocol)
     # Another kind of device rounds differently: its samples would not be this run's.
     kind = [here["device"], here["backend"], environment.versions()]
+    sides = {side: fingerprint(hashes[side], _sampled_as(job, side), kind) for side in hashes}
     return {
         "command": settings.command_line("vqjax.evaluate", wanted),
         "settings": settings.plain(wanted),
         "sha256": hashes
         | ({"reference": job.reference_sha256} if job.reference is not None else {})
         | ({"inception": job.weights.sha256} if job.weights is not None else {}),
-        "fingerprint": fingerprint(hashes, sampled_as, protocol, kind),
+        "fingerprint": sides.pop("source"),
+        "parts": sides,
         "environment": here,
     }
+
+
+def _sampled_as(job: Evaluation, side: str) -> list[Any] | None:
+    """What decides the samples of a side beside its model; None where it is pictures."""
+    if side not in job.shards:
+        return None
+    assert job.protocol is not None
+    shards = job.shards[side]
+    return [shards.count, shards.shard, dataclasses.asdict(job.protocol)]
 
 
 def missing(job: Evaluation) -> list[str]:
@@ -258,6 +270,8 @@ def _protocol(
     models = [source.model for source in opened.values() if source.model is not None]
     if not models:
         return None
+    for model in models:  # a schedule that there is not is refused before the folder is claimed
+        sampling.ddim_schedule(model.config, wanted.steps, wanted.eta)
     own = models[0].config.guidance
     return sampled.Protocol(
         steps=wanted.steps,

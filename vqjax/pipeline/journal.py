@@ -36,6 +36,12 @@ def fingerprint(*parts: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def check_folder(out: pathlib.Path) -> None:
+    """Raises VqjaxError where a run folder cannot be, since something else is there."""
+    if out.exists() and not out.is_dir():
+        raise VqjaxError(f"{out} is a file, expected a folder; choose another --out")
+
+
 class Journal:
     """The folder of one run.
 
@@ -58,20 +64,23 @@ class Journal:
 
         Args:
           record: must hold "fingerprint". Timings and peaks of memory of an earlier part of the
-            run are kept.
+            run are kept. "parts" holds fingerprints, by option, of what a run may do without: those
+            of earlier attempts stay, as what they left in the folder does.
           team: the processes of the run; all but the first wait until that one has opened it.
 
         Raises:
-          VqjaxError: if the folder holds another run or something else.
+          VqjaxError: if the folder holds another run, another part or something else.
         """
         team = team or Team()
         path = folder / "run.json"
+        check_folder(folder)
         if not team.leads:
             team.wait_for_leader(folder, lambda: is_done(path))
         if path.exists():
             try:
                 found = json.loads(path.read_text())
                 known = found["fingerprint"] == record["fingerprint"]
+                earlier = dict(found.get("parts", {}))
             except (ValueError, KeyError, TypeError):
                 raise VqjaxError(f"{path}: unreadable; choose another --out or delete it") from None
             if not known:
@@ -80,11 +89,21 @@ class Journal:
                     f"({found.get('command', 'unknown command')}); "
                     "choose another --out or delete it"
                 )
+            parts = earlier | record.get("parts", {})
+            for name in earlier:
+                if parts[name] != earlier[name]:
+                    raise VqjaxError(
+                        f"{folder} holds work for another --{name}; choose another --out or delete "
+                        "it"
+                    )
             record = {**record, **{name: found[name] for name in _KEPT if name in found}}
             if team.leads:
                 _clear_leftovers(folder)
                 processes.clear(folder)
-            return cls(folder, record, team)
+            journal = cls(folder, record | ({"parts": parts} if parts else {}), team)
+            if parts != earlier:  # before work for a new one, which a killed run may leave
+                journal.save()
+            return journal
         if folder.exists() and any(folder.iterdir()):
             raise VqjaxError(f"{folder} is not empty and holds no run; choose another --out")
         folder.mkdir(parents=True, exist_ok=True)

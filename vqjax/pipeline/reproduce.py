@@ -21,6 +21,7 @@ from vqjax.io import native
 from vqjax.pipeline import (
     environment,
     evaluate,
+    journal,
     quantize,
     run_cost,
     run_file,
@@ -29,6 +30,7 @@ from vqjax.pipeline import (
 from vqjax.pipeline.processes import Team
 from vqjax.pipeline.run_file import RECORD, Run
 
+QUANTIZED, EVALUATION = "quantized", "evaluation"
 _FOLDER = pathlib.Path("vqjax-runs")
 
 
@@ -62,14 +64,16 @@ def run(wanted: settings.ReproduceSettings) -> dict[str, Any]:
         asked = asked.seeded(wanted.seed)
     if asked.evaluate is not None and Team.current().count > 1:
         raise VqjaxError("a run with an evaluation is made by one process, on all of its devices")
+    out = wanted.out or _FOLDER / _slug(asked, wanted)
+    journal.check_folder(out)
+    if asked.recorded:
+        _check_elsewhere(pathlib.Path(wanted.run), out)
     cost = run_cost.predict(asked)
     # Before files are looked for: who lacks them will want to know whether to get them.
     told = "unknown: the run does not name its model" if cost is None else cost.describe()
     console = Console(highlight=False, stderr=True)
     console.print(f"{asked.name}: {told}", soft_wrap=True)
     here = run_file.resolved(asked, wanted.files)
-    out = wanted.out or _FOLDER / _slug(asked, wanted)
-    _check_elsewhere(pathlib.Path(wanted.run), out)
     doubts = run_file.doubts(here)
     for sentence in doubts:  # before the work: it takes hours
         console.print(f"note: {sentence}", soft_wrap=True)
@@ -111,13 +115,13 @@ def _made(wanted: Run, out: pathlib.Path) -> dict[str, Any]:
     results: dict[str, Any] = {}
     out.mkdir(parents=True, exist_ok=True)
     if wanted.quantize is not None:
-        folder = out / "quantized"
+        folder = out / QUANTIZED
         quantize.run(dataclasses.replace(wanted.quantize, out=folder))
         results |= run_results.of_quantization(folder)
     if wanted.evaluate is not None:
-        asked = dataclasses.replace(wanted.evaluate, out=out / "evaluation")
+        asked = dataclasses.replace(wanted.evaluate, out=out / EVALUATION)
         if wanted.quantize is not None:
-            source, against = str(out / "quantized"), wanted.quantize.source
+            source, against = str(out / QUANTIZED), wanted.quantize.source
             preset = wanted.quantize.config
             asked = dataclasses.replace(asked, source=source, against=against, config=preset)
         evaluate.run(asked)
@@ -163,7 +167,8 @@ def _slug(asked: Run, wanted: settings.ReproduceSettings) -> str:
 
 def _check_elsewhere(record: pathlib.Path, out: pathlib.Path) -> None:
     """A run in the folder of its own record would find everything done and repeat nothing."""
-    if record.name in (RECORD, "run.json") and record.parent.resolve() == out.resolve():
+    folder = record if record.is_dir() else record.parent
+    if folder.resolve() in [place.resolve() for place in (out, out / QUANTIZED, out / EVALUATION)]:
         raise VqjaxError(f"{out} holds the run to be repeated; choose another --out")
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From finished pieces to the report: scores, fidelity, bytes, FLOPs, pictures."""
 
+import math
 import pathlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -259,8 +260,14 @@ def show(content: dict[str, Any], folder: pathlib.Path) -> None:
             values = [f"{content['metrics'][model][key]:.3f}" for model in MODELS]
             table.add_row(f"{name}, N={content['metrics']['quantized']['n']}", *values)
     for key, name in {"psnr": "PSNR, dB", "ssim": "SSIM"}.items():
-        near, rival = content["fidelity"][key], content["fidelity_scalar_baseline"][key]
-        table.add_row(f"{name} to full precision", "", f"{near:.3f}", f"{rival:.3f}")
+        near, rival = content["fidelity"], content["fidelity_scalar_baseline"]
+        shown = (report.number(_score(found, key), 3) for found in (near, rival))
+        table.add_row(f"{name} to full precision", "", *shown)
     console = Console(highlight=False)
     console.print(table)
     console.print(f"report: {folder / 'report.html'}\nmodel:  {folder / 'model'}")
+
+
+def _score(found: Mapping[str, Any], score: str) -> float | None:
+    """A score from report.json, which has null for the infinite PSNR of identical pictures."""
+    return math.inf if found[score] is None and found["identical"] else found[score]

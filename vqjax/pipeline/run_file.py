@@ -54,6 +54,15 @@ class Run:
         }
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Content:
+    """A run file."""
+
+    name: str
+    quantize: lib.QuantizeSettings | None = None
+    evaluate: lib.EvaluateSettings | None = None
+
+
 def packaged() -> dict[str, Any]:
     """Run files in the package, by name."""
     folder = importlib.resources.files("vqjax.eval") / "runs"
@@ -65,17 +74,19 @@ def load(where: str) -> Run:
     """Reads a run file, a record, or the run.json of a command.
 
     Args:
-      where: a path, or the name of a run in the package.
+      where: a path, of a folder that holds a record or a run.json, too, or the name of a run in the
+        package.
 
     Raises:
       VqjaxError: if there is no such run, or it is no run.
     """
-    path = pathlib.Path(where)
-    if path.exists():
-        return parse(_json(path.read_text(), where), path)
-    known = packaged()
+    path, known = pathlib.Path(where), packaged()
+    if path.is_dir() and where not in known:  # a run of the package may have a folder of its name
+        path = _in_folder(path)
+    if path.exists() and not path.is_dir():
+        return parse(_json(path.read_bytes(), str(path)), path)
     if where in known:
-        return parse(_json(known[where].read_text(), where), path)
+        return parse(_json(known[where].read_bytes(), where), path)
     raise VqjaxError(f"{where}: no such file, nor a run in the package: {', '.join(known)}")
 
 
@@ -86,30 +97,27 @@ def parse(content: Any, path: pathlib.Path) -> Run:
       path: of the file; the results of a run.json stand beside it.
 
     Raises:
-      VqjaxError: if it is no run, or a setting is unknown.
+      VqjaxError: if it is no run, or settings are unknown or of another kind.
     """
     where = str(path)
     if not isinstance(content, dict):
         raise VqjaxError(f"{where}: expected a run file (a JSON object), found a list or a value")
+    for part in ("settings", "results", "environment"):
+        if not isinstance(content.get(part, {}), dict):
+            raise VqjaxError(f"{where}: {part}: found {content[part]!r}, expected a JSON object")
     if "run" in content:
         run = parse(content["run"], path)
         recorded, there = content.get("results", {}), content.get("environment", {})
         return dataclasses.replace(run, recorded=recorded, environment=there)
     if "settings" in content and "fingerprint" in content:
         return _of_command(content, path)
-    known = {"name", "quantize", "evaluate"}
-    if "name" not in content or not content.keys() & {"quantize", "evaluate"}:
+    given = {name for name, value in content.items() if value is not None}
+    if "name" not in given or not given & {"quantize", "evaluate"}:
         raise VqjaxError(
             f"{where}: holds {sorted(content)}, expected a run: name, and quantize or evaluate"
         )
-    if content.keys() - known:
-        raise VqjaxError(f"{where}: unknown {sorted(content.keys() - known)}, expected {known}")
-    kinds = {"quantize": lib.QuantizeSettings, "evaluate": lib.EvaluateSettings}
-    parts = {
-        part: lib.from_plain(kind, content[part], f"{where}: {part}") if part in content else None
-        for part, kind in kinds.items()
-    }
-    return Run(content["name"], parts["quantize"], parts["evaluate"], {}, {})
+    asked = lib.from_plain(_Content, content, where)
+    return Run(asked.name, asked.quantize, asked.evaluate, {}, {})
 
 
 def resolved(run: Run, files: pathlib.Path) -> Run:
@@ -174,9 +182,21 @@ def _where_from(named: str) -> str:
     return known.describe() if known is not None else f"{named}: no such file or folder"
 
 
+def _in_folder(folder: pathlib.Path) -> pathlib.Path:
+    for name in (RECORD, "run.json"):
+        if (folder / name).is_file():
+            return folder / name
+    raise VqjaxError(
+        f"{folder}: holds neither {RECORD} nor run.json; give the folder of a finished run, or a "
+        "run file"
+    )
+
+
 def _of_command(content: Mapping[str, Any], path: pathlib.Path) -> Run:
     """The run that a run.json of `vqjax.quantize` or `vqjax.evaluate` tells of."""
     command, folder = str(content.get("command")), path.parent
+    # Not the command itself, which may be longer than a folder's name can be.
+    which = f"{folder.resolve().name} {str(content['fingerprint'])[:8]}"
     wanted = {name: value for name, value in content["settings"].items() if name != "out"}
     there = content.get("environment", {})
     if "vqjax.quantize" in command:
@@ -184,14 +204,14 @@ def _of_command(content: Mapping[str, Any], path: pathlib.Path) -> Run:
         if wanted.get("plan") is not None:  # the folder carries a copy
             wanted["plan"] = str(folder / "plan.json")
         quantize = lib.from_plain(lib.QuantizeSettings, wanted, str(path))
-        return Run(command, quantize, None, run_results.of_quantization(folder), there)
+        return Run(f"quantize {which}", quantize, None, run_results.of_quantization(folder), there)
     if "vqjax.evaluate" in command:
         evaluate = lib.from_plain(lib.EvaluateSettings, wanted, str(path))
-        return Run(command, None, evaluate, run_results.of_evaluation(folder), there)
+        return Run(f"evaluate {which}", None, evaluate, run_results.of_evaluation(folder), there)
     raise VqjaxError(f"{path}: the run of {command!r} cannot be repeated")
 
 
-def _json(text: str, where: str) -> Any:
+def _json(text: bytes, where: str) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:

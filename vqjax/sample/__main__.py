@@ -14,7 +14,7 @@ def main(argv: list[str] | None = None) -> int:
     settings = tyro.cli(SampleSettings, args=argv, prog="python -m vqjax.sample")
     from vqjax.pipeline import command
 
-    return command.run(lambda: _work(settings))
+    return command.run(lambda: _work(settings), settings)
 
 
 def _work(settings: SampleSettings) -> None:
@@ -29,6 +29,7 @@ def _work(settings: SampleSettings) -> None:
     for name in ("count", "batch", "columns"):
         if getattr(settings, name) < 1:
             raise VqjaxError(f"--{name} {getattr(settings, name)}: expected 1 or more")
+    png.check_path(settings.out)
     preset = None if settings.config is None else config_lib.PRESETS[settings.config]()
     model = io.load_model(settings.source, config=preset)
     ids = settings.classes or tuple(range(max(model.config.null_class, 1)))
