@@ -94,6 +94,7 @@ def source(tmp_path):
         ({"calibration": Calibration(batch=0)}, "1 or more of images and batch"),
         ({"calibration": Calibration(guidance=math.nan)}, "a finite guidance"),
         ({"calibration": Calibration(steps=0)}, "--calibration.steps: found 0, expected 1 to 999"),
+        ({"seed": -1}, "--seed -1: expected 0 to 4294967295"),
         ({"memory": math.nan}, "--memory nan: expected a number of GB above 0"),
         ({"export": pathlib.Path("model.npz")}, r"--export model.npz: .*\.safetensors"),
         ({"export": pathlib.Path("absent/m.safetensors")}, "no folder absent; make it first"),

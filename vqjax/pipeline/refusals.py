@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from vqjax.config import LatentDiffusionConfig
 from vqjax.errors import VqjaxError
 from vqjax.sampling.schedule import ddim_schedule
-from vqjax.settings import FLOAT_BITS, QuantizeSettings
+from vqjax.settings import FLOAT_BITS, QuantizeSettings, check_seed
 
 
 def check(wanted: QuantizeSettings) -> None:
@@ -16,6 +16,7 @@ def check(wanted: QuantizeSettings) -> None:
     Raises:
       VqjaxError: naming every option that is wrong, what was found and what is expected.
     """
+    check_seed(wanted)
     found = list(_problems(wanted))
     if found:
         raise VqjaxError("; ".join(found))
