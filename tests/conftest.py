@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Shared test set-up: compiled programs are kept, numerics strict, reference fixtures found."""
 
+import functools
 import os
 import pathlib
 
@@ -67,6 +68,17 @@ def optimized(monkeypatch):
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")  # in what the test starts
     yield
     jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture
+def quick_search(monkeypatch):
+    """For runs of a command in this process whose search is not what is tested: few rounds."""
+    from vqjax.core.compress import Effort, compress_layer
+    from vqjax.pipeline import quantize
+
+    effort = Effort(start_steps=4, feedback_rounds=2, descent_rounds=1, store_rounds=1)
+    compress = functools.partial(compress_layer, effort=effort)
+    monkeypatch.setattr(quantize, "compress_layer", compress)
 
 
 GOLDEN_ROOT = pathlib.Path(

@@ -94,7 +94,7 @@ def alone(command: str, *words: object) -> None:
         pytest.param(LARGE, alone, id="full", marks=FULL_SIZE),
     ],
 )
-def test_a_checkpoint_goes_all_the_way(size, call, tmp_path, monkeypatch, capfd):
+def test_a_checkpoint_goes_all_the_way(size, call, tmp_path, monkeypatch, quick_search, capfd):
     monkeypatch.setitem(PRESETS, NAME, lambda: size.config)
     write = written if call is alone else checkpoint
     source, run = write(tmp_path / "model.ckpt", size.config), tmp_path / "run"

@@ -88,7 +88,7 @@ def test_mistakes_cost_no_work(words, message, tmp_path, monkeypatch, capsys):
 
 
 @pytest.fixture
-def small_model(tmp_path, monkeypatch):
+def small_model(tmp_path, monkeypatch, quick_search):
     """In place of the embedded model: random weights of ten classes."""
     path = tmp_path / "small.safetensors"
     native.save_model(path, models.dense(models.LIKE_DIGITS))

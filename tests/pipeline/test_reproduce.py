@@ -277,7 +277,7 @@ def test_a_run_of_a_long_command_has_a_short_name(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_quantization_and_its_evaluation_make_one_record(tmp_path):
+def test_a_quantization_and_its_evaluation_make_one_record(tmp_path, quick_search):
     native.save_model(tmp_path / "small.safetensors", models.dense(models.TINY))
     wanted = {
         "source": "small.safetensors",

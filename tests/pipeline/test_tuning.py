@@ -120,7 +120,7 @@ def test_a_plan_that_integers_cannot_run_is_refused(source, tmp_path):
 
 
 @pytest.mark.slow
-def test_tuning_is_a_stage_of_a_run(tmp_path, monkeypatch):
+def test_tuning_is_a_stage_of_a_run(tmp_path, monkeypatch, quick_search):
     source, file = tmp_path / "tiny.safetensors", tmp_path / "plan.json"
     native.save_model(source, small.dense(small.TINY))
     kernels = kernel_shapes(quantize.prepare(QuantizeSettings(source=str(source))).shapes)
