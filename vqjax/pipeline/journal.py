@@ -202,6 +202,7 @@ class Journal:
 
 
 def is_done(path: pathlib.Path) -> bool:
+    """Whether a run.json is there and tells of a complete run."""
     try:
         return json.loads(path.read_text())["status"] == STATUS_DONE
     except (OSError, ValueError, KeyError, TypeError):
