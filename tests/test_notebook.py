@@ -2,12 +2,16 @@
 """The Colab notebook runs from the first cell to the last, on few samples."""
 
 import dataclasses
+import os
 import pathlib
 
+import jax
 import nbclient
 import nbformat
+import numpy as np
 import pytest
 
+import vqjax
 from tests.io import models
 from vqjax.core.plan import LayerSpec, Plan, kernel_shapes
 from vqjax.io import native
@@ -67,6 +71,48 @@ def test_notebook_runs(path, tmp_path, monkeypatch):
     assert "bits per weight" in table
     printed = "".join(o.get("text", "") for cell in notebook.cells for o in cell.get("outputs", []))
     assert "PASS" in printed  # the doctor's
+
+
+class _Gpu:
+    """A device with the memory that JAX may take of a T4."""
+
+    def memory_stats(self) -> dict[str, int]:
+        return {"bytes_limit": 14_900_000_000}
+
+
+def asked(monkeypatch, source: str) -> tuple[QuantizeSettings, int]:
+    """What the notebook asks of `vqjax.quantize`, and how many pictures of `vqjax.sample`."""
+    cells = nbformat.read(ROOT / "notebooks" / "colab.ipynb", as_version=4).cells
+    counts, found = [], []
+
+    def sample(source, classes, **options):
+        counts.append(len(classes))
+        return np.zeros((len(classes), 32, 32, 3), np.uint8)
+
+    monkeypatch.setenv("VQJAX_NOTEBOOK_SOURCE", source)
+    monkeypatch.setattr(vqjax, "sample", sample)
+    monkeypatch.setattr(vqjax, "quantize", lambda source, **config: found.append((source, config)))
+    names: dict[str, object] = {"os": os}  # which the first cell imports, and installs
+    for cell in cells:
+        if cell.cell_type == "code" and (
+            "vqjax.sample(SOURCE" in cell.source or "vqjax.quantize(" in cell.source
+        ):
+            exec(cell.source, names)
+    ((source, config),) = found
+    return QuantizeSettings(source=source, **config), counts[0]
+
+
+def test_other_models_are_compressed_as_large_ones_are_by_default(monkeypatch):
+    monkeypatch.setattr(jax, "local_devices", lambda: [_Gpu()])
+    wanted, shown = asked(monkeypatch, "model.ckpt")
+    assert (wanted.samples, wanted.tune_steps, shown) == (None, None, 4)
+    assert wanted.memory == 14  # GB: enough for one layer of cin256-v2 after the other
+    wanted, shown = asked(monkeypatch, "digits")
+    assert (wanted.samples, wanted.tune_steps, shown) == (40, 100, 40)
+
+
+def test_a_cpu_has_no_memory_of_its_own(monkeypatch):
+    assert asked(monkeypatch, "digits")[0].memory is None
 
 
 def test_notebooks_are_stored_without_outputs():

@@ -4,6 +4,7 @@
 import ast
 import importlib.metadata
 import importlib.util
+import json
 import os
 import pathlib
 import re
@@ -40,6 +41,24 @@ def test_every_module_lies_in_a_package():
     for folder in FOLDERS:
         for path in (ROOT / folder).rglob("*.py"):
             assert (path.parent / "__init__.py").exists(), path
+
+
+def is_needed(path: pathlib.Path) -> bool:
+    """Whether an installed package reads the file: of `eval/results`, records of runs alone."""
+    if path.parent != ROOT / "eval" / "results":
+        return path.suffix != ".pyc"
+    return {"run", "results"} <= json.loads(path.read_text(encoding="utf-8")).keys()
+
+
+def test_all_data_that_the_package_reads_is_listed():
+    listed = set()
+    for package, patterns in PROJECT["tool"]["setuptools"]["package-data"].items():
+        spec = importlib.util.find_spec(package)
+        assert spec is not None
+        folder = pathlib.Path(str(spec.origin)).parent
+        listed |= {path for pattern in patterns for path in folder.glob(pattern)}
+    files = {path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.is_file()}
+    assert {path for path in files if path.suffix != ".py" and is_needed(path)} == listed
 
 
 def test_top_level_folders_are_imported_below_vqjax():
@@ -159,6 +178,5 @@ def test_wheel_holds_everything_below_vqjax(tmp_path):
         f"vqjax-{vqjax.__version__}.dist-info",
     }
     tracked = [n for n in listed.stdout.splitlines() if n.split("/")[0] in FOLDERS]
-    wanted = {re.sub(r"^(kernels|train|eval)/", r"vqjax/\1/", name) for name in tracked}
-    wanted = {n for n in wanted if n.endswith((".py", ".safetensors", "py.typed"))}
-    assert wanted <= set(names)
+    needed = [name for name in tracked if is_needed(ROOT / name)]
+    assert {re.sub(r"^(kernels|train|eval)/", r"vqjax/\1/", name) for name in needed} <= set(names)

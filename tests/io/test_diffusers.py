@@ -10,9 +10,9 @@ import pytest
 from safetensors import numpy as safetensors_numpy
 
 from tests.io import models, torch_writer
-from vqjax.config import LatentDiffusionConfig
+from vqjax.config import PRESETS, LatentDiffusionConfig
 from vqjax.errors import VqjaxError
-from vqjax.io import keys, load_model
+from vqjax.io import diffusers, keys, load_model
 
 CONFIGS = {c.name: c for c in (models.CLASSES, models.PLAIN, models.UPDOWN)}
 OLD = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
@@ -171,15 +171,19 @@ def renamed(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return found
 
 
+def write_json(path, files: dict[str, dict]) -> None:
+    for part, content in files.items():
+        (path / part).mkdir(parents=True, exist_ok=True)
+        file = "scheduler_config.json" if part == "scheduler" else "config.json"
+        (path / part / file).write_text(json.dumps(content))
+
+
 def write(path, config: LatentDiffusionConfig, *, old=False, torch=False) -> None:
     tensors = models.tensors(config)
     parts = {"unet": unet_tensors(config, tensors), "vqvae": stage_tensors(config, tensors)}
     if config.n_classes:
         parts["class_embedder"] = {"embedding.weight": tensors[keys.CLASS_KEY]}
-    for part, content in json_files(config).items():
-        (path / part).mkdir(parents=True)
-        file = "scheduler_config.json" if part == "scheduler" else "config.json"
-        (path / part / file).write_text(json.dumps(content))
+    write_json(path, json_files(config))
     for part, content in parts.items():
         (path / part).mkdir(exist_ok=True)
         content = renamed(content) if old else content
@@ -247,6 +251,110 @@ def test_classes_need_their_embedding(tmp_path):
         load_model(tmp_path, config=models.CLASSES)
     with pytest.raises(VqjaxError, match=r"needs its class embedding.*\[classes, 8\]"):
         load_model(tmp_path)
+
+
+# As CompVis/ldm-celebahq-256 has them on the hub: of an early version, with fewer fields.
+CELEBAHQ = {
+    "unet": {
+        "_class_name": "UNet2DModel",
+        "act_fn": "silu",
+        "attention_head_dim": 32,
+        "block_out_channels": [224, 448, 672, 896],
+        "center_input_sample": False,
+        "down_block_types": ["DownBlock2D"] + 3 * ["AttnDownBlock2D"],
+        "downsample_padding": 1,
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+        "in_channels": 3,
+        "layers_per_block": 2,
+        "mid_block_scale_factor": 1,
+        "norm_eps": 1e-05,
+        "norm_num_groups": 32,
+        "out_channels": 3,
+        "sample_size": 64,
+        "time_embedding_type": "positional",
+        "up_block_types": 3 * ["AttnUpBlock2D"] + ["UpBlock2D"],
+    },
+    "vqvae": {
+        "_class_name": "VQModel",
+        "act_fn": "silu",
+        "block_out_channels": [128, 256, 512],
+        "down_block_types": 3 * ["DownEncoderBlock2D"],
+        "in_channels": 3,
+        "latent_channels": 3,
+        "layers_per_block": 2,
+        "num_vq_embeddings": 8192,
+        "out_channels": 3,
+        "sample_size": 256,
+        "up_block_types": 3 * ["UpDecoderBlock2D"],
+    },
+    "scheduler": {
+        "_class_name": "DDIMScheduler",
+        "beta_end": 0.0195,
+        "beta_schedule": "scaled_linear",
+        "beta_start": 0.0015,
+        "clip_sample": False,
+        "num_train_timesteps": 1000,
+        "trained_betas": None,
+    },
+}
+ANOTHER_MODEL = {
+    "unet": {
+        "act_fn": "gelu",
+        "flip_sin_to_cos": False,
+        "freq_shift": 1,
+        "norm_eps": 1e-6,
+        "norm_num_groups": 16,
+        "resnet_time_scale_shift": "spatial",
+        "timestep_post_act": "silu",
+    },
+    "vqvae": {"norm_num_groups": 16, "norm_type": "spatial", "shift_factor": 0.1},
+    "scheduler": {"prediction_type": "v_prediction", "trained_betas": [0.1, 0.2]},
+}
+
+
+def read(path):
+    return diffusers.read_config(path, path / "vqvae", None)
+
+
+def test_a_converted_folder_of_the_hub_is_the_published_model(tmp_path):
+    write_json(tmp_path, CELEBAHQ)
+    assert read(tmp_path) == PRESETS["celebahq"]()
+
+
+def test_folders_of_another_model_are_told_everything_that_is_wrong(tmp_path):
+    files = {part: CELEBAHQ[part] | ANOTHER_MODEL[part] for part in CELEBAHQ}
+    del files["scheduler"]["beta_schedule"]  # the library takes "linear" then
+    del files["vqvae"]["block_out_channels"]
+    write_json(tmp_path, files)
+    with pytest.raises(VqjaxError) as caught:
+        read(tmp_path)
+    heading, *lines = str(caught.value).splitlines()
+    assert heading.startswith(f"{tmp_path}: its JSON files describe no latent diffusion model")
+    assert lines == [
+        "  - unet/config.json: act_fn 'gelu', expected 'silu' or 'swish'",
+        "  - unet/config.json: flip_sin_to_cos False, expected True",
+        "  - unet/config.json: freq_shift 1, expected 0",
+        "  - unet/config.json: norm_eps 1e-06, expected 1e-05",
+        "  - unet/config.json: norm_num_groups 16, expected 32",
+        "  - unet/config.json: resnet_time_scale_shift 'spatial', expected 'default' or "
+        "'scale_shift'",
+        "  - unet/config.json: timestep_post_act 'silu', expected None",
+        "  - vqvae/config.json: norm_num_groups 16, expected 32",
+        "  - vqvae/config.json: norm_type 'spatial', expected 'group'",
+        "  - vqvae/config.json: shift_factor 0.1, expected None or 0",
+        "  - scheduler/scheduler_config.json: beta_schedule absent, which means 'linear', expected "
+        "'scaled_linear'",
+        "  - scheduler/scheduler_config.json: prediction_type 'v_prediction', expected 'epsilon'",
+        "  - scheduler/scheduler_config.json: trained_betas [0.1, 0.2], expected None",
+        "  - KeyError: 'block_out_channels'",
+    ]
+
+
+def test_ends_of_the_schedule_are_the_librarys_where_its_file_does_not_say(tmp_path):
+    write_json(tmp_path, CELEBAHQ | {"scheduler": {"beta_schedule": "scaled_linear"}})
+    found = read(tmp_path)
+    assert (found.linear_start, found.linear_end) == (0.0001, 0.02)
 
 
 def test_folders_without_a_usable_config(tmp_path):

@@ -193,18 +193,19 @@ def test_malformed_pickles_say_what_is_wrong(case, tmp_path):
         torch_pickle.load(tmp_path / "m.ckpt")
 
 
-@pytest.mark.parametrize(
-    "code",
-    [
-        b"]" * 200_000 + b"a" * 199_999,  # deep lists
-        b")" + b"\x85" * 200_000,  # deep tuples
-        b"}(" + b")" + b"\x85" * 100_000 + b"K\x01u",  # a deep tuple as a dict key
-        b"K\x01r\xff\xff\xff\xff",  # memo index near 2**32
-        b"](" + b"N" * 1000 + b"e" + b"2\x86" * 1000,  # 2**1000 references
-    ],
-)
-def test_deep_and_shared_structures_stay_small(code, tmp_path):
-    torch_writer.save_zip(tmp_path / "m.ckpt", {"w": np.ones(2, np.float32), "x": Raw(code)})
+HUGE = {
+    "deep lists": b"]" * 200_000 + b"a" * 199_999,
+    "deep tuples": b")" + b"\x85" * 200_000,
+    "deep key": b"}(" + b")" + b"\x85" * 100_000 + b"K\x01u",  # a deep tuple as a dict key
+    "memo index": b"K\x01r\xff\xff\xff\xff",  # near 2**32
+    "shared": b"](" + b"N" * 1000 + b"e" + b"2\x86" * 1000,  # 2**1000 references
+}
+
+
+@pytest.mark.parametrize("case", HUGE)
+def test_deep_and_shared_structures_stay_small(case, tmp_path):
+    contents = {"w": np.ones(2, np.float32), "x": Raw(HUGE[case])}
+    torch_writer.save_zip(tmp_path / "m.ckpt", contents)
     tracemalloc.start()
     try:
         loaded = torch_pickle.load(tmp_path / "m.ckpt")

@@ -2,6 +2,7 @@
 """One number limits a run's memory: what follows from it, and what does not fit."""
 
 import functools
+import pathlib
 import types
 from typing import Any
 
@@ -13,14 +14,15 @@ import pytest
 from tests.io import models as small
 from vqjax import models
 from vqjax.config import PRESETS
-from vqjax.core import tree
+from vqjax.core import folding, tree
+from vqjax.core.plan import kernel_shapes
 from vqjax.errors import DoesNotFitError
-from vqjax.io import keys
 from vqjax.pipeline import calibrate, estimate, memory
 from vqjax.pipeline.calibrate import LayerInput
 from vqjax.settings import Calibration
 from vqjax.train import distill
 
+DOCS = pathlib.Path(__file__).parents[2] / "docs"
 SHAPES = {f"unet/{i}/kernel": (4000, 400) for i in range(12)}
 SIZES = {path: LayerInput(4000, 64) for path in SHAPES}
 
@@ -33,15 +35,16 @@ def divide(limit, workers=4) -> memory.Division:
 
 @functools.cache
 def published() -> tuple[Any, Any, Any]:
-    """Configuration, shapes and layers of cin256-v2."""
+    """Configuration, shapes and layers of cin256-v2, folded as runs do it."""
     config = PRESETS["cin256-v2"]()
-    shapes = {entry.path: entry.param_shape for entry in keys.table(config)}
-    params = tree.unflatten({p: jax.ShapeDtypeStruct(s, np.float32) for p, s in shapes.items()})
-    return config, shapes, calibrate.trace_layers(config, params)
+    params = folding.fold(config, models.param_shapes(config)).params
+    shapes = {path: tuple(leaf.shape) for path, leaf in tree.flatten(params).items()}
+    sizes = calibrate.trace_layers(config, params)
+    return config, shapes, {path: sizes[path] for path in kernel_shapes(shapes)}
 
 
-def divided(**more) -> memory.Division:
-    return memory.divide(*published(), Calibration(), workers=1, **more)
+def divided(workers=1, **more) -> memory.Division:
+    return memory.divide(*published(), Calibration(), workers=workers, **more)
 
 
 def test_without_a_limit_everything_goes_side_by_side():
@@ -100,6 +103,25 @@ def test_the_published_model_is_tuned_on_a_gpu_of_16_gb():
     assert found.at_once >= 2
     with pytest.raises(DoesNotFitError, match=r"--memory 12.2: a step of tuning takes"):
         divided(limit=12.2e9, tuned=32, accelerated=True)
+
+
+@pytest.mark.parametrize(
+    ("limit", "workers", "tuned", "accelerated", "pairs", "peak"),
+    [
+        (None, 2, 32, False, 32, 89.2),
+        (None, 2, 0, False, 0, 39.4),
+        (None, 1, 32, True, 32, 27.8),
+        (None, 1, 0, True, 0, 14.5),
+        (16e9, 1, 32, True, 4, 14.0),
+    ],
+)
+def test_the_published_model_takes_what_the_documentation_says(
+    limit, workers, tuned, accelerated, pairs, peak
+):
+    found = divided(limit=limit, workers=workers, tuned=tuned, accelerated=accelerated)
+    documented = "".join((DOCS / name).read_text() for name in ("evaluation.md", "scale.md"))
+    assert f"{peak} GB" in documented
+    assert (found.at_once, round(found.peak / 1e9, 1)) == (pairs, peak)
 
 
 def test_what_the_way_back_keeps_is_what_xla_sets_aside():

@@ -14,13 +14,13 @@ import json
 import pathlib
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from vqjax.config import PRESETS, AutoencoderConfig, LatentDiffusionConfig, UNetConfig
 from vqjax.core.model import Model
-from vqjax.errors import VqjaxError
+from vqjax.errors import VqjaxError, gathered
 from vqjax.io import keys, ldm, safetensors_reader, torch_pickle
 from vqjax.io.lazy import LazyTensor
 
@@ -50,6 +50,67 @@ _UNET_TOP = {
 }
 _MIDDLE = {"res1": "resnets.0", "attn": "attentions.0", "res2": "resnets.1"}
 _STAGE_MIDDLE = {"block_1": "resnets.0", "attn_1": "attentions.0", "block_2": "resnets.1"}
+
+
+class _Field(NamedTuple):
+    """A field of the library's JSON that changes what the same tensors compute.
+
+    Attributes:
+      absent: what the library takes where the file does not say.
+      accepted: what our models compute.
+    """
+
+    absent: Any
+    accepted: tuple[Any, ...]
+
+
+def _fixed(value: Any, *same: Any) -> _Field:
+    """The library's default is what our models compute; so are other names of it."""
+    return _Field(value, (value, *same))
+
+
+# Defaults of UNet2DModel and UNet2DConditionModel, VQModel and AutoencoderKL, DDIMScheduler and
+# DDPMScheduler. What adds, renames or reshapes tensors is not listed: they are compared themselves.
+_REQUIRED = {
+    "unet": {
+        "act_fn": _fixed("silu", "swish"),
+        "attn_norm_num_groups": _fixed(None, 32),
+        "center_input_sample": _fixed(False),
+        "class_embed_type": _fixed(None),
+        "downsample_padding": _fixed(1),
+        "downsample_type": _fixed("conv", "resnet"),
+        "dual_cross_attention": _fixed(False),
+        "flip_sin_to_cos": _fixed(True),
+        "freq_shift": _fixed(0),
+        "mid_block_scale_factor": _fixed(1),
+        "norm_eps": _fixed(1e-5),
+        "norm_num_groups": _fixed(32),
+        "only_cross_attention": _fixed(False),
+        "resnet_out_scale_factor": _fixed(1),
+        "resnet_skip_time_act": _fixed(False),
+        "resnet_time_scale_shift": _fixed("default", "scale_shift"),
+        "time_embedding_act_fn": _fixed(None),
+        "time_embedding_type": _fixed("positional"),
+        "timestep_post_act": _fixed(None),
+        "upsample_type": _fixed("conv", "resnet"),
+    },
+    "first_stage": {
+        "act_fn": _fixed("silu", "swish"),
+        "latents_mean": _fixed(None),
+        "latents_std": _fixed(None),
+        "norm_num_groups": _fixed(32),
+        "norm_type": _fixed("group"),
+        "shift_factor": _fixed(None, 0),
+    },
+    "scheduler": {
+        "beta_schedule": _Field("linear", ("scaled_linear",)),
+        "predict_epsilon": _fixed(True),  # what prediction_type was before diffusers 0.10
+        "prediction_type": _fixed("epsilon"),
+        "rescale_betas_zero_snr": _fixed(False),
+        "trained_betas": _fixed(None),
+    },
+}
+_BETA_START, _BETA_END = 0.0001, 0.02  # of a scheduler whose file does not say
 
 
 def load_folder(path: pathlib.Path, config: LatentDiffusionConfig | None) -> Model:
@@ -234,36 +295,52 @@ def read_config(
     """The config that the JSON files of a diffusers folder describe.
 
     Raises:
-      VqjaxError: if they are missing, or describe what no LDM is.
+      VqjaxError: if they are missing, or lists all in which they describe what no LDM is.
     """
-    unet = _read_json(path / "unet" / "config.json")
-    stage = _read_json(stage_folder / "config.json")
-    scheduler_file = path / "scheduler" / "scheduler_config.json"
-    scheduler = _read_json(scheduler_file) if scheduler_file.exists() else {}
-    schedule = scheduler.get("beta_schedule", "scaled_linear")
-    if schedule != "scaled_linear":
-        raise VqjaxError(f"{scheduler_file}: beta_schedule {schedule!r}, expected 'scaled_linear'")
+    files = {"unet": path / "unet" / "config.json", "first_stage": stage_folder / "config.json"}
+    scheduler = path / "scheduler" / "scheduler_config.json"
+    if scheduler.exists():
+        files["scheduler"] = scheduler
+    found = {part: _read_json(file) for part, file in files.items()}
+    problems = [
+        f"{file.relative_to(path)}: {misfit}"
+        for part, file in files.items()
+        for misfit in _misfits(found[part], _REQUIRED[part])
+    ]
     try:
         config = LatentDiffusionConfig(
             name=path.resolve().name,
-            unet=_unet_config(unet),
-            first_stage=_stage_config(stage),
+            unet=_unet_config(found["unet"]),
+            first_stage=_stage_config(found["first_stage"]),
             n_classes=0 if classes is None else classes.shape[0],
-            timesteps=int(scheduler.get("num_train_timesteps", 1000)),
-            linear_start=float(scheduler.get("beta_start", 0.0015)),
-            linear_end=float(scheduler.get("beta_end", 0.0195)),
-            scale_factor=float(stage.get("scaling_factor", 1.0)),
+            scale_factor=float(found["first_stage"].get("scaling_factor", 1.0)),
+            **_schedule(found.get("scheduler")),
         )
     except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise VqjaxError(
-            f"{path}: its config.json files describe no latent diffusion model that vqjax knows "
-            f"({type(error).__name__}: {error}); pass the config that it was trained with "
-            f"(published ones: {', '.join(PRESETS)})"
-        ) from error
+        problems.append(f"{type(error).__name__}: {error}")
+    if problems:
+        raise gathered(
+            problems,
+            f"{path}: its JSON files describe no latent diffusion model that vqjax knows; where "
+            f"they are wrong, correct them or pass the config that it was trained with (published "
+            f"ones: {', '.join(PRESETS)}):",
+        )
     for name, make in PRESETS.items():
         if dataclasses.replace(config, name=name) == make():
             return make()
     return config
+
+
+def _misfits(found: dict[str, Any], required: Mapping[str, _Field]) -> list[str]:
+    """What a file says, or leaves to the library's defaults, that our models do not compute."""
+    misfits = []
+    for name, field in required.items():
+        if found.get(name, field.absent) in field.accepted:
+            continue
+        value = repr(found[name]) if name in found else f"absent, which means {field.absent!r}"
+        expected = " or ".join(map(repr, field.accepted))
+        misfits.append(f"{name} {value}, expected {expected}")
+    return misfits
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -279,6 +356,17 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
     return found
 
 
+def _schedule(found: dict[str, Any] | None) -> dict[str, Any]:
+    """The noise schedule; without a scheduler's file, that of the published models."""
+    if found is None:
+        return {}
+    return {
+        "timesteps": int(found.get("num_train_timesteps", 1000)),
+        "linear_start": float(found.get("beta_start", _BETA_START)),
+        "linear_end": float(found.get("beta_end", _BETA_END)),
+    }
+
+
 def _unet_config(found: dict[str, Any]) -> UNetConfig:
     channels, kinds = found["block_out_channels"], found["down_block_types"]
     crossed = any("CrossAttn" in kind for kind in kinds)
@@ -288,7 +376,7 @@ def _unet_config(found: dict[str, Any]) -> UNetConfig:
         in_channels=found["in_channels"],
         out_channels=found["out_channels"],
         model_channels=channels[0],
-        num_res_blocks=found["layers_per_block"],
+        num_res_blocks=int(found["layers_per_block"]),
         attention_resolutions=tuple(2**i for i, kind in enumerate(kinds) if "Attn" in kind),
         channel_mult=_multiples(channels),
         num_heads=int(heads) if crossed else 1,
@@ -311,7 +399,7 @@ def _stage_config(found: dict[str, Any]) -> AutoencoderConfig:
         out_channels=found["out_channels"],
         ch=channels[0],
         ch_mult=_multiples(channels),
-        num_res_blocks=found["layers_per_block"],
+        num_res_blocks=int(found["layers_per_block"]),
         attn_resolutions=tuple(
             found["sample_size"] // 2**i for i, kind in enumerate(kinds) if "Attn" in kind
         ),

@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vqjax import models, sampling
-from vqjax.core import cores, draw, grouping, tree
+from vqjax import models
+from vqjax.core import cores, draw, grouping
 from vqjax.core import moments as moments_lib
 from vqjax.core.model import Model
 from vqjax.core.moments import Moment
@@ -111,42 +111,6 @@ def responses(
 def calls(visited: Sequence[tuple]) -> int:
     """Backward passes of `responses`."""
     return sum(1 for _ in _points(visited))
-
-
-def replaced(
-    model: Model,
-    visited: Sequence[tuple],
-    kernels: Mapping[str, np.ndarray],
-    guidance: float,
-    *,
-    weights_T: np.ndarray | None = None,
-) -> dict[str, float]:
-    """What `responses` predicts, measured: each kernel in turn is replaced by the one given.
-
-    Args:
-      visited: from `calibrate.trajectories`; only those steps are used that `responses` would use.
-      kernels: by path.
-      guidance, weights_T: as for `responses`.
-
-    Returns:
-      Mean squared change of the guided noise prediction, by path.
-    """
-    predict = jax.jit(
-        lambda params, x_BHWC, t, ids_B: sampling.predictor(model.config, params, ids_B, guidance)(
-            x_BHWC, jnp.broadcast_to(t, x_BHWC.shape[:1])
-        )
-    )
-    steps, points = zip(*((step, point) for step, *point in _points(visited)))
-    weights = None if weights_T is None else np.asarray(weights_T)[list(steps)]
-    exact = [predict(model.params, *point) for point in points]
-    flat = tree.flatten(model.params)
-    changes = {}
-    for path, kernel in kernels.items():
-        params = tree.unflatten({**flat, path: jnp.asarray(kernel)})
-        moved = [predict(params, *point) for point in points]
-        squares = [float(jnp.mean((a - b) ** 2)) for a, b in zip(moved, exact)]
-        changes[path] = float(np.average(squares, weights=weights))
-    return changes
 
 
 def portions(visited: Sequence[tuple]) -> Iterator[tuple]:
