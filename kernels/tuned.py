@@ -34,12 +34,18 @@ Entry = tuple[str, Schedule | None]
 
 
 def key(problem: Problem) -> str:
-    """Returns what problems share that are measured as one: rows count up to a power of two."""
+    """Returns what problems share that are measured as one: rows count up to a power of two.
+
+    What a usual layer has is left out, windows of 3x3 among it: tables that were written before
+    keys told windows apart are of such layers, and are read as they are.
+    """
     rows = power_of_two(max(problem.rows, 1))
     sizes = f"{rows}x{problem.inputs}x{problem.outputs}"
     code = f"{problem.books}x{problem.entries}x{problem.group}"
     stride = "" if problem.strides == (1, 1) else " stride {}x{}".format(*problem.strides)
-    return f"{sizes} {problem.dtype} {code} {problem.codebook_dtype}{stride}"
+    usual = 3 if problem.op == "vq_conv" else 1
+    window = "" if problem.window == usual else f" window {problem.window}x{problem.window}"
+    return f"{sizes} {problem.dtype} {code} {problem.codebook_dtype}{stride}{window}"
 
 
 def find(device_kind: str, problem: Problem) -> Entry | None:
