@@ -398,7 +398,8 @@ class BenchGpuSettings:
     model: Preset = "cin256-v2"
     """Preset whose layers and U-Net are timed."""
     minutes: float = 9.0
-    """For all parts: what would begin later is left out, and what is at work then is ended."""
+    """For all parts, of which each has up to twice its share of what is left: what takes longer is
+    ended, and what would begin later is left out."""
     parts: tuple[GpuPart, ...] = ("kernels", "sample", "tune", "evaluate", "kernels_tuned")
     """Only these."""
     out: pathlib.Path = pathlib.Path("vqjax-gpu")

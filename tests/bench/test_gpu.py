@@ -2,6 +2,8 @@
 """`bench --gpu`: parts that fail or take too long cost the others nothing."""
 
 import json
+import signal
+import subprocess
 import sys
 import time
 import types
@@ -48,14 +50,38 @@ def test_a_part_that_fails_or_takes_too_long_costs_the_others_nothing(tmp_path, 
         python("good", "pass"),
         python("bad", "raise SystemExit(3)"),
         python("slow", slow),
-        python("late", "pass"),
+        python("next", "pass"),
     ]
     begun = time.monotonic()
-    records = list(gpu.each(parts, 3.0))
-    assert [record["state"] for record in records] == ["done", "failed", "ended", "left out"]
-    assert [record.get("exit_code") for record in records] == [0, 3, None, None]
-    time.sleep(max(0.0, begun + 8 - time.monotonic()))
+    records = list(gpu.each(parts, 5.0))
+    assert [record["state"] for record in records] == ["done", "failed", "ended", "done"]
+    assert [record["exit_code"] for record in records] == [0, 3, None, 0]
+    records = list(gpu.each([python("slow", slow), python("late", "pass")], 1.0))
+    assert [record["state"] for record in records] == ["ended", "left out"]
+    time.sleep(max(0.0, begun + 9 - time.monotonic()))
     assert not trace.exists()  # what it had started went with it
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_part_too(number):
+    """Parts are in sessions of their own, which signals to the process do not reach."""
+    slow = "import time; print('begun', flush=True); time.sleep(60)"
+    code = f"""
+import sys
+from vqjax.bench import gpu
+with gpu._told_to_end():
+    list(gpu.each([gpu.Part("slow", (sys.executable, "-c", {slow!r}))], 60.0))
+"""
+    words = [sys.executable, "-c", code]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(words, stdout=pipe, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "begun\n"
+        begun = time.monotonic()
+        process.send_signal(number)
+        assert process.stdout.read() == ""  # it ends once nobody can write any more
+        assert time.monotonic() - begun < 30
+        assert process.wait(30) != 0
 
 
 def test_the_summary_says_what_became_of_the_parts(tmp_path, monkeypatch, capsys):
