@@ -41,6 +41,18 @@ def test_every_part_is_a_command_that_can_be_read(tmp_path, monkeypatch):
     assert [part.name for part in some] == ["kernels", "evaluate"]
 
 
+def test_layers_are_those_of_a_plan_and_the_table_is_what_sampling_asks_for(tmp_path, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(bench, "_work", lambda found: seen.update({found.json.stem: found}))
+    for part in gpu.parts(BenchGpuSettings(out=tmp_path)):
+        assert bench.main(list(part.words[3:])) == 0
+    layers, table, usual = seen["kernels"], seen["kernels_tuned"], settings.SampleSettings()
+    assert (layers.bits, table.bits) == (2.0, 2.0)
+    assert table.tune
+    assert table.dtype == usual.dtype
+    assert table.batch == (2, 2 * usual.count)  # guidance doubles them
+
+
 def test_a_part_that_fails_or_takes_too_long_costs_the_others_nothing(tmp_path, monkeypatch):
     trace = tmp_path / "trace"
     child = f"import time; time.sleep(4); open({str(trace)!r}, 'w')"

@@ -11,7 +11,9 @@ import pytest
 from tests.io import models as small
 from vqjax.bench import kernels, roofline
 from vqjax.bench.__main__ import main
+from vqjax.bench.sample import random_tensor
 from vqjax.core import tree
+from vqjax.core.plan import make_plan
 from vqjax.core.tensor import VQTensor
 from vqjax.kernels import device, dispatch, specs, triton_gpu, tuned
 from vqjax.kernels.device import Device
@@ -94,11 +96,25 @@ def test_a_quantized_model_has_its_own_codes(monkeypatch):
     assert {layer.code[:3] for layer in layers if layer.code} == {
         tensor.codebooks.shape for tensor in tensors
     }
-    assert kernels.layers(BenchKernelsSettings(model="digits", bits=2.0)) == [
-        dataclasses.replace(layer, model="digits") for layer in layers
-    ]
     problem = layers[0].problem(2, "float32")
     assert (problem.books, problem.entries, problem.group, problem.codebook_dtype) == layers[0].code
+
+
+def test_a_preset_has_the_codes_of_its_plan():
+    """Without drawing any: those of a large model take minutes."""
+    layers = kernels.layers(BenchKernelsSettings(model="digits", bits=2.0))
+    assert {layer.code[3] for layer in layers if layer.code} == {"int8"}
+    assert {layer.code[2] for layer in layers if layer.code} - {1, 8, 9}
+    flat = tree.flatten(kernels.planned_params(small.TINY, 4.0))
+    shapes = {path: leaf.shape for path, leaf in flat.items()}
+    plan = make_plan(shapes, bits=4.0, integer=True).layers
+    for kind in ("conv3x3", "linear", "scalar"):
+        path = next(path for path, spec in plan.items() if spec.grouping == kind)
+        drawn = random_tensor(shapes[path], plan[path], (0,))
+        same = jax.tree.map(
+            lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), flat[path], drawn
+        )
+        assert jax.tree.all(same)
 
 
 def test_the_best_schedules_are_written(tmp_path, monkeypatch, capsys):

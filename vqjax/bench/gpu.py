@@ -82,8 +82,12 @@ def _told_to_end() -> Iterator[None]:
 
 
 def parts(wanted: BenchGpuSettings) -> list[Part]:
-    """Commands of this package, each with a file of its own in `wanted.out`."""
-    shapes = ("kernels", "--model", wanted.model)
+    """Commands of this package, each with a file of its own in `wanted.out`.
+
+    Layers have the codes of the model's plan at two bits. The table of choices is of what `sample`
+    asks for without options, one image and sixteen, both branches of guidance counted.
+    """
+    shapes = ("kernels", "--model", wanted.model, "--bits", "2")
     table = str(wanted.out / "tuned.json")
     scoring = ("--pictures", "2048", "--samples", "10000", "--reference", "50000")
     paths = ("--paths", "load", "auto")
@@ -102,7 +106,7 @@ def parts(wanted: BenchGpuSettings) -> list[Part]:
         ),
         "tune": ("tune", "--model", wanted.model, "--tuning.batch", "8"),
         "evaluate": ("evaluate", *scoring),
-        "kernels_tuned": (*shapes, "--dtype", "bfloat16", "--tune", "--table", table),
+        "kernels_tuned": (*shapes, "--batch", "2", "32", "--tune", "--table", table),
     }
     module = (sys.executable, "-m", "vqjax.bench")
     return [

@@ -18,10 +18,16 @@ import jax.numpy as jnp
 import numpy as np
 from rich.table import Table
 
+from vqjax import config as config_lib
+from vqjax import models
 from vqjax.bench import roofline, tables
 from vqjax.bench.clock import medians_in_turn
 from vqjax.bench.layers import layers_of
 from vqjax.bench.sample import asked, quantized_model, relative_rms
+from vqjax.core import folding, grouping, tree
+from vqjax.core.plan import LayerSpec, make_plan
+from vqjax.core.scales import LogScales
+from vqjax.core.tensor import VQTensor
 from vqjax.errors import VqjaxError
 from vqjax.io import native
 from vqjax.kernels import decode, device, specs, tuned
@@ -122,13 +128,40 @@ def layers(wanted: BenchKernelsSettings) -> list[specs.Layer]:
     Raises:
       VqjaxError: if it is no preset and cannot be loaded, or has no quantized weight.
     """
-    every = [layer for op in OPS for layer in specs.layers(op)]
-    found = [layer for layer in every if layer.model == wanted.model]
-    if found and wanted.bits is None:
-        return found
-    model = quantized_model(wanted.model, wanted.bits, wanted.seed)
-    found = layers_of(wanted.model, model.config, model.params)
+    preset = config_lib.PRESETS.get(wanted.model)
+    if preset is None:
+        model = quantized_model(wanted.model, wanted.bits, wanted.seed)
+        found = layers_of(wanted.model, model.config, model.params)
+    elif wanted.bits is None:
+        every = [layer for op in OPS for layer in specs.layers(op)]
+        found = [layer for layer in every if layer.model == wanted.model]
+    else:
+        found = layers_of(wanted.model, preset(), planned_params(preset(), wanted.bits))
     return sorted(found, key=lambda layer: OPS.index(layer.op))
+
+
+def planned_params(config: config_lib.LatentDiffusionConfig, bits: float) -> models.Params:
+    """The tree of `sample.random_model` as shapes: codes of a large model take minutes to draw."""
+    flat = tree.flatten(folding.fold(config, models.param_shapes(config)).params)
+    shapes = {path: tuple(leaf.shape) for path, leaf in flat.items()}
+    for path, spec in make_plan(shapes, bits=bits, integer=True).layers.items():
+        flat[path] = _stored(shapes[path], spec)
+    return tree.unflatten(flat)
+
+
+def _stored(shape: tuple[int, ...], spec: LayerSpec) -> VQTensor:
+    """Shapes and types of a kernel's arrays."""
+    outputs, fan_in = grouping.matrix_shape(shape)
+    codes = grouping.groups_per_row(fan_in, spec.group) * spec.codebooks
+    of: Any = jax.ShapeDtypeStruct
+    return VQTensor(
+        codes=of((outputs, decode.packed_bytes(codes, spec.entries)), jnp.uint8),
+        codebooks=of((spec.codebooks, spec.entries, spec.group), jnp.int8),
+        scales=LogScales.of(np.ones(outputs)),
+        codebook_scale=of((), jnp.float32),
+        shape=shape,
+        grouping=spec.grouping,
+    )
 
 
 def cases(wanted: BenchKernelsSettings) -> Iterator[Case]:
