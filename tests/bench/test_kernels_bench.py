@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -121,7 +122,7 @@ def test_the_best_schedules_are_written(tmp_path, monkeypatch, capsys):
     """As if this were a GPU; schedules do not run, and their times are made up."""
     monkeypatch.setattr(device, "current", lambda: H200)
     monkeypatch.setattr(triton_gpu, "missing", lambda: "triton is not installed")
-    monkeypatch.setattr(kernels, "copies", lambda case, cache: 1)  # not as many as on a GPU
+    monkeypatch.setitem(kernels.LIMITS, "gpu", kernels.Limits(1, 2, 1e12))  # not as many
 
     def scheduled(case, operands, *, path, schedule):
         assert path == "pallas"
@@ -176,20 +177,52 @@ def test_inputs_go_past_the_cache_where_they_are_waited_for(monkeypatch):
     assert kernels.copies(many, 10**9) == 1
     monkeypatch.setattr(device, "current", lambda: H200)
     cache = roofline.of(H200, "bfloat16").cache
-    large = dataclasses.replace(few.problem, inputs=960, outputs=960)
-    case = few._replace(problem=large, operands=specs.random_operands(large, (1, 960)))
+    large = dataclasses.replace(few.problem, inputs=2880, outputs=1920)
+    case = few._replace(problem=large, operands=specs.random_operands(large, (1, 2880)))
     assert kernels.copies(case, cache) * kernels.tree_bytes(case.operands) >= cache
 
 
 def test_copies_are_of_their_own_and_all_run():
-    operands = (jnp.ones((2, 3)), jnp.arange(3.0))
-    work = kernels.repeated(lambda pair: pair[0] * pair[1][None], operands, 3)
-    (several,) = work.args
+    def run(pair):
+        traced.append(pair)
+        return pair[0] * pair[1][None]
+
+    traced = []
+    several = kernels.in_places((jnp.ones((2, 3)), jnp.arange(3.0)), 3)
     assert len({x.unsafe_buffer_pointer() for x, _ in several}) == 3
-    ys = work()
+    ys = kernels.repeated(run, several, 1)()
     assert len(ys) == 3
-    for y in ys:
+    for y in [*ys, kernels.repeated(run, several, 4)()[-1]]:
         assert y.tolist() == [[0, 1, 2], [0, 1, 2]]
+    assert len(traced) == 1  # not for each copy
+
+
+@pytest.mark.usefixtures("optimized")
+def test_rounds_compute_everything_again():
+    """XLA takes out of loops what does not change in them, unless it is kept from it."""
+    case = next(kernels.cases(BenchKernelsSettings(model="digits")))
+    with kernels.asked("xla"):
+        program = kernels.repeated(case.packed, kernels.in_places(case.operands, 2), 3)
+        text = program.func.lower(*program.args).compile().as_text()
+    parts = {part.split(" ", 1)[0]: part for part in re.split(r"\n(?=%)|\nENTRY ", text)}
+    found = re.findall(r"body=(%[\w.\-]+)", text)
+    for name in found:  # and all that it calls
+        found += re.findall(r"(?:calls|to_apply)=(%[\w.\-]+)", parts[name])
+    decoding = {name for name, part in parts.items() if " gather(" in part}
+    assert decoding
+    assert decoding <= set(found)
+
+
+def test_rounds_share_what_the_host_takes_but_for_much_arithmetic(monkeypatch):
+    case = next(kernels.cases(BenchKernelsSettings(model="digits", batch=(1,))))
+    assert kernels.rounds_of(case, 16) == 1
+    monkeypatch.setattr(device, "current", lambda: H200)
+    limits = kernels.LIMITS["gpu"]
+    assert kernels.rounds_of(case, 16) == limits.rounds
+    many = case._replace(problem=dataclasses.replace(case.problem, rows=10**6))
+    products = counts.operations(many.problem)[0]
+    assert 10 * products * kernels.rounds_of(many, 10) <= limits.operations
+    assert kernels.rounds_of(many, 10**9) == 1
 
 
 def test_the_share_is_that_of_the_longer_of_both_times():

@@ -44,9 +44,25 @@ from vqjax.kernels.vq_matmul import ref as matmul_ref
 from vqjax.pipeline import environment
 from vqjax.settings import BenchKernelsSettings, command_line
 
-LIMITS = {"cpu": (16, 2e9), "gpu": (512, 2e12)}
-"""Most copies of a layer and most operations of one program. Copies are run in turn, until what
-they read exceeds the cache; a layer of much arithmetic does not wait for memory."""
+
+class Limits(NamedTuple):
+    """What one program runs at most.
+
+    Attributes:
+      copies: of a layer, in turn, until what they read exceeds the cache.
+      rounds: of all copies. To hand over the arrays of a copy takes the host up to 12 us, longer
+        than a GPU needs for many a layer: rounds inside the program share that.
+      operations: of all rounds; a layer of much arithmetic waits neither for memory nor the host.
+    """
+
+    copies: int
+    rounds: int
+    operations: float
+
+
+LIMITS = {"cpu": Limits(16, 1, 2e9), "gpu": Limits(64, 64, 2e12)}
+"""More copies take long to compile. What stays in a GPU's cache with 64 of them, less than 1 MB a
+copy, is read from its memory in a fraction of the time that it takes to start a kernel."""
 
 OPS = ("vq_matmul", "vq_conv")
 
@@ -178,17 +194,19 @@ def measure(case: Case, wanted: BenchKernelsSettings) -> dict[str, Any]:
     """Times one case on the path that is asked for, in turn with the dense layer."""
     machine = roofline.of(device.current(), wanted.dtype)
     count = copies(case, machine.cache)
+    rounds = rounds_of(case, count)
     with asked(wanted.path):
         choice = case.choice()
         weight_ON = decoded(case)
         dense = (case.operands.x, weight_ON, case.operands.bias_O)
         works = {
-            "dense": repeated(case.dense, dense, count),
-            "packed": repeated(case.packed, case.operands, count),
+            "dense": repeated(case.dense, in_places(dense, count), rounds),
+            "packed": repeated(case.packed, in_places(case.operands, count), rounds),
         }
         ys = {name: work()[-1] for name, work in works.items()}
         error = relative_rms(*(np.asarray(ys[name], np.float64) for name in ("packed", "dense")))
-        seconds = medians_in_turn(works, wanted.repeat)
+        medians = medians_in_turn(works, wanted.repeat)
+    seconds = {name: median / (count * rounds) for name, median in medians.items()}
     fields = dataclasses.asdict(case.layer)
     products, lookups = counts.operations(case.problem)
     operations = {
@@ -200,7 +218,7 @@ def measure(case: Case, wanted: BenchKernelsSettings) -> dict[str, Any]:
         "packed": tree_bytes(case.operands) + ys["packed"].nbytes,
     }
     least = {name: machine.least_seconds(moved[name], operations[name]) for name in works}
-    shares = {name: None if t is None else count * t / seconds[name] for name, t in least.items()}
+    shares = {name: None if t is None else t / seconds[name] for name, t in least.items()}
     return {name: fields[name] for name in ("op", "outputs", "window", "stride", "count")} | {
         "x": [case.batch, *case.layer.x_shape[1:]],
         "batch": case.batch,
@@ -209,8 +227,8 @@ def measure(case: Case, wanted: BenchKernelsSettings) -> dict[str, Any]:
         "path": choice.path,
         "schedule": None if choice.schedule is None else str(choice.schedule),
         "why": choice.why,
-        "seconds": seconds["packed"] / count,
-        "dense_seconds": seconds["dense"] / count,
+        "seconds": seconds["packed"],
+        "dense_seconds": seconds["dense"],
         "ratio_to_dense": seconds["dense"] / seconds["packed"],
         "packed_bytes": packed_bytes(case),
         "dense_bytes": weight_ON.nbytes,
@@ -221,6 +239,7 @@ def measure(case: Case, wanted: BenchKernelsSettings) -> dict[str, Any]:
         "roofline_share": shares["packed"],
         "dense_roofline_share": shares["dense"],
         "copies": count,
+        "rounds": rounds,
         "past_cache": count * tree_bytes(case.operands) >= machine.cache,
         "error": error,
     }
@@ -250,28 +269,52 @@ def packed_bytes(case: Case) -> int:
     return tree_bytes(stored)
 
 
+def _limits() -> Limits:
+    return LIMITS["cpu" if device.current().platform == "cpu" else "gpu"]
+
+
 def copies(case: Case, cache: int) -> int:
     """How many layers one program runs, one after the other, of inputs and weights of their own."""
-    most, most_operations = LIMITS["cpu" if device.current().platform == "cpu" else "gpu"]
-    products, _ = counts.operations(case.problem)
+    limits, (products, _) = _limits(), counts.operations(case.problem)
     past_cache = math.ceil(cache / tree_bytes(case.operands))
-    return max(1, min(past_cache, most, int(most_operations / products)))
+    return max(1, min(past_cache, limits.copies, int(limits.operations / products)))
 
 
-def repeated(run: Callable[[Any], jax.Array], operands: Any, count: int) -> Program:
-    """A program that runs an operation on operands in several places in memory, in turn."""
-    several = [jax.tree.map(jnp.copy, operands) for _ in range(count)]
-    kind = type(operands)
-    make = kind._make if hasattr(kind, "_make") else kind
+def rounds_of(case: Case, count: int) -> int:
+    """How often one program runs all its copies."""
+    limits, (products, _) = _limits(), counts.operations(case.problem)
+    return max(1, min(limits.rounds, int(limits.operations / (count * products))))
+
+
+def in_places(operands: Any, count: int) -> list[Any]:
+    """Copies of operands in several places in memory."""
+    return [jax.tree.map(jnp.copy, operands) for _ in range(count)]
+
+
+def repeated(run: Callable[[Any], jax.Array], several: list[Any], rounds: int) -> Program:
+    """A program that runs an operation on several operands in turn, in rounds.
+
+    All that an operation reads waits for the operation before it: nothing is computed once for all
+    rounds, as a decoded weight could be. For the same reason all results are given, those of the
+    last round at the end.
+    """
+    one = jax.jit(run)  # lowered once for all
+
+    def in_turn(several: list[Any], before: list[jax.Array]) -> list[jax.Array]:
+        ys = before[-1:]
+        for operands in several:
+            if ys:
+                operands, ys[-1] = jax.lax.optimization_barrier((operands, ys[-1]))
+            ys.append(one(operands))
+        return ys
 
     @jax.jit
     def program(several: list[Any]) -> list[jax.Array]:
-        ys: list[jax.Array] = []
-        for x, *others in several:
-            if ys:  # each waits for the one before, and none is left out: all are returned
-                x, ys[-1] = jax.lax.optimization_barrier((x, ys[-1]))
-            ys.append(run(make([x, *others])))
-        return ys
+        if rounds == 1:
+            return in_turn(several, [])
+        shapes = [jax.eval_shape(one, operands) for operands in several[:1] + several]
+        ys = [jnp.zeros(y.shape, y.dtype) for y in shapes]
+        return jax.lax.fori_loop(0, rounds, lambda _, ys: in_turn(several, ys), ys)
 
     return functools.partial(program, several)
 
@@ -304,12 +347,13 @@ def best(case: Case, repeat: int) -> tuned.Entry:
     works: dict[tuned.Entry, Program] = {}
     here = device.current()
     count = copies(case, roofline.of(here, case.problem.dtype).cache)
+    rounds = rounds_of(case, count)
     with asked("xla"):
         if here.platform == "cpu":
             dense = (case.operands.x, decoded(case), case.operands.bias_O)
-            works["xla", None] = repeated(case.dense, dense, count)
+            works["xla", None] = repeated(case.dense, in_places(dense, count), rounds)
         else:
-            works["xla", None] = repeated(case.packed, case.operands, count)
+            works["xla", None] = repeated(case.packed, in_places(case.operands, count), rounds)
         for path in KERNELS:
             reasons = refusals_of(path, case.ways.kernels[path].unsupported(case.problem), here)
             if reasons:
@@ -317,7 +361,7 @@ def best(case: Case, repeat: int) -> tuned.Entry:
                 continue
             for schedule in [None] if path == "native" else candidates(case.problem):
                 run = functools.partial(case.scheduled, path=path, schedule=schedule)
-                work = repeated(run, case.operands, count)
+                work = repeated(run, in_places(case.operands, count), rounds)
                 try:
                     jax.block_until_ready(work())
                 except Exception as error:  # whatever a compiler says, there are others
