@@ -352,8 +352,9 @@ class BenchKernelsSettings:
     repeat: int = 5
     """Rounds; medians are shown."""
     tune: bool = False
-    """Also write what is fastest for each shape to --table: on a GPU of all kernels and schedules,
-    on a CPU of native code and weights that are decoded at load."""
+    """Write what is fastest for each shape to --table instead: of weights that are decoded at load,
+    and on a GPU all kernels and schedules, on a CPU native code. With --json an interrupted run
+    continues."""
     table: pathlib.Path | None = None
     """The table of measured choices, of which entries of other devices and shapes stay; default:
     the user's own, which sampling reads."""

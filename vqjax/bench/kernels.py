@@ -9,8 +9,9 @@ import functools
 import json
 import logging
 import math
+import pathlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,9 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from rich.table import Table
 
+import vqjax.kernels
 from vqjax import config as config_lib
-from vqjax import models
-from vqjax.bench import roofline, tables
+from vqjax import models, progress
+from vqjax.bench import results, roofline, tables
 from vqjax.bench.clock import medians_in_turn
 from vqjax.bench.layers import layers_of
 from vqjax.bench.sample import asked, quantized_model, relative_rms
@@ -28,9 +30,9 @@ from vqjax.core import folding, grouping, tree
 from vqjax.core.plan import LayerSpec, make_plan
 from vqjax.core.scales import LogScales
 from vqjax.core.tensor import VQTensor
-from vqjax.errors import VqjaxError
+from vqjax.errors import DoesNotFitError, VqjaxError
 from vqjax.io import native
-from vqjax.kernels import decode, device, specs, tuned
+from vqjax.kernels import decode, device, lut_matmul, specs, tuned, vq_conv, vq_matmul
 from vqjax.kernels.dispatch import KERNELS, Choice, Implementations, refusals_of
 from vqjax.kernels.lut_matmul import counts
 from vqjax.kernels.lut_matmul import native as native_tables
@@ -42,6 +44,7 @@ from vqjax.kernels.vq_conv.window import Window
 from vqjax.kernels.vq_matmul import api as matmul
 from vqjax.kernels.vq_matmul import ref as matmul_ref
 from vqjax.pipeline import environment
+from vqjax.pipeline.journal import fingerprint
 from vqjax.settings import BenchKernelsSettings, command_line
 
 
@@ -64,9 +67,18 @@ LIMITS = {"cpu": Limits(16, 1, 2e9), "gpu": Limits(64, 64, 2e12)}
 """More copies take long to compile. What stays in a GPU's cache with 64 of them, less than 1 MB a
 copy, is read from its memory in a fraction of the time that it takes to start a kernel."""
 
+TOLERANCES = {"float32": 1e-4, "float16": 3e-3, "bfloat16": 2e-2}
+"""Most relative RMS of a kernel's result to that of a decoded weight. float32: what convolutions by
+transforms differ by, less than what ten bits of mantissa (TF32) would."""
+
 OPS = ("vq_matmul", "vq_conv")
 
+DECODED: tuned.Entry = ("xla", None)
+"""Weights that are decoded at load: what every kernel has to beat."""
+
 Program = Callable[[], list[jax.Array]]
+
+_SOURCES = (vqjax.kernels, vq_matmul, vq_conv, lut_matmul)
 
 _log = logging.getLogger("vqjax.bench")
 
@@ -116,26 +128,47 @@ class Case(NamedTuple):
         return conv.choice(self.operands, self.window)
 
 
+class Trial(NamedTuple):
+    """What became of one path and schedule.
+
+    Attributes:
+      entry: path and schedule.
+      seconds: median of the rounds, or None where it was passed over.
+      error: relative RMS to the result of a decoded weight, or None where there is no result.
+      why: it was passed over, or None.
+    """
+
+    entry: tuned.Entry
+    seconds: float | None
+    error: float | None
+    why: str | None
+
+
 def run(wanted: BenchKernelsSettings) -> None:
-    """Measures, prints, writes, and tunes where that is asked for."""
+    """Measures, prints and writes; or tunes, where that is asked for."""
     if min(*wanted.batch, wanted.repeat, 1) < 1:
         raise VqjaxError(f"--batch {wanted.batch}, --repeat {wanted.repeat}: expected 1 or more")
+    if wanted.tune:
+        tune(wanted)
+        return
     records: list[dict[str, Any]] = []
-    found = {
+    found = about(wanted) | {"records": records}
+    for layer, batch in places(wanted):
+        records.append(measure(case_of(layer, batch, wanted), wanted))
+        if wanted.json is not None:  # after each: whoever ends the process keeps what was measured
+            native.write_atomically(wanted.json, (json.dumps(found, indent=2) + "\n").encode())
+    show(found)
+
+
+def about(wanted: BenchKernelsSettings) -> dict[str, Any]:
+    """What a file of results says beside its records."""
+    return {
         "command": command_line("vqjax.bench", wanted, "kernels"),
         "environment": environment.describe(),
         "model": wanted.model,
         "dtype": wanted.dtype,
         "peaks": roofline.of(device.current(), wanted.dtype)._asdict(),
-        "records": records,
     }
-    for case in cases(wanted):
-        records.append(measure(case, wanted))
-        if wanted.json is not None:  # after each: whoever ends the process keeps what was measured
-            native.write_atomically(wanted.json, (json.dumps(found, indent=2) + "\n").encode())
-    show(found)
-    if wanted.tune:
-        tune(wanted)
 
 
 def layers(wanted: BenchKernelsSettings) -> list[specs.Layer]:
@@ -180,14 +213,16 @@ def _stored(shape: tuple[int, ...], spec: LayerSpec) -> VQTensor:
     )
 
 
-def cases(wanted: BenchKernelsSettings) -> Iterator[Case]:
-    """All layer shapes at all batch sizes; arrays exist while they are looked at."""
-    for layer in layers(wanted):
-        for batch in wanted.batch:
-            problem = layer.problem(batch, wanted.dtype)
-            shape = layer.operands_shape(batch)
-            operands = specs.random_operands(problem, shape, seed=wanted.seed)
-            yield Case(layer, batch, problem, operands)
+def places(wanted: BenchKernelsSettings) -> list[tuple[specs.Layer, int]]:
+    """All layer shapes at all batch sizes."""
+    return [(layer, batch) for layer in layers(wanted) for batch in wanted.batch]
+
+
+def case_of(layer: specs.Layer, batch: int, wanted: BenchKernelsSettings) -> Case:
+    """A layer with random arrays, which exist while it is looked at."""
+    problem = layer.problem(batch, wanted.dtype)
+    operands = specs.random_operands(problem, layer.operands_shape(batch), seed=wanted.seed)
+    return Case(layer, batch, problem, operands)
 
 
 def measure(case: Case, wanted: BenchKernelsSettings) -> dict[str, Any]:
@@ -320,7 +355,11 @@ def repeated(run: Callable[[Any], jax.Array], several: list[Any], rounds: int) -
 
 
 def tune(wanted: BenchKernelsSettings) -> None:
-    """Times every kernel that runs here and writes the best; says so where there is none."""
+    """Times every kernel that runs here, and writes after each layer what was fastest.
+
+    What takes most of the network's arithmetic comes first, and what an interrupted run had
+    measured is not repeated. Says so where there is no kernel.
+    """
     here, table = device.current(), wanted.table or tuned.own_file()
     refused = {path: here.refuses(path) for path in KERNELS}
     if not refused["native"]:
@@ -329,48 +368,124 @@ def tune(wanted: BenchKernelsSettings) -> None:
         reasons = "; ".join(f"no {path}: {reason}" for path, reason in refused.items())
         print(f"--tune: nothing to tune: {reasons}; {table} stays as it is")
         return
-    found = {}
-    for case in cases(wanted):
-        found[case.problem.op, tuned.key(case.problem)] = best(case, wanted.repeat)
-    text = table.read_text(encoding="utf-8") if table.exists() else tuned.EMPTY
-    native.write_atomically(table, tuned.merged(text, here.kind, found).encode())
-    paths = Counter(path for path, _ in found.values())
-    chosen = ", ".join(f"{count} {path}" for path, count in paths.most_common())
-    print(f"--tune: {len(found)} shapes on {here} written to {table}: {chosen}")
+    problems = problems_of(wanted)
+    identity = [*results.here(), results.source_digest(*_SOURCES), wanted.repeat, wanted.seed]
+    prints = {name: fingerprint(identity, name) for name in problems}
+    kept = results.Results(wanted.json, about(wanted), prints.values())
+    known = tuned.read(_text(table))
+    finished = {name for name in prints if kept.get(prints[name]) and (here.kind, *name) in known}
+    with progress.stage("layers", len(problems), done=len(finished)) as advance:
+        for name, (layer, batch) in problems.items():
+            if name in finished:
+                continue
+            case = case_of(layer, batch, wanted)
+            tried = trials(case, wanted.repeat)
+            chosen = best(tried)
+            text = _text(table)
+            native.write_atomically(table, tuned.merged(text, here.kind, {name: chosen}).encode())
+            kept.add(prints[name], _trial_record(case, tried, chosen))
+            advance(1, f"{name[1]}: {chosen[0]}")
+    entries = tuned.read(_text(table))
+    paths = Counter(entries[here.kind, *name][0] for name in problems)
+    counted = ", ".join(f"{count} {path}" for path, count in paths.most_common())
+    print(f"--tune: {len(problems)} shapes on {here} written to {table}: {counted}")
 
 
-def best(case: Case, repeat: int) -> tuned.Entry:
-    """The path and schedule of least median time; kernels that do not compile are passed over.
+def problems_of(wanted: BenchKernelsSettings) -> dict[tuple[str, str], tuple[specs.Layer, int]]:
+    """One layer and batch of each operation and key of the table.
 
-    On a CPU "xla" stands for a dense layer: there weights are decoded at load.
+    In the order of the batches, and then of the operations in all layers of the network.
     """
-    works: dict[tuned.Entry, Program] = {}
-    here = device.current()
+    first: dict[tuple[str, str], tuple[specs.Layer, int]] = {}
+    work: Counter[tuple[str, str]] = Counter()
+    for layer, batch in places(wanted):
+        problem = layer.problem(batch, wanted.dtype)
+        name = problem.op, tuned.key(problem)
+        first.setdefault(name, (layer, batch))
+        work[name] += layer.count * counts.operations(problem)[0]
+    order = sorted(first, key=lambda name: (wanted.batch.index(first[name][1]), -work[name]))
+    return {name: first[name] for name in order}
+
+
+def _text(table: pathlib.Path) -> str:
+    return table.read_text(encoding="utf-8") if table.exists() else tuned.EMPTY
+
+
+def _trial_record(case: Case, tried: Sequence[Trial], chosen: tuned.Entry) -> dict[str, Any]:
+    return {
+        "op": case.problem.op,
+        "key": tuned.key(case.problem),
+        "x": list(case.operands.x.shape),
+        "count": case.layer.count,
+        **tuned.plain(chosen),
+        "tried": [
+            tuned.plain(one.entry) | {"seconds": one.seconds, "error": one.error, "why": one.why}
+            for one in tried
+        ],
+    }
+
+
+def trials(case: Case, repeat: int) -> list[Trial]:
+    """Times a decoded weight, and every path and schedule that runs here.
+
+    What does not compile, or has another result than a decoded weight, is passed over.
+
+    Raises:
+      DoesNotFitError: if memory does not suffice, which says nothing about a schedule.
+    """
+    here, key = device.current(), tuned.key(case.problem)
     count = copies(case, roofline.of(here, case.problem.dtype).cache)
     rounds = rounds_of(case, count)
+    works: dict[tuned.Entry, Program] = {}
+    errors: dict[tuned.Entry, float] = {}
+    passed: list[Trial] = []
     with asked("xla"):
-        if here.platform == "cpu":
-            dense = (case.operands.x, decoded(case), case.operands.bias_O)
-            works["xla", None] = repeated(case.dense, in_places(dense, count), rounds)
-        else:
-            works["xla", None] = repeated(case.packed, in_places(case.operands, count), rounds)
-        for path in KERNELS:
-            reasons = refusals_of(path, case.ways.kernels[path].unsupported(case.problem), here)
-            if reasons:
-                _log.info("%s: no %s: %s", tuned.key(case.problem), path, "; ".join(reasons))
+        dense = (case.operands.x, decoded(case), case.operands.bias_O)
+        works[DECODED] = repeated(case.dense, in_places(dense, count), rounds)
+        expected, errors[DECODED] = np.asarray(works[DECODED]()[-1], np.float64), 0.0
+        several = in_places(case.operands, count)
+        for path, schedule in _entries(case, here):
+            entry = path, schedule
+            run = functools.partial(case.scheduled, path=path, schedule=schedule)
+            work = repeated(run, several, rounds)
+            try:
+                error = relative_rms(np.asarray(work()[-1], np.float64), expected)
+            except Exception as raised:  # whatever a compiler says, there are others
+                if "out of memory" in str(raised).lower():
+                    raise DoesNotFitError(
+                        f"--tune: {count} copies of {case.problem.op} {key} do not fit the memory "
+                        f"of {here}: {raised}; what was measured before is in the table"
+                    ) from raised
+                why = f"{type(raised).__name__}: {raised}"
+                _log.info("%s: %s, %s is passed over: %s", key, *entry, why)
+                passed.append(Trial(entry, None, None, why))
                 continue
-            for schedule in [None] if path == "native" else candidates(case.problem):
-                run = functools.partial(case.scheduled, path=path, schedule=schedule)
-                work = repeated(run, in_places(case.operands, count), rounds)
-                try:
-                    jax.block_until_ready(work())
-                except Exception as error:  # whatever a compiler says, there are others
-                    key = tuned.key(case.problem)
-                    _log.info("%s: %s, %s is passed over: %s", key, path, schedule, error)
-                    continue
-                works[path, schedule] = work
-        seconds = medians_in_turn(works, repeat)
-    return min(seconds, key=lambda entry: seconds[entry])
+            if not error <= (limit := TOLERANCES[case.problem.dtype]):
+                why = f"result differs from a decoded weight's by {error:.2g}, limit {limit:g}"
+                _log.warning("%s: %s, %s is passed over: %s", key, *entry, why)
+                passed.append(Trial(entry, None, error, why))
+                continue
+            works[entry], errors[entry] = work, error
+        medians = medians_in_turn(works, repeat)
+    each = {entry: median / (count * rounds) for entry, median in medians.items()}
+    return [*(Trial(entry, each[entry], errors[entry], None) for entry in works), *passed]
+
+
+def best(tried: Sequence[Trial]) -> tuned.Entry:
+    """The path and schedule of least time."""
+    seconds = {trial.entry: trial.seconds for trial in tried if trial.seconds is not None}
+    return min(seconds, key=seconds.__getitem__)
+
+
+def _entries(case: Case, here: device.Device) -> Iterator[tuned.Entry]:
+    """Paths that run a case here, by schedule."""
+    for path in KERNELS:
+        reasons = refusals_of(path, case.ways.kernels[path].unsupported(case.problem), here)
+        if reasons:
+            _log.info("%s: no %s: %s", tuned.key(case.problem), path, "; ".join(reasons))
+            continue
+        for schedule in [None] if path == "native" else candidates(case.problem):
+            yield path, schedule
 
 
 def show(found: Mapping[str, Any]) -> None:
