@@ -17,6 +17,10 @@ from vqjax.kernels.problem import Problem
 FUSED_ROWS = 256
 """Most rows that the rules give to the fused schedule: its tiles then decode a weight twice."""
 
+FUSED_ROWS_FLOAT32 = 32
+"""The same in float32, which tensor cores do not multiply: for more rows arithmetic takes longer
+than to read a decoded weight (28 on an H200, 20 on an A100), and registers hold no such tiles."""
+
 _LEAST = 16  # side of the smallest matrix product on tensor cores
 _MOST_ROWS = 128
 _PROGRAMS = 128  # about one for every multiprocessor of the GPUs in question
@@ -86,30 +90,41 @@ def power_of_two(number: int) -> int:
 
 def by_rule(problem: Problem) -> Schedule:
     """Returns the schedule of a problem, from its sizes alone."""
-    if problem.rows > FUSED_ROWS:
+    if problem.rows > (FUSED_ROWS_FLOAT32 if problem.dtype == "float32" else FUSED_ROWS):
         return Schedule("staged", Tiles(_LEAST, 32, 128))
+    return _fused(problem, 32 if problem.rows <= 32 else 64, _depth(problem))
+
+
+def _depth(problem: Problem) -> int:
+    """Registers hold half as much in float32, and of vectors that are read place by place."""
+    side_by_side = problem.window == 1 and power_of_two(problem.group) == problem.group
+    return 64 if side_by_side and problem.dtype != "float32" else 32
+
+
+def _fused(problem: Problem, outputs: int, depth: int) -> Schedule:
+    """Tiles as tall as they can be: each tile of rows decodes the weight again."""
     rows = min(max(power_of_two(problem.rows), _LEAST), _MOST_ROWS)
-    outputs = 32 if rows <= 32 else 64
-    depth = 64 if problem.window == 1 else 32
     programs = -(-problem.rows // rows) * -(-problem.outputs // outputs)
     splits = min(_MOST_SPLITS, -(-_PROGRAMS // programs), -(-problem.inputs // depth))
     return Schedule("fused", Tiles(rows, outputs, depth, splits, warps=8 if rows > 64 else 4))
 
 
 def candidates(problem: Problem) -> tuple[Schedule, ...]:
-    """Returns schedules worth timing: that of the rules, and others around it."""
-    tall = min(max(power_of_two(problem.rows), _LEAST), _MOST_ROWS)
-    fused = [
-        Schedule("fused", Tiles(rows, outputs, depth, splits, warps, stages))
-        for rows in sorted({_LEAST, tall})
+    """Returns schedules worth timing beside a weight that was decoded at load: that of the rules,
+    and fused ones around it.
+
+    The staged schedule decodes first and then does the same as a decoded weight, so that its tiles
+    decide nothing; and where the rules choose it, fused ones wait for the same arithmetic.
+    """
+    rule = by_rule(problem)
+    if rule.kind == "staged":
+        return (rule,)
+    made = [
+        dataclasses.replace(tiles, splits=splits, stages=stages)
         for outputs in (32, 64)
-        for depth in (32, 64)
-        for splits in (1, 4)
-        for warps, stages in ((4, 2), (8, 3))
+        for depth in (_depth(problem) // 2, _depth(problem))
+        for tiles in [_fused(problem, outputs, depth).tiles]
+        for splits in (tiles.splits, 1)  # with one, nothing is added up afterwards
+        for stages in (2, 3)
     ]
-    staged = [
-        Schedule("staged", Tiles(_LEAST, outputs, depth))
-        for outputs in (16, 32)
-        for depth in (64, 128)
-    ]
-    return tuple(dict.fromkeys([by_rule(problem), *staged, *fused]))
+    return tuple(dict.fromkeys([rule, *(Schedule("fused", tiles) for tiles in made)]))

@@ -3,9 +3,10 @@
 
     {"version": 1, "devices": {KIND: {OP: {KEY: ENTRY}}}}
 
-KIND is that of `device.Device`, KEY comes from `key`. An ENTRY is {"path": "xla"}, on a CPU or
-{"path": "native"}, or a path with its schedule: {"path": "pallas", "kind": "fused", "tiles":
-{"rows": 16, ...}}. Only measurements on that device belong into it.
+KIND is that of `device.Device`, KEY comes from `key`. An ENTRY is {"path": "xla"}, where a weight
+that is decoded at load was fastest, on a CPU or {"path": "native"}, or a path with its schedule:
+{"path": "pallas", "kind": "fused", "tiles": {"rows": 16, ...}}. Only measurements on that device
+belong into it.
 
 `COMMAND` writes the user's own table, in the cache. Another one, `tiles.json`, is in the package.
 """
@@ -34,12 +35,18 @@ Entry = tuple[str, Schedule | None]
 
 
 def key(problem: Problem) -> str:
-    """Returns what problems share that are measured as one: rows count up to a power of two."""
+    """Returns what problems share that are measured as one: rows count up to a power of two.
+
+    What a usual layer has is left out, windows of 3x3 among it: tables that were written before
+    keys told windows apart are of such layers, and are read as they are.
+    """
     rows = power_of_two(max(problem.rows, 1))
     sizes = f"{rows}x{problem.inputs}x{problem.outputs}"
     code = f"{problem.books}x{problem.entries}x{problem.group}"
     stride = "" if problem.strides == (1, 1) else " stride {}x{}".format(*problem.strides)
-    return f"{sizes} {problem.dtype} {code} {problem.codebook_dtype}{stride}"
+    usual = 3 if problem.op == "vq_conv" else 1
+    window = "" if problem.window == usual else f" window {problem.window}x{problem.window}"
+    return f"{sizes} {problem.dtype} {code} {problem.codebook_dtype}{stride}{window}"
 
 
 def find(device_kind: str, problem: Problem) -> Entry | None:
@@ -104,12 +111,17 @@ def merged(text: str, device_kind: str, found: Mapping[tuple[str, str], Entry]) 
     read(text)
     data = json.loads(text)
     ops = data["devices"].setdefault(device_kind, {})
-    for (op, name), (path, made) in found.items():
-        entry: dict[str, Any] = {"path": path}
-        if made is not None:
-            entry |= {"kind": made.kind, "tiles": dataclasses.asdict(made.tiles)}
-        ops.setdefault(op, {})[name] = entry
+    for (op, name), entry in found.items():
+        ops.setdefault(op, {})[name] = plain(entry)
     return json.dumps(data, indent=1, sort_keys=True) + "\n"
+
+
+def plain(entry: Entry) -> dict[str, Any]:
+    """Returns an entry as a table has it."""
+    path, made = entry
+    if made is None:
+        return {"path": path}
+    return {"path": path, "kind": made.kind, "tiles": dataclasses.asdict(made.tiles)}
 
 
 EMPTY = json.dumps({"version": VERSION, "devices": {}})

@@ -369,8 +369,9 @@ class BenchKernelsSettings:
     repeat: int = 5
     """Rounds; medians are shown."""
     tune: bool = False
-    """Also write what is fastest for each shape to --table: on a GPU of all kernels and schedules,
-    on a CPU of native code and weights that are decoded at load."""
+    """Write what is fastest for each shape to --table instead: of weights that are decoded at load,
+    and on a GPU all kernels and schedules, on a CPU native code. With --json an interrupted run
+    continues."""
     table: pathlib.Path | None = None
     """The table of measured choices, of which entries of other devices and shapes stay; default:
     the user's own, which sampling reads."""
@@ -415,7 +416,8 @@ class BenchGpuSettings:
     model: Preset = "cin256-v2"
     """Preset whose layers and U-Net are timed."""
     minutes: float = 9.0
-    """For all parts: what would begin later is left out, and what is at work then is ended."""
+    """For all parts, of which each has up to twice its share of what is left: what takes longer is
+    ended, and what would begin later is left out."""
     parts: tuple[GpuPart, ...] = ("kernels", "sample", "tune", "evaluate", "kernels_tuned")
     """Only these."""
     out: pathlib.Path = pathlib.Path("vqjax-gpu")

@@ -2,6 +2,8 @@
 """`bench --gpu`: parts that fail or take too long cost the others nothing."""
 
 import json
+import signal
+import subprocess
 import sys
 import time
 import types
@@ -40,6 +42,18 @@ def test_every_part_is_a_command_that_can_be_read(tmp_path, monkeypatch):
     assert [part.name for part in some] == ["kernels", "evaluate"]
 
 
+def test_layers_are_those_of_a_plan_and_the_table_is_what_sampling_asks_for(tmp_path, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(bench, "_work", lambda found: seen.update({found.json.stem: found}))
+    for part in gpu.parts(BenchGpuSettings(out=tmp_path)):
+        assert bench.main(list(part.words[3:])) == 0
+    layers, table, usual = seen["kernels"], seen["kernels_tuned"], settings.SampleSettings()
+    assert (layers.bits, table.bits) == (2.0, 2.0)
+    assert table.tune
+    assert table.dtype == usual.dtype
+    assert table.batch == (2, 2 * usual.count)  # guidance doubles them
+
+
 def test_a_part_that_fails_or_takes_too_long_costs_the_others_nothing(tmp_path, monkeypatch):
     trace = tmp_path / "trace"
     child = f"import time; time.sleep(4); open({str(trace)!r}, 'w')"
@@ -49,14 +63,38 @@ def test_a_part_that_fails_or_takes_too_long_costs_the_others_nothing(tmp_path, 
         python("good", "pass"),
         python("bad", "raise SystemExit(3)"),
         python("slow", slow),
-        python("late", "pass"),
+        python("next", "pass"),
     ]
     begun = time.monotonic()
-    records = list(gpu.each(parts, 3.0))
-    assert [record["state"] for record in records] == ["done", "failed", "ended", "left out"]
-    assert [record.get("exit_code") for record in records] == [0, 3, None, None]
-    time.sleep(max(0.0, begun + 8 - time.monotonic()))
+    records = list(gpu.each(parts, 5.0))
+    assert [record["state"] for record in records] == ["done", "failed", "ended", "done"]
+    assert [record["exit_code"] for record in records] == [0, 3, None, 0]
+    records = list(gpu.each([python("slow", slow), python("late", "pass")], 1.0))
+    assert [record["state"] for record in records] == ["ended", "left out"]
+    time.sleep(max(0.0, begun + 9 - time.monotonic()))
     assert not trace.exists()  # what it had started went with it
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_part_too(number):
+    """Parts are in sessions of their own, which signals to the process do not reach."""
+    slow = "import time; print('begun', flush=True); time.sleep(60)"
+    code = f"""
+import sys
+from vqjax.bench import gpu
+with gpu._told_to_end():
+    list(gpu.each([gpu.Part("slow", (sys.executable, "-c", {slow!r}))], 60.0))
+"""
+    words = [sys.executable, "-c", code]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(words, stdout=pipe, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "begun\n"
+        begun = time.monotonic()
+        process.send_signal(number)
+        assert process.stdout.read() == ""  # it ends once nobody can write any more
+        assert time.monotonic() - begun < 30
+        assert process.wait(30) != 0
 
 
 def test_the_summary_says_what_became_of_the_parts(tmp_path, monkeypatch, capsys):

@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +12,15 @@ import pytest
 from tests.io import models as small
 from vqjax.bench import kernels, roofline
 from vqjax.bench.__main__ import main
+from vqjax.bench.sample import random_tensor
 from vqjax.core import tree
+from vqjax.core.plan import make_plan
 from vqjax.core.tensor import VQTensor
+from vqjax.errors import DoesNotFitError
 from vqjax.kernels import device, dispatch, specs, triton_gpu, tuned
 from vqjax.kernels.device import Device
 from vqjax.kernels.lut_matmul import counts, native
-from vqjax.kernels.schedule import Schedule, Tiles, by_rule, candidates
+from vqjax.kernels.schedule import Schedule, Tiles
 from vqjax.settings import BenchKernelsSettings
 
 H200 = Device("gpu", "NVIDIA H200", (9, 0))
@@ -36,7 +40,7 @@ def test_layers_are_timed_and_there_may_be_nothing_to_tune(tmp_path, monkeypatch
     monkeypatch.setattr(kernels.native_tables, "missing", lambda: "no C++ compiler")
     file, table = tmp_path / "kernels.json", tmp_path / "tiles.json"
     words = ["kernels", "--model", "digits", "--repeat", "1", "--json", str(file)]
-    assert main([*words, "--path", "lut", "--tune", "--table", str(table)]) == 0
+    assert main([*words, "--path", "lut"]) == 0
     found = json.loads(file.read_text())
     assert [record["op"] for record in found["records"]] == ["vq_matmul", "vq_conv"]
     assert found["environment"]["jax"] == jax.__version__
@@ -51,12 +55,16 @@ def test_layers_are_timed_and_there_may_be_nothing_to_tune(tmp_path, monkeypatch
         assert record["operations"] <= record["dense_operations"]
         assert record["moved_bytes"] < record["dense_moved_bytes"]
     assert found["peaks"]["source"].startswith("measured on this CPU")
-    out = capsys.readouterr().out
-    assert "All layers, batch 2:" in out
-    here = device.current()
+    assert "All layers, batch 2:" in capsys.readouterr().out
+    assert main([*words, "--tune", "--table", str(table)]) == 0
+    out, here = capsys.readouterr().out, device.current()
     assert f"--tune: nothing to tune: no pallas: {here} is no CUDA device; no triton" in out
     assert f"no native: no C++ compiler; {table} stays as it is" in out
     assert not table.exists()
+
+
+def layers_of(wanted: BenchKernelsSettings) -> list[kernels.Case]:
+    return [kernels.case_of(layer, batch, wanted) for layer, batch in kernels.places(wanted)]
 
 
 @pytest.mark.skipif(native.missing() is not None, reason=f"no native code: {native.missing()}")
@@ -64,24 +72,23 @@ def test_a_cpu_compares_native_code_with_decoded_weights(tmp_path, monkeypatch, 
     def made_up(works, repeat):
         for work in works.values():
             jax.block_until_ready(work())
-        (products, _), times = counts.operations(case.problem), {"native": 1.0, "xla": 2.0}
-        slower = 3.0 if products > 10**6 else 0.0
-        return {entry: times[entry[0]] + slower * (entry[0] == "native") for entry in works}
+        slower = 3.0 if len(fastest) else 0.0  # of the two layers, the second
+        fastest.append("xla" if slower else "native")
+        return {entry: 2.0 if entry[0] == "xla" else 1.0 + slower for entry in works}
 
+    fastest = []
     monkeypatch.setattr(kernels, "medians_in_turn", made_up)
     monkeypatch.setattr(tuned, "own_file", lambda: tmp_path / "tiles.json")
     wanted = BenchKernelsSettings(model="digits", batch=(1,))
-    found = {}
-    for case in kernels.cases(wanted):
-        found[case.problem.op] = kernels.best(case, 1)
-    assert found == {"vq_matmul": ("native", None), "vq_conv": ("xla", None)}
-    monkeypatch.setattr(kernels, "best", lambda case, repeat: found[case.problem.op])
     kernels.tune(wanted)
     assert f"2 shapes on {device.current()} written to {tmp_path}" in capsys.readouterr().out
     tuned._tables.cache_clear()
-    for case in kernels.cases(wanted):
-        assert tuned.find(device.current().kind, case.problem) == found[case.problem.op]
+    found = {
+        case.problem.op: tuned.find(device.current().kind, case.problem)
+        for case in layers_of(wanted)
+    }
     tuned._tables.cache_clear()
+    assert found == {"vq_conv": ("native", None), "vq_matmul": ("xla", None)}
 
 
 def test_a_quantized_model_has_its_own_codes(monkeypatch):
@@ -94,65 +101,128 @@ def test_a_quantized_model_has_its_own_codes(monkeypatch):
     assert {layer.code[:3] for layer in layers if layer.code} == {
         tensor.codebooks.shape for tensor in tensors
     }
-    assert kernels.layers(BenchKernelsSettings(model="digits", bits=2.0)) == [
-        dataclasses.replace(layer, model="digits") for layer in layers
-    ]
     problem = layers[0].problem(2, "float32")
     assert (problem.books, problem.entries, problem.group, problem.codebook_dtype) == layers[0].code
 
 
-def test_the_best_schedules_are_written(tmp_path, monkeypatch, capsys):
-    """As if this were a GPU; schedules do not run, and their times are made up."""
+def test_a_preset_has_the_codes_of_its_plan():
+    """Without drawing any: those of a large model take minutes."""
+    layers = kernels.layers(BenchKernelsSettings(model="digits", bits=2.0))
+    assert {layer.code[3] for layer in layers if layer.code} == {"int8"}
+    assert {layer.code[2] for layer in layers if layer.code} - {1, 8, 9}
+    flat = tree.flatten(kernels.planned_params(small.TINY, 4.0))
+    shapes = {path: leaf.shape for path, leaf in flat.items()}
+    plan = make_plan(shapes, bits=4.0, integer=True).layers
+    for kind in ("conv3x3", "linear", "scalar"):
+        path = next(path for path, spec in plan.items() if spec.grouping == kind)
+        drawn = random_tensor(shapes[path], plan[path], (0,))
+        same = jax.tree.map(
+            lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), flat[path], drawn
+        )
+        assert jax.tree.all(same)
+
+
+SCHEDULES = (
+    Schedule("fused", Tiles(16, 16, 16, splits=2)),
+    Schedule("staged", Tiles(16, 16, 16)),
+    Schedule("fused", Tiles(16, 16, 16)),
+    Schedule("fused", Tiles(32, 16, 16)),
+)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """As if this were one; schedules do not run, and their times are made up."""
     monkeypatch.setattr(device, "current", lambda: H200)
     monkeypatch.setattr(triton_gpu, "missing", lambda: "triton is not installed")
-    monkeypatch.setattr(kernels, "copies", lambda case, cache: 1)  # not as many as on a GPU
+    monkeypatch.setitem(kernels.LIMITS, "gpu", kernels.Limits(2, 3, 1e12))
+    monkeypatch.setattr(kernels, "candidates", lambda problem: SCHEDULES)
 
     def scheduled(case, operands, *, path, schedule):
         assert path == "pallas"
         if schedule.tiles.splits > 1:
             raise RuntimeError("out of shared memory")
-        return case.packed(operands)
-
-    monkeypatch.setattr(kernels.Case, "scheduled", scheduled)
+        return case.packed(operands) * (1.5 if schedule.tiles.rows == 32 else 1.0)
 
     def made_up(works, repeat):
-        assert not any(made.tiles.splits > 1 for _, made in works if made is not None)
-        return {
-            entry: 1.0 if entry[0] == "xla" else 0.5 + index
-            for index, entry in enumerate(works, -1)
-        }
+        seconds = {"xla": 2.0, "staged": 0.5, "fused": 1.0}
+        return {(path, s): seconds[s.kind if s else path] for path, s in works}
 
+    monkeypatch.setattr(kernels.Case, "scheduled", scheduled)
     monkeypatch.setattr(kernels, "medians_in_turn", made_up)
-    monkeypatch.setattr(
-        kernels,
-        "candidates",
-        lambda problem: (
-            Schedule("fused", Tiles(16, 16, 16, splits=2)),
-            Schedule("staged", Tiles(16, 16, 16)),
-            Schedule("fused", Tiles(16, 16, 16)),
-        ),
-    )
-    table = tmp_path / "tiles.json"
+
+
+def test_the_best_schedules_are_written(tmp_path, gpu, capsys, caplog):
+    table, file = tmp_path / "tiles.json", tmp_path / "tuned.json"
     other = {"NVIDIA L4": {"vq_matmul": {"any": {"path": "xla"}}}}
     table.write_text(json.dumps({"version": 1, "devices": other}))
-    wanted = BenchKernelsSettings(model="digits", table=table)
-    kernels.tune(wanted)
+    wanted = BenchKernelsSettings(model="digits", table=table, json=file, tune=True)
+    kernels.run(wanted)
     entries = tuned.read(table.read_text())
-    for case in kernels.cases(wanted):
+    for case in layers_of(wanted):
         entry = entries[H200.kind, case.problem.op, tuned.key(case.problem)]
-        assert entry == ("pallas", Schedule("staged", Tiles(16, 16, 16)))
+        assert entry == ("pallas", SCHEDULES[1])
     assert entries["NVIDIA L4", "vq_matmul", "any"] == ("xla", None)
     assert "2 shapes on NVIDIA H200, compute capability 9.0 written to" in capsys.readouterr().out
+    for record in json.loads(file.read_text())["records"]:
+        assert (record["path"], record["kind"]) == ("pallas", "staged")
+        tried = record["tried"]
+        assert [one["path"] for one in tried] == ["xla", *["pallas"] * 4]
+        assert [one["seconds"] for one in tried] == [2 / 6, 0.5 / 6, 1 / 6, None, None]
+        assert tried[3]["why"] == "RuntimeError: out of shared memory"
+        assert tried[4]["why"] == "result differs from a decoded weight's by 0.5, limit 0.0001"
+        assert tried[4]["tiles"]["rows"] == 32
+    warnings = [line.message for line in caplog.records if line.levelname == "WARNING"]
+    assert len(warnings) == 2
+    assert all("tiles 32x16x16, 1 splits is passed over: result differs" in w for w in warnings)
 
 
-def test_schedules_worth_timing_are_valid():
-    for op in ("vq_matmul", "vq_conv"):
-        for layer in specs.layers(op):
-            problem = layer.problem(2, "bfloat16")
-            found = candidates(problem)
-            assert found[0] == by_rule(problem)
-            assert len(set(found)) == len(found)
-            assert not any(one.tiles.problems() for one in found)
+def test_what_was_measured_before_an_end_is_in_the_table_and_not_repeated(
+    tmp_path, gpu, monkeypatch
+):
+    table, file = tmp_path / "tiles.json", tmp_path / "tuned.json"
+    wanted = BenchKernelsSettings(model="digits", table=table, json=file)
+    real, seen = kernels.trials, []
+
+    def ended(case, repeat):
+        seen.append(case.problem.op)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return real(case, repeat)
+
+    monkeypatch.setattr(kernels, "trials", ended)
+    with pytest.raises(KeyboardInterrupt):
+        kernels.tune(wanted)
+    assert [op for _, op, _ in tuned.read(table.read_text())] == ["vq_conv"]
+    kernels.tune(wanted)
+    assert seen == ["vq_conv", "vq_matmul", "vq_matmul"]
+    assert {op for _, op, _ in tuned.read(table.read_text())} == {"vq_conv", "vq_matmul"}
+    assert [r["op"] for r in json.loads(file.read_text())["records"]] == ["vq_conv", "vq_matmul"]
+    table.unlink()
+    kernels.tune(wanted)  # for another table, results of the same file are not enough
+    assert seen[3:] == ["vq_conv", "vq_matmul"]
+
+
+def test_too_little_memory_is_not_the_fault_of_a_schedule(tmp_path, gpu, monkeypatch):
+    def scheduled(case, operands, *, path, schedule):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 99 bytes")
+
+    monkeypatch.setattr(kernels.Case, "scheduled", scheduled)
+    wanted = BenchKernelsSettings(model="digits", table=tmp_path / "tiles.json")
+    with pytest.raises(DoesNotFitError, match=r"2 copies of vq_conv .* do not fit the memory of"):
+        kernels.tune(wanted)
+
+
+def test_what_takes_most_of_the_network_is_tuned_first(monkeypatch):
+    few = dataclasses.replace(specs.layers("vq_matmul")[0], count=1, code=(4, 16, 6, "int8"))
+    many = dataclasses.replace(few, outputs=2 * few.outputs, count=5)
+    again = dataclasses.replace(few, count=10)  # the same key as the first
+    monkeypatch.setattr(kernels, "layers", lambda wanted: [few, many, again])
+    found = kernels.problems_of(BenchKernelsSettings(batch=(2, 32)))
+    assert list(found.values()) == [(few, 2), (many, 2), (few, 32), (many, 32)]
+    monkeypatch.setattr(kernels, "layers", lambda wanted: [few, many])
+    found = kernels.problems_of(BenchKernelsSettings(batch=(2, 32)))
+    assert list(found.values()) == [(many, 2), (few, 2), (many, 32), (few, 32)]
 
 
 def test_inputs_go_past_the_cache_where_they_are_waited_for(monkeypatch):
@@ -170,20 +240,53 @@ def test_inputs_go_past_the_cache_where_they_are_waited_for(monkeypatch):
     assert kernels.copies(many, 10**9) == 1
     monkeypatch.setattr(device, "current", lambda: H200)
     cache = roofline.of(H200, "bfloat16").cache
-    large = dataclasses.replace(few.problem, inputs=960, outputs=960)
-    case = few._replace(problem=large, operands=specs.random_operands(large, (1, 960)))
+    large = dataclasses.replace(few.problem, inputs=2880, outputs=1920)
+    case = few._replace(problem=large, operands=specs.random_operands(large, (1, 2880)))
     assert kernels.copies(case, cache) * kernels.tree_bytes(case.operands) >= cache
 
 
 def test_copies_are_of_their_own_and_all_run():
-    operands = (jnp.ones((2, 3)), jnp.arange(3.0))
-    work = kernels.repeated(lambda pair: pair[0] * pair[1][None], operands, 3)
-    (several,) = work.args
+    def run(pair):
+        traced.append(pair)
+        return pair[0] * pair[1][None]
+
+    traced = []
+    several = kernels.in_places((jnp.ones((2, 3)), jnp.arange(3.0)), 3)
     assert len({x.unsafe_buffer_pointer() for x, _ in several}) == 3
-    ys = work()
+    ys = kernels.repeated(run, several, 1)()
     assert len(ys) == 3
-    for y in ys:
+    for y in [*ys, kernels.repeated(run, several, 4)()[-1]]:
         assert y.tolist() == [[0, 1, 2], [0, 1, 2]]
+    assert len(traced) == 1  # not for each copy
+
+
+@pytest.mark.usefixtures("optimized")
+def test_rounds_compute_everything_again():
+    """XLA takes out of loops what does not change in them, unless it is kept from it."""
+    case = layers_of(BenchKernelsSettings(model="digits"))[0]
+    with kernels.asked("xla"):
+        program = kernels.repeated(case.packed, kernels.in_places(case.operands, 2), 3)
+        text = program.func.lower(*program.args).compile().as_text()
+    parts = {part.split(" ", 1)[0]: part for part in re.split(r"\n(?=%)|\nENTRY ", text)}
+    found = re.findall(r"body=(%[\w.\-]+)", text)
+    for name in found:  # and all that it calls
+        found += re.findall(r"(?:calls|to_apply)=(%[\w.\-]+)", parts[name])
+    decoding = {name for name, part in parts.items() if " gather(" in part}
+    assert decoding
+    assert decoding <= set(found)
+
+
+def test_rounds_share_what_the_host_takes_but_for_much_arithmetic(monkeypatch):
+    (layer,) = specs.layers("vq_matmul")
+    case = kernels.case_of(layer, 1, BenchKernelsSettings(model="digits"))
+    assert kernels.rounds_of(case, 16) == 1
+    monkeypatch.setattr(device, "current", lambda: H200)
+    limits = kernels.LIMITS["gpu"]
+    assert kernels.rounds_of(case, 16) == limits.rounds
+    many = case._replace(problem=dataclasses.replace(case.problem, rows=10**6))
+    products = counts.operations(many.problem)[0]
+    assert 10 * products * kernels.rounds_of(many, 10) <= limits.operations
+    assert kernels.rounds_of(many, 10**9) == 1
 
 
 def test_the_share_is_that_of_the_longer_of_both_times():

@@ -2,7 +2,8 @@
 """`bench gpu`, also `bench --gpu`: all that is timed on a GPU, by one command, within some minutes.
 
 Each part is a process of its own. One that fails, or has more to do than there is time, costs the
-others nothing, and none finds memory that another took.
+others nothing, and none finds memory that another took. A signal that ends this process ends its
+part.
 """
 
 import contextlib
@@ -53,20 +54,40 @@ def run(wanted: BenchGpuSettings) -> None:
         )
     wanted.out.mkdir(parents=True, exist_ok=True)
     records = []
-    for record in each(parts(wanted), wanted.minutes * 60):
-        records.append(record)
-        found = {"command": command_line("vqjax.bench", wanted, "gpu"), "parts": records}
-        text = json.dumps(found, indent=2) + "\n"
-        native.write_atomically(wanted.out / "summary.json", text.encode())
+    with _told_to_end():
+        for record in each(parts(wanted), wanted.minutes * 60):
+            records.append(record)
+            found = {"command": command_line("vqjax.bench", wanted, "gpu"), "parts": records}
+            text = json.dumps(found, indent=2) + "\n"
+            native.write_atomically(wanted.out / "summary.json", text.encode())
     show(records, wanted.out)
     failed = [record["part"] for record in records if record["state"] == "failed"]
     if failed:
         raise VqjaxError(f"bench --gpu: {', '.join(failed)} failed, as shown above")
 
 
+@contextlib.contextmanager
+def _told_to_end() -> Iterator[None]:
+    """Signals that would end this process at once, and reach no part, become an exception."""
+
+    def end(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def parts(wanted: BenchGpuSettings) -> list[Part]:
-    """Commands of this package, each with a file of its own in `wanted.out`."""
-    shapes = ("kernels", "--model", wanted.model)
+    """Commands of this package, each with a file of its own in `wanted.out`.
+
+    Layers have the codes of the model's plan at two bits. The table of choices is of what `sample`
+    asks for without options, one image and sixteen, both branches of guidance counted.
+    """
+    shapes = ("kernels", "--model", wanted.model, "--bits", "2")
     table = str(wanted.out / "tuned.json")
     scoring = ("--pictures", "2048", "--samples", "10000", "--reference", "50000")
     paths = ("--paths", "load", "auto")
@@ -85,7 +106,7 @@ def parts(wanted: BenchGpuSettings) -> list[Part]:
         ),
         "tune": ("tune", "--model", wanted.model, "--tuning.batch", "8"),
         "evaluate": ("evaluate", *scoring),
-        "kernels_tuned": (*shapes, "--dtype", "bfloat16", "--tune", "--table", table),
+        "kernels_tuned": (*shapes, "--batch", "2", "32", "--tune", "--table", table),
     }
     module, seed = (sys.executable, "-m", "vqjax.bench"), ("--seed", str(wanted.seed))
     return [
@@ -98,18 +119,20 @@ def parts(wanted: BenchGpuSettings) -> list[Part]:
 def each(parts: Sequence[Part], seconds: float) -> Iterator[dict[str, Any]]:
     """Runs parts one after the other, all within `seconds`; yields what became of each.
 
-    "state" is "done", "failed", "ended" (it had no more time; what it had measured is in its file)
-    or "left out".
+    A part has at most twice its share of the time that is left, so that one which is slow leaves
+    some to the others; what it does not use is theirs. "state" is "done", "failed", "ended" (it had
+    no more time; what it had measured is in its file) or "left out".
     """
     end = time.monotonic() + seconds
-    for part in parts:
+    for place, part in enumerate(parts):
         begun = time.monotonic()
         left = end - begun
         record: dict[str, Any] = {"part": part.name, "command": list(part.words[1:])}
         if left < min(LEAST, seconds):
             yield record | {"state": "left out", "seconds": 0.0}
             continue
-        code = _exit_code(part.words, left)
+        share = 2 * left / (len(parts) - place + 1)
+        code = _exit_code(part.words, min(left, max(share, LEAST)))
         state = {None: "ended", 0: "done"}.get(code, "failed")
         taken = round(time.monotonic() - begun, 1)
         yield record | {"state": state, "exit_code": code, "seconds": taken}

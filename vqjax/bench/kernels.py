@@ -9,8 +9,9 @@ import functools
 import json
 import logging
 import math
+import pathlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,13 +19,20 @@ import jax.numpy as jnp
 import numpy as np
 from rich.table import Table
 
-from vqjax.bench import roofline, tables
+import vqjax.kernels
+from vqjax import config as config_lib
+from vqjax import models, progress
+from vqjax.bench import results, roofline, tables
 from vqjax.bench.clock import medians_in_turn
 from vqjax.bench.layers import layers_of
 from vqjax.bench.sample import asked, quantized_model, relative_rms
-from vqjax.errors import VqjaxError
+from vqjax.core import folding, grouping, tree
+from vqjax.core.plan import LayerSpec, make_plan
+from vqjax.core.scales import LogScales
+from vqjax.core.tensor import VQTensor
+from vqjax.errors import DoesNotFitError, VqjaxError
 from vqjax.io import native
-from vqjax.kernels import decode, device, specs, tuned
+from vqjax.kernels import decode, device, lut_matmul, specs, tuned, vq_conv, vq_matmul
 from vqjax.kernels.dispatch import KERNELS, Choice, Implementations, refusals_of
 from vqjax.kernels.lut_matmul import counts
 from vqjax.kernels.lut_matmul import native as native_tables
@@ -36,15 +44,41 @@ from vqjax.kernels.vq_conv.window import Window
 from vqjax.kernels.vq_matmul import api as matmul
 from vqjax.kernels.vq_matmul import ref as matmul_ref
 from vqjax.pipeline import environment
+from vqjax.pipeline.journal import fingerprint
 from vqjax.settings import BenchKernelsSettings, command_line
 
-LIMITS = {"cpu": (16, 2e9), "gpu": (512, 2e12)}
-"""Most copies of a layer and most operations of one program. Copies are run in turn, until what
-they read exceeds the cache; a layer of much arithmetic does not wait for memory."""
+
+class Limits(NamedTuple):
+    """What one program runs at most.
+
+    Attributes:
+      copies: of a layer, in turn, until what they read exceeds the cache.
+      rounds: of all copies. To hand over the arrays of a copy takes the host up to 12 us, longer
+        than a GPU needs for many a layer: rounds inside the program share that.
+      operations: of all rounds; a layer of much arithmetic waits neither for memory nor the host.
+    """
+
+    copies: int
+    rounds: int
+    operations: float
+
+
+LIMITS = {"cpu": Limits(16, 1, 2e9), "gpu": Limits(64, 64, 2e12)}
+"""More copies take long to compile. What stays in a GPU's cache with 64 of them, less than 1 MB a
+copy, is read from its memory in a fraction of the time that it takes to start a kernel."""
+
+TOLERANCES = {"float32": 1e-4, "float16": 3e-3, "bfloat16": 2e-2}
+"""Most relative RMS of a kernel's result to that of a decoded weight. float32: what convolutions by
+transforms differ by, less than what ten bits of mantissa (TF32) would."""
 
 OPS = ("vq_matmul", "vq_conv")
 
+DECODED: tuned.Entry = ("xla", None)
+"""Weights that are decoded at load: what every kernel has to beat."""
+
 Program = Callable[[], list[jax.Array]]
+
+_SOURCES = (vqjax.kernels, vq_matmul, vq_conv, lut_matmul)
 
 _log = logging.getLogger("vqjax.bench")
 
@@ -94,26 +128,47 @@ class Case(NamedTuple):
         return conv.choice(self.operands, self.window)
 
 
+class Trial(NamedTuple):
+    """What became of one path and schedule.
+
+    Attributes:
+      entry: path and schedule.
+      seconds: median of the rounds, or None where it was passed over.
+      error: relative RMS to the result of a decoded weight, or None where there is no result.
+      why: it was passed over, or None.
+    """
+
+    entry: tuned.Entry
+    seconds: float | None
+    error: float | None
+    why: str | None
+
+
 def run(wanted: BenchKernelsSettings) -> None:
-    """Measures, prints, writes, and tunes where that is asked for."""
+    """Measures, prints and writes; or tunes, where that is asked for."""
     if min(*wanted.batch, wanted.repeat, 1) < 1:
         raise VqjaxError(f"--batch {wanted.batch}, --repeat {wanted.repeat}: expected 1 or more")
+    if wanted.tune:
+        tune(wanted)
+        return
     records: list[dict[str, Any]] = []
-    found = {
+    found = about(wanted) | {"records": records}
+    for layer, batch in places(wanted):
+        records.append(measure(case_of(layer, batch, wanted), wanted))
+        if wanted.json is not None:  # after each: whoever ends the process keeps what was measured
+            native.write_atomically(wanted.json, (json.dumps(found, indent=2) + "\n").encode())
+    show(found)
+
+
+def about(wanted: BenchKernelsSettings) -> dict[str, Any]:
+    """What a file of results says beside its records."""
+    return {
         "command": command_line("vqjax.bench", wanted, "kernels"),
         "environment": environment.describe(),
         "model": wanted.model,
         "dtype": wanted.dtype,
         "peaks": roofline.of(device.current(), wanted.dtype)._asdict(),
-        "records": records,
     }
-    for case in cases(wanted):
-        records.append(measure(case, wanted))
-        if wanted.json is not None:  # after each: whoever ends the process keeps what was measured
-            native.write_atomically(wanted.json, (json.dumps(found, indent=2) + "\n").encode())
-    show(found)
-    if wanted.tune:
-        tune(wanted)
 
 
 def layers(wanted: BenchKernelsSettings) -> list[specs.Layer]:
@@ -122,40 +177,71 @@ def layers(wanted: BenchKernelsSettings) -> list[specs.Layer]:
     Raises:
       VqjaxError: if it is no preset and cannot be loaded, or has no quantized weight.
     """
-    every = [layer for op in OPS for layer in specs.layers(op)]
-    found = [layer for layer in every if layer.model == wanted.model]
-    if found and wanted.bits is None:
-        return found
-    model = quantized_model(wanted.model, wanted.bits, wanted.seed)
-    found = layers_of(wanted.model, model.config, model.params)
+    preset = config_lib.PRESETS.get(wanted.model)
+    if preset is None:
+        model = quantized_model(wanted.model, wanted.bits, wanted.seed)
+        found = layers_of(wanted.model, model.config, model.params)
+    elif wanted.bits is None:
+        every = [layer for op in OPS for layer in specs.layers(op)]
+        found = [layer for layer in every if layer.model == wanted.model]
+    else:
+        found = layers_of(wanted.model, preset(), planned_params(preset(), wanted.bits))
     return sorted(found, key=lambda layer: OPS.index(layer.op))
 
 
-def cases(wanted: BenchKernelsSettings) -> Iterator[Case]:
-    """All layer shapes at all batch sizes; arrays exist while they are looked at."""
-    for layer in layers(wanted):
-        for batch in wanted.batch:
-            problem = layer.problem(batch, wanted.dtype)
-            shape = layer.operands_shape(batch)
-            operands = specs.random_operands(problem, shape, seed=wanted.seed)
-            yield Case(layer, batch, problem, operands)
+def planned_params(config: config_lib.LatentDiffusionConfig, bits: float) -> models.Params:
+    """The tree of `sample.random_model` as shapes: codes of a large model take minutes to draw."""
+    flat = tree.flatten(folding.fold(config, models.param_shapes(config)).params)
+    shapes = {path: tuple(leaf.shape) for path, leaf in flat.items()}
+    for path, spec in make_plan(shapes, bits=bits, integer=True).layers.items():
+        flat[path] = _stored(shapes[path], spec)
+    return tree.unflatten(flat)
+
+
+def _stored(shape: tuple[int, ...], spec: LayerSpec) -> VQTensor:
+    """Shapes and types of a kernel's arrays."""
+    outputs, fan_in = grouping.matrix_shape(shape)
+    codes = grouping.groups_per_row(fan_in, spec.group) * spec.codebooks
+    of: Any = jax.ShapeDtypeStruct
+    return VQTensor(
+        codes=of((outputs, decode.packed_bytes(codes, spec.entries)), jnp.uint8),
+        codebooks=of((spec.codebooks, spec.entries, spec.group), jnp.int8),
+        scales=LogScales.of(np.ones(outputs)),
+        codebook_scale=of((), jnp.float32),
+        shape=shape,
+        grouping=spec.grouping,
+    )
+
+
+def places(wanted: BenchKernelsSettings) -> list[tuple[specs.Layer, int]]:
+    """All layer shapes at all batch sizes."""
+    return [(layer, batch) for layer in layers(wanted) for batch in wanted.batch]
+
+
+def case_of(layer: specs.Layer, batch: int, wanted: BenchKernelsSettings) -> Case:
+    """A layer with random arrays, which exist while it is looked at."""
+    problem = layer.problem(batch, wanted.dtype)
+    operands = specs.random_operands(problem, layer.operands_shape(batch), seed=wanted.seed)
+    return Case(layer, batch, problem, operands)
 
 
 def measure(case: Case, wanted: BenchKernelsSettings) -> dict[str, Any]:
     """Times one case on the path that is asked for, in turn with the dense layer."""
     machine = roofline.of(device.current(), wanted.dtype)
     count = copies(case, machine.cache)
+    rounds = rounds_of(case, count)
     with asked(wanted.path):
         choice = case.choice()
         weight_ON = decoded(case)
         dense = (case.operands.x, weight_ON, case.operands.bias_O)
         works = {
-            "dense": repeated(case.dense, dense, count),
-            "packed": repeated(case.packed, case.operands, count),
+            "dense": repeated(case.dense, in_places(dense, count), rounds),
+            "packed": repeated(case.packed, in_places(case.operands, count), rounds),
         }
         ys = {name: work()[-1] for name, work in works.items()}
         error = relative_rms(*(np.asarray(ys[name], np.float64) for name in ("packed", "dense")))
-        seconds = medians_in_turn(works, wanted.repeat)
+        medians = medians_in_turn(works, wanted.repeat)
+    seconds = {name: median / (count * rounds) for name, median in medians.items()}
     fields = dataclasses.asdict(case.layer)
     products, lookups = counts.operations(case.problem)
     operations = {
@@ -167,7 +253,7 @@ def measure(case: Case, wanted: BenchKernelsSettings) -> dict[str, Any]:
         "packed": tree_bytes(case.operands) + ys["packed"].nbytes,
     }
     least = {name: machine.least_seconds(moved[name], operations[name]) for name in works}
-    shares = {name: None if t is None else count * t / seconds[name] for name, t in least.items()}
+    shares = {name: None if t is None else t / seconds[name] for name, t in least.items()}
     return {name: fields[name] for name in ("op", "outputs", "window", "stride", "count")} | {
         "x": [case.batch, *case.layer.x_shape[1:]],
         "batch": case.batch,
@@ -176,8 +262,8 @@ def measure(case: Case, wanted: BenchKernelsSettings) -> dict[str, Any]:
         "path": choice.path,
         "schedule": None if choice.schedule is None else str(choice.schedule),
         "why": choice.why,
-        "seconds": seconds["packed"] / count,
-        "dense_seconds": seconds["dense"] / count,
+        "seconds": seconds["packed"],
+        "dense_seconds": seconds["dense"],
         "ratio_to_dense": seconds["dense"] / seconds["packed"],
         "packed_bytes": packed_bytes(case),
         "dense_bytes": weight_ON.nbytes,
@@ -188,6 +274,7 @@ def measure(case: Case, wanted: BenchKernelsSettings) -> dict[str, Any]:
         "roofline_share": shares["packed"],
         "dense_roofline_share": shares["dense"],
         "copies": count,
+        "rounds": rounds,
         "past_cache": count * tree_bytes(case.operands) >= machine.cache,
         "error": error,
     }
@@ -217,34 +304,62 @@ def packed_bytes(case: Case) -> int:
     return tree_bytes(stored)
 
 
+def _limits() -> Limits:
+    return LIMITS["cpu" if device.current().platform == "cpu" else "gpu"]
+
+
 def copies(case: Case, cache: int) -> int:
     """How many layers one program runs, one after the other, of inputs and weights of their own."""
-    most, most_operations = LIMITS["cpu" if device.current().platform == "cpu" else "gpu"]
-    products, _ = counts.operations(case.problem)
+    limits, (products, _) = _limits(), counts.operations(case.problem)
     past_cache = math.ceil(cache / tree_bytes(case.operands))
-    return max(1, min(past_cache, most, int(most_operations / products)))
+    return max(1, min(past_cache, limits.copies, int(limits.operations / products)))
 
 
-def repeated(run: Callable[[Any], jax.Array], operands: Any, count: int) -> Program:
-    """A program that runs an operation on operands in several places in memory, in turn."""
-    several = [jax.tree.map(jnp.copy, operands) for _ in range(count)]
-    kind = type(operands)
-    make = kind._make if hasattr(kind, "_make") else kind
+def rounds_of(case: Case, count: int) -> int:
+    """How often one program runs all its copies."""
+    limits, (products, _) = _limits(), counts.operations(case.problem)
+    return max(1, min(limits.rounds, int(limits.operations / (count * products))))
+
+
+def in_places(operands: Any, count: int) -> list[Any]:
+    """Copies of operands in several places in memory."""
+    return [jax.tree.map(jnp.copy, operands) for _ in range(count)]
+
+
+def repeated(run: Callable[[Any], jax.Array], several: list[Any], rounds: int) -> Program:
+    """A program that runs an operation on several operands in turn, in rounds.
+
+    All that an operation reads waits for the operation before it: nothing is computed once for all
+    rounds, as a decoded weight could be. For the same reason all results are given, those of the
+    last round at the end.
+    """
+    one = jax.jit(run)  # lowered once for all
+
+    def in_turn(several: list[Any], before: list[jax.Array]) -> list[jax.Array]:
+        ys = before[-1:]
+        for operands in several:
+            if ys:
+                operands, ys[-1] = jax.lax.optimization_barrier((operands, ys[-1]))
+            ys.append(one(operands))
+        return ys
 
     @jax.jit
     def program(several: list[Any]) -> list[jax.Array]:
-        ys: list[jax.Array] = []
-        for x, *others in several:
-            if ys:  # each waits for the one before, and none is left out: all are returned
-                x, ys[-1] = jax.lax.optimization_barrier((x, ys[-1]))
-            ys.append(run(make([x, *others])))
-        return ys
+        if rounds == 1:
+            return in_turn(several, [])
+        shapes = [jax.eval_shape(one, operands) for operands in several[:1] + several]
+        ys = [jnp.zeros(y.shape, y.dtype) for y in shapes]
+        return jax.lax.fori_loop(0, rounds, lambda _, ys: in_turn(several, ys), ys)
 
     return functools.partial(program, several)
 
 
 def tune(wanted: BenchKernelsSettings) -> None:
-    """Times every kernel that runs here and writes the best; says so where there is none."""
+    """Times every kernel that runs here, and writes after each layer what was fastest.
+
+    What takes most of the network's arithmetic comes first, and what an interrupted run had
+    measured is not repeated. Says so where there is no kernel.
+    """
     here, table = device.current(), wanted.table or tuned.own_file()
     refused = {path: here.refuses(path) for path in KERNELS}
     if not refused["native"]:
@@ -253,47 +368,124 @@ def tune(wanted: BenchKernelsSettings) -> None:
         reasons = "; ".join(f"no {path}: {reason}" for path, reason in refused.items())
         print(f"--tune: nothing to tune: {reasons}; {table} stays as it is")
         return
-    found = {}
-    for case in cases(wanted):
-        found[case.problem.op, tuned.key(case.problem)] = best(case, wanted.repeat)
-    text = table.read_text(encoding="utf-8") if table.exists() else tuned.EMPTY
-    native.write_atomically(table, tuned.merged(text, here.kind, found).encode())
-    paths = Counter(path for path, _ in found.values())
-    chosen = ", ".join(f"{count} {path}" for path, count in paths.most_common())
-    print(f"--tune: {len(found)} shapes on {here} written to {table}: {chosen}")
-
-
-def best(case: Case, repeat: int) -> tuned.Entry:
-    """The path and schedule of least median time; kernels that do not compile are passed over.
-
-    On a CPU "xla" stands for a dense layer: there weights are decoded at load.
-    """
-    works: dict[tuned.Entry, Program] = {}
-    here = device.current()
-    count = copies(case, roofline.of(here, case.problem.dtype).cache)
-    with asked("xla"):
-        if here.platform == "cpu":
-            dense = (case.operands.x, decoded(case), case.operands.bias_O)
-            works["xla", None] = repeated(case.dense, dense, count)
-        else:
-            works["xla", None] = repeated(case.packed, case.operands, count)
-        for path in KERNELS:
-            reasons = refusals_of(path, case.ways.kernels[path].unsupported(case.problem), here)
-            if reasons:
-                _log.info("%s: no %s: %s", tuned.key(case.problem), path, "; ".join(reasons))
+    problems = problems_of(wanted)
+    identity = [*results.here(), results.source_digest(*_SOURCES), wanted.repeat, wanted.seed]
+    prints = {name: fingerprint(identity, name) for name in problems}
+    kept = results.Results(wanted.json, about(wanted), prints.values())
+    known = tuned.read(_text(table))
+    finished = {name for name in prints if kept.get(prints[name]) and (here.kind, *name) in known}
+    with progress.stage("layers", len(problems), done=len(finished)) as advance:
+        for name, (layer, batch) in problems.items():
+            if name in finished:
                 continue
-            for schedule in [None] if path == "native" else candidates(case.problem):
-                run = functools.partial(case.scheduled, path=path, schedule=schedule)
-                work = repeated(run, case.operands, count)
-                try:
-                    jax.block_until_ready(work())
-                except Exception as error:  # whatever a compiler says, there are others
-                    key = tuned.key(case.problem)
-                    _log.info("%s: %s, %s is passed over: %s", key, path, schedule, error)
-                    continue
-                works[path, schedule] = work
-        seconds = medians_in_turn(works, repeat)
-    return min(seconds, key=lambda entry: seconds[entry])
+            case = case_of(layer, batch, wanted)
+            tried = trials(case, wanted.repeat)
+            chosen = best(tried)
+            text = _text(table)
+            native.write_atomically(table, tuned.merged(text, here.kind, {name: chosen}).encode())
+            kept.add(prints[name], _trial_record(case, tried, chosen))
+            advance(1, f"{name[1]}: {chosen[0]}")
+    entries = tuned.read(_text(table))
+    paths = Counter(entries[here.kind, *name][0] for name in problems)
+    counted = ", ".join(f"{count} {path}" for path, count in paths.most_common())
+    print(f"--tune: {len(problems)} shapes on {here} written to {table}: {counted}")
+
+
+def problems_of(wanted: BenchKernelsSettings) -> dict[tuple[str, str], tuple[specs.Layer, int]]:
+    """One layer and batch of each operation and key of the table.
+
+    In the order of the batches, and then of the operations in all layers of the network.
+    """
+    first: dict[tuple[str, str], tuple[specs.Layer, int]] = {}
+    work: Counter[tuple[str, str]] = Counter()
+    for layer, batch in places(wanted):
+        problem = layer.problem(batch, wanted.dtype)
+        name = problem.op, tuned.key(problem)
+        first.setdefault(name, (layer, batch))
+        work[name] += layer.count * counts.operations(problem)[0]
+    order = sorted(first, key=lambda name: (wanted.batch.index(first[name][1]), -work[name]))
+    return {name: first[name] for name in order}
+
+
+def _text(table: pathlib.Path) -> str:
+    return table.read_text(encoding="utf-8") if table.exists() else tuned.EMPTY
+
+
+def _trial_record(case: Case, tried: Sequence[Trial], chosen: tuned.Entry) -> dict[str, Any]:
+    return {
+        "op": case.problem.op,
+        "key": tuned.key(case.problem),
+        "x": list(case.operands.x.shape),
+        "count": case.layer.count,
+        **tuned.plain(chosen),
+        "tried": [
+            tuned.plain(one.entry) | {"seconds": one.seconds, "error": one.error, "why": one.why}
+            for one in tried
+        ],
+    }
+
+
+def trials(case: Case, repeat: int) -> list[Trial]:
+    """Times a decoded weight, and every path and schedule that runs here.
+
+    What does not compile, or has another result than a decoded weight, is passed over.
+
+    Raises:
+      DoesNotFitError: if memory does not suffice, which says nothing about a schedule.
+    """
+    here, key = device.current(), tuned.key(case.problem)
+    count = copies(case, roofline.of(here, case.problem.dtype).cache)
+    rounds = rounds_of(case, count)
+    works: dict[tuned.Entry, Program] = {}
+    errors: dict[tuned.Entry, float] = {}
+    passed: list[Trial] = []
+    with asked("xla"):
+        dense = (case.operands.x, decoded(case), case.operands.bias_O)
+        works[DECODED] = repeated(case.dense, in_places(dense, count), rounds)
+        expected, errors[DECODED] = np.asarray(works[DECODED]()[-1], np.float64), 0.0
+        several = in_places(case.operands, count)
+        for path, schedule in _entries(case, here):
+            entry = path, schedule
+            run = functools.partial(case.scheduled, path=path, schedule=schedule)
+            work = repeated(run, several, rounds)
+            try:
+                error = relative_rms(np.asarray(work()[-1], np.float64), expected)
+            except Exception as raised:  # whatever a compiler says, there are others
+                if "out of memory" in str(raised).lower():
+                    raise DoesNotFitError(
+                        f"--tune: {count} copies of {case.problem.op} {key} do not fit the memory "
+                        f"of {here}: {raised}; what was measured before is in the table"
+                    ) from raised
+                why = f"{type(raised).__name__}: {raised}"
+                _log.info("%s: %s, %s is passed over: %s", key, *entry, why)
+                passed.append(Trial(entry, None, None, why))
+                continue
+            if not error <= (limit := TOLERANCES[case.problem.dtype]):
+                why = f"result differs from a decoded weight's by {error:.2g}, limit {limit:g}"
+                _log.warning("%s: %s, %s is passed over: %s", key, *entry, why)
+                passed.append(Trial(entry, None, error, why))
+                continue
+            works[entry], errors[entry] = work, error
+        medians = medians_in_turn(works, repeat)
+    each = {entry: median / (count * rounds) for entry, median in medians.items()}
+    return [*(Trial(entry, each[entry], errors[entry], None) for entry in works), *passed]
+
+
+def best(tried: Sequence[Trial]) -> tuned.Entry:
+    """The path and schedule of least time."""
+    seconds = {trial.entry: trial.seconds for trial in tried if trial.seconds is not None}
+    return min(seconds, key=seconds.__getitem__)
+
+
+def _entries(case: Case, here: device.Device) -> Iterator[tuned.Entry]:
+    """Paths that run a case here, by schedule."""
+    for path in KERNELS:
+        reasons = refusals_of(path, case.ways.kernels[path].unsupported(case.problem), here)
+        if reasons:
+            _log.info("%s: no %s: %s", tuned.key(case.problem), path, "; ".join(reasons))
+            continue
+        for schedule in [None] if path == "native" else candidates(case.problem):
+            yield path, schedule
 
 
 def show(found: Mapping[str, Any]) -> None:

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiles by rule, and which ones are worth timing."""
+
+import dataclasses
+
+import pytest
+
+from vqjax.kernels import specs
+from vqjax.kernels.problem import Problem
+from vqjax.kernels.schedule import FUSED_ROWS_FLOAT32, by_rule, candidates
+
+LINEAR = Problem("vq_matmul", 64, 960, 960, 4, 16, 6, "float32", "int8")
+TYPES = ("float32", "float16", "bfloat16")
+THREADS = 32  # of a warp
+MOST = 16  # sums of a tile that a thread of float32 has registers for
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_schedules_worth_timing_are_valid_and_few(dtype):
+    for op in ("vq_matmul", "vq_conv"):
+        for layer in specs.layers(op):
+            problem = layer.problem(2, dtype)
+            found = candidates(problem)
+            assert found[0] == by_rule(problem)
+            assert len(set(found)) == len(found)
+            assert not any(one.tiles.problems() for one in found)
+            assert len(found) <= (1 if found[0].kind == "staged" else 17)
+
+
+def test_float32_is_fused_for_few_rows_in_tiles_that_registers_hold():
+    """Tensor cores hold the operands of half precision; here a thread holds its own. Triton's code
+    for tiles of 64x64x64 and four warps spills 400 to 6,500 bytes of each thread."""
+    assert by_rule(LINEAR).kind == "staged"
+    assert by_rule(dataclasses.replace(LINEAR, dtype="bfloat16")).kind == "fused"
+    for rows in (1, 2, 16, FUSED_ROWS_FLOAT32):
+        for group, window in ((1, 1), (4, 1), (6, 1), (8, 1), (3, 3), (9, 3)):
+            problem = dataclasses.replace(LINEAR, rows=rows, group=group, window=window)
+            assert by_rule(problem).kind == "fused"
+            for one in candidates(problem):
+                assert one.tiles.rows * one.tiles.outputs <= MOST * THREADS * one.tiles.warps
+                assert one.tiles.depth <= 32
+
+
+def test_vectors_that_are_read_place_by_place_are_fewer():
+    """64x64x64 of them spill 600 bytes of each thread, in half precision too."""
+    half = dataclasses.replace(LINEAR, dtype="bfloat16")
+    assert by_rule(half).tiles.depth == 32
+    assert by_rule(dataclasses.replace(half, group=8)).tiles.depth == 64
+    assert max(one.tiles.depth for one in candidates(half)) == 32
