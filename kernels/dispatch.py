@@ -121,8 +121,9 @@ def choose(problem: Problem, refusals: Refusals, device: Device) -> Choice:
     able = [path for path, reasons in refusals.items() if not reasons] + ["xla"]
     candidates = able if name == "auto" else [name]
     measured = tuned.find(device.kind, problem)
-    on_cpu = device.platform == "cpu"
-    if measured and measured[0] in candidates and not on_cpu:
+    on_cpu, decoded = device.platform == "cpu", ("xla", None)
+    # Of weights that are decoded at load a measurement says nothing of what is best in the step.
+    if measured and measured[0] in candidates and not on_cpu and measured != decoded:
         path, made = measured
         why = f"measured on {device.kind}"
     else:
@@ -134,8 +135,10 @@ def choose(problem: Problem, refusals: Refusals, device: Device) -> Choice:
             why = "; ".join(f"no {other}: {', '.join(found)}" for other, found in refusals.items())
         else:
             why = "it can run here"
-    # On a CPU the rivals that were measured are native code and weights decoded at load.
-    keeps = path != "xla" and (not on_cpu or name == path or measured == ("native", None))
+    # Tables say whether weights decoded at load are faster. Packed they take less memory, which a
+    # GPU has less of: there they stay packed unless that was measured to be slower.
+    faster = measured == ("native", None) if on_cpu else measured != decoded
+    keeps = path != "xla" and (name == path or faster)
     return _logged(problem, device, Choice(path, made, why, keeps))
 
 

@@ -19,7 +19,7 @@ from vqjax.kernels.schedule import SMALLEST, Tiles, power_of_two
 CODE_BITS = (4, 8, 12)
 _MOST_BOOKS = 8
 _MOST_ELEMENTS = 2**31 - 1  # indices are 32 bits
-_MOST_ERROR = {"float32": 1e-5, "float16": 5e-3, "bfloat16": 4e-2, "int8": 1e-5}
+_MOST_ERROR = {"float32": 1e-4, "float16": 5e-3, "bfloat16": 4e-2, "int8": 1e-5}
 """Of a result relative to the largest, by type of activations: what rounding in another order does,
 several times over."""
 

@@ -10,9 +10,8 @@ import jax.numpy as jnp
 import pytest
 
 from tests.io import models as small
-from vqjax.bench import kernels, roofline
+from vqjax.bench import kernels, random_weights, roofline
 from vqjax.bench.__main__ import main
-from vqjax.bench.sample import random_tensor
 from vqjax.core import tree
 from vqjax.core.plan import make_plan
 from vqjax.core.tensor import VQTensor
@@ -110,12 +109,12 @@ def test_a_preset_has_the_codes_of_its_plan():
     layers = kernels.layers(BenchKernelsSettings(model="digits", bits=2.0))
     assert {layer.code[3] for layer in layers if layer.code} == {"int8"}
     assert {layer.code[2] for layer in layers if layer.code} - {1, 8, 9}
-    flat = tree.flatten(kernels.planned_params(small.TINY, 4.0))
+    flat = tree.flatten(random_weights.quantized_shapes(small.TINY, 4.0))
     shapes = {path: leaf.shape for path, leaf in flat.items()}
     plan = make_plan(shapes, bits=4.0, integer=True).layers
     for kind in ("conv3x3", "linear", "scalar"):
         path = next(path for path, spec in plan.items() if spec.grouping == kind)
-        drawn = random_tensor(shapes[path], plan[path], (0,))
+        drawn = random_weights.random_tensor(shapes[path], plan[path], (0,))
         same = jax.tree.map(
             lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), flat[path], drawn
         )

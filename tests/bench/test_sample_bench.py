@@ -5,14 +5,12 @@ import dataclasses
 import json
 
 import jax
-import numpy as np
 import pytest
 
 from tests.io import models as small
 from vqjax import config as config_lib
 from vqjax.bench import sample
 from vqjax.bench.__main__ import main
-from vqjax.core.plan import LayerSpec
 from vqjax.errors import VqjaxError
 from vqjax.kernels import device, dispatch, tuned
 from vqjax.kernels.device import Device
@@ -65,13 +63,6 @@ def test_what_was_measured_is_a_path_of_a_cpu(monkeypatch):
     monkeypatch.setattr(tuned, "knows", lambda kind: True)
     (way,) = sample.ways_here(["auto"])
     assert (way.title, way.limit) == ("measured best", None)
-
-
-def test_random_weights_have_the_size_of_untrained_ones():
-    spec = LayerSpec("conv3x3", "conv3x3", 9, 4, 16, 8)
-    kernel = np.asarray(sample.random_tensor((3, 3, 32, 48), spec, (0, 1)).decode())
-    assert kernel.shape == (3, 3, 32, 48)
-    assert np.std(kernel) == pytest.approx((9 * 32) ** -0.5, rel=0.1)
 
 
 @pytest.mark.parametrize(

@@ -4,23 +4,12 @@
 import json
 
 import jax
-import numpy as np
-import pytest
 
 from tests.io import models as small
 from vqjax import config as config_lib
 from vqjax.bench import tune
 from vqjax.bench.__main__ import main
 from vqjax.core import plan
-from vqjax.core.plan import LayerSpec
-
-
-def test_a_random_weight_has_the_size_of_an_untrained_one():
-    spec = LayerSpec("conv3x3", "conv3x3", 9, 4, 16, 8)
-    weight = tune.random_weight((3, 3, 32, 48), spec, (0, 1))
-    kernel = np.asarray(weight.decode())
-    assert kernel.shape == (3, 3, 32, 48)
-    assert np.std(kernel) == pytest.approx((9 * 32) ** -0.5, rel=0.1)
 
 
 def test_parts_of_a_step(tmp_path, monkeypatch, capsys):

@@ -151,7 +151,7 @@ def table(fields: dict) -> str:
 @pytest.mark.parametrize(
     ("fields", "path", "schedule"),
     [
-        ({"path": "xla"}, "xla", None),
+        ({"path": "xla"}, "pallas", by_rule(PROBLEM)),  # where it stays packed all the same
         (entry(kind="staged"), "pallas", Schedule("staged", Tiles(16, 32, 64))),
         (entry(path="triton"), "pallas", by_rule(PROBLEM)),  # measured, but cannot run
     ],
@@ -160,6 +160,7 @@ def test_measurements_come_before_rules(fields, path, schedule, monkeypatch):
     monkeypatch.setattr(tuned, "_tables", lambda: tuned.read(table(fields)))
     choice = dispatch.choose(PROBLEM, refusals(H200), H200)
     assert (choice.path, choice.schedule) == (path, schedule)
+    assert choice.keeps == (fields != {"path": "xla"})  # decoded at load is faster
 
 
 def test_triton_is_taken_where_it_was_measured(monkeypatch):

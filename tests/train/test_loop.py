@@ -68,7 +68,7 @@ def test_what_diverged_diverges_again_from_its_last_good_state(tmp_path, monkeyp
     monkeypatch.setattr(loop, "SAVE_INTERVAL", -1.0)  # after every step
 
     def growing(state, index):
-        return {"index": index}, {"loss": 2.0 ** max(0, index - 6)}
+        return {"index": index}, {"loss": jnp.exp2(jnp.maximum(0.0, index - 6))}
 
     def run():
         with pytest.raises(loop.DivergedError) as error:

@@ -21,15 +21,11 @@ from rich.table import Table
 
 import vqjax.kernels
 from vqjax import config as config_lib
-from vqjax import models, progress
-from vqjax.bench import results, roofline, tables
+from vqjax import progress
+from vqjax.bench import random_weights, results, roofline, tables
 from vqjax.bench.clock import medians_in_turn
 from vqjax.bench.layers import layers_of
 from vqjax.bench.sample import asked, quantized_model, relative_rms
-from vqjax.core import folding, grouping, tree
-from vqjax.core.plan import LayerSpec, make_plan
-from vqjax.core.scales import LogScales
-from vqjax.core.tensor import VQTensor
 from vqjax.errors import DoesNotFitError, VqjaxError
 from vqjax.io import native
 from vqjax.kernels import decode, device, lut_matmul, specs, tuned, vq_conv, vq_matmul
@@ -185,32 +181,10 @@ def layers(wanted: BenchKernelsSettings) -> list[specs.Layer]:
         every = [layer for op in OPS for layer in specs.layers(op)]
         found = [layer for layer in every if layer.model == wanted.model]
     else:
-        found = layers_of(wanted.model, preset(), planned_params(preset(), wanted.bits))
+        found = layers_of(
+            wanted.model, preset(), random_weights.quantized_shapes(preset(), wanted.bits)
+        )
     return sorted(found, key=lambda layer: OPS.index(layer.op))
-
-
-def planned_params(config: config_lib.LatentDiffusionConfig, bits: float) -> models.Params:
-    """The tree of `sample.random_model` as shapes: codes of a large model take minutes to draw."""
-    flat = tree.flatten(folding.fold(config, models.param_shapes(config)).params)
-    shapes = {path: tuple(leaf.shape) for path, leaf in flat.items()}
-    for path, spec in make_plan(shapes, bits=bits, integer=True).layers.items():
-        flat[path] = _stored(shapes[path], spec)
-    return tree.unflatten(flat)
-
-
-def _stored(shape: tuple[int, ...], spec: LayerSpec) -> VQTensor:
-    """Shapes and types of a kernel's arrays."""
-    outputs, fan_in = grouping.matrix_shape(shape)
-    codes = grouping.groups_per_row(fan_in, spec.group) * spec.codebooks
-    of: Any = jax.ShapeDtypeStruct
-    return VQTensor(
-        codes=of((outputs, decode.packed_bytes(codes, spec.entries)), jnp.uint8),
-        codebooks=of((spec.codebooks, spec.entries, spec.group), jnp.int8),
-        scales=LogScales.of(np.ones(outputs)),
-        codebook_scale=of((), jnp.float32),
-        shape=shape,
-        grouping=spec.grouping,
-    )
 
 
 def places(wanted: BenchKernelsSettings) -> list[tuple[specs.Layer, int]]:

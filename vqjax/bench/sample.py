@@ -9,7 +9,6 @@ import contextlib
 import functools
 import json
 import time
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -19,12 +18,11 @@ import numpy as np
 from rich.table import Table
 
 from vqjax import config as config_lib
-from vqjax import io, models, sampling
-from vqjax.bench import tables
+from vqjax import io, sampling
+from vqjax.bench import random_weights, tables
 from vqjax.bench.clock import medians_in_turn
-from vqjax.core import folding, grouping, tree
+from vqjax.core import tree
 from vqjax.core.model import Model
-from vqjax.core.plan import LayerSpec, make_plan
 from vqjax.core.tensor import VQTensor, densify
 from vqjax.errors import VqjaxError
 from vqjax.io import native
@@ -62,7 +60,7 @@ WAYS = {
     "step": Way("decoded in the step", "xla", 0.0),
     "lut": Way("lookup tables", "lut"),
     "native": Way("native tables", "native"),
-    "auto": Way("kernels", "auto", 0.0),
+    "auto": Way("kernels", "auto"),
 }
 """Named as in `BenchSampleSettings.paths`."""
 
@@ -104,7 +102,8 @@ def quantized_model(source: str, bits: float | None, seed: int) -> Model:
       VqjaxError: if it cannot be loaded, has no quantized weight, or has bits of its own.
     """
     if source in config_lib.PRESETS:
-        return random_model(config_lib.PRESETS[source](), BITS if bits is None else bits, seed)
+        config = config_lib.PRESETS[source]()
+        return random_weights.quantized_model(config, BITS if bits is None else bits, seed)
     if bits is not None:
         raise VqjaxError(
             f"--bits {bits:g}: {source} is no preset and has the bits that it was quantized to; "
@@ -114,37 +113,6 @@ def quantized_model(source: str, bits: float | None, seed: int) -> Model:
     if not any(isinstance(leaf, VQTensor) for leaf in tree.flatten(model.params).values()):
         raise VqjaxError(f"{source} has no quantized weight: quantize it first")
     return model
-
-
-def random_model(config: config_lib.LatentDiffusionConfig, bits: float, seed: int) -> Model:
-    """A folded model of random codes, planned as `quantize` would without looking at it."""
-    dense = models.init_params(config, jax.random.key(seed))
-    flat = tree.flatten(folding.fold(config, dense).params)
-    plan = make_plan(
-        {path: tuple(leaf.shape) for path, leaf in flat.items()}, bits=bits, integer=True
-    )
-    for path, spec in plan.layers.items():
-        flat[path] = random_tensor(flat[path].shape, spec, (seed, zlib.crc32(path.encode())))
-    return Model(config, tree.unflatten(flat))
-
-
-def random_tensor(shape: tuple[int, ...], spec: LayerSpec, seed: tuple[int, ...]) -> VQTensor:
-    """A kernel of random codes into int8 codebooks, of about the size of an untrained one."""
-    rng = np.random.default_rng(seed)
-    outputs, fan_in = grouping.matrix_shape(shape)
-    groups = grouping.groups_per_row(fan_in, spec.group)
-    codes_OJM = rng.integers(0, spec.entries, (outputs, groups, spec.codebooks), np.uint8)
-    most = 127 // spec.codebooks  # sums of entries fit int8, as those of searched codebooks do
-    books_MKG = rng.integers(-most, most + 1, (spec.codebooks, spec.entries, spec.group))
-    size = most * (spec.codebooks / 3) ** 0.5  # standard deviation of a sum
-    return VQTensor.pack(
-        codes_OJM,
-        jnp.asarray(books_MKG, jnp.int8),
-        np.full(outputs, fan_in**-0.5),
-        shape=shape,
-        grouping=spec.grouping,
-        codebook_scale=jnp.float32(1 / size),
-    )
 
 
 def measure(
@@ -208,7 +176,7 @@ def ways_here(paths: Sequence[str] = ()) -> list[Way]:
         if dispatch.keeps_none():
             absent["auto"] = f"it decodes at load here, as load does ({tuned.COMMAND})"
     if on_cpu:  # what was measured to be fastest is native code; all else is decoded at load
-        found["auto"] = found["auto"]._replace(title="measured best", limit=None)
+        found["auto"] = found["auto"]._replace(title="measured best")
     reasons = [f"no {path}: {absent[path]}" for path in paths if path in absent]
     if reasons:
         raise VqjaxError(f"--paths {' '.join(paths)}: {'; '.join(reasons)}")

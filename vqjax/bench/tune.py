@@ -11,22 +11,18 @@ import functools
 import json
 import statistics
 import time
-import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from vqjax import config as config_lib
-from vqjax import models
-from vqjax.core import folding, grouping, tree
-from vqjax.core.coded import CodedWeight
+from vqjax.bench import random_weights
+from vqjax.core import tree
 from vqjax.core.model import Model
-from vqjax.core.plan import LayerSpec, make_plan
 from vqjax.io import native
 from vqjax.pipeline import environment, memory, tuning
 from vqjax.pipeline.journal import peak_memory_bytes
@@ -40,11 +36,10 @@ _STEPS = 1000  # of the schedules, which do not run
 def run(wanted: BenchTuneSettings) -> None:
     """Measures, prints and writes."""
     config = config_lib.PRESETS[wanted.model]()
-    key = jax.random.key(wanted.seed)
-    params = models.init_params(config, key)
-    model = Model(config, folding.fold(config, params).params)
-    del params
-    student = random_student(model, wanted.bits, wanted.seed)
+    model = random_weights.dense_model(config, wanted.seed)
+    quantized = random_weights.quantized_model(config, wanted.bits, wanted.seed)
+    student = tuning.student_of(quantized)
+    del quantized
     found = {
         "command": command_line("vqjax.bench", wanted, "tune"),
         "environment": environment.describe(),
@@ -58,38 +53,6 @@ def run(wanted: BenchTuneSettings) -> None:
     if wanted.json is not None:
         native.write_atomically(wanted.json, (json.dumps(found, indent=2) + "\n").encode())
     show(found)
-
-
-def random_student(model: Model, bits: float, seed: int) -> distill.Student:
-    """The trainable form of a model quantized at `bits`, without its search."""
-    flat = tree.flatten(model.params)
-    shapes = {path: tuple(leaf.shape) for path, leaf in flat.items()}
-    plan = make_plan(shapes, bits=bits, integer=True)
-    weights = {
-        path: random_weight(shapes[path], plan[path], (seed, zlib.crc32(path.encode())))
-        if path in plan
-        else leaf
-        for path, leaf in flat.items()
-        if path.partition(tree.SEPARATOR)[0] in memory.TRAINED
-    }
-    return distill.Student(tree.unflatten(weights), None)
-
-
-def random_weight(shape: tuple[int, ...], spec: LayerSpec, seed: tuple[int, ...]) -> CodedWeight:
-    """A kernel of random codes, of about the size of an untrained one."""
-    rng = np.random.default_rng(seed)
-    outputs, fan_in = grouping.matrix_shape(shape)
-    groups = grouping.groups_per_row(fan_in, spec.group)
-    codes_OJM = rng.integers(0, spec.entries, (outputs, groups, spec.codebooks), np.uint8)
-    books_MKG = rng.normal(size=(spec.codebooks, spec.entries, spec.group))
-    return CodedWeight(
-        codes_OJM=jnp.asarray(codes_OJM),
-        codebooks_MKG=jnp.asarray(books_MKG / spec.codebooks**0.5, jnp.float32),
-        scales_O=jnp.full(outputs, fan_in**-0.5, jnp.float32),
-        shape=shape,
-        grouping=spec.grouping,
-        codebook_bits=spec.codebook_bits,
-    )
 
 
 def measure(wanted: BenchTuneSettings, model: Model, student: distill.Student) -> dict[str, float]:

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from vqjax.core import grouping as grouping_lib
 from vqjax.core.scales import LogScales
@@ -97,7 +98,7 @@ class VQTensor:
             problems.append(f"input_scales {(input_scales.count,)}, expected {(channels,)}")
         if (codebooks_MKG.dtype == jnp.int8) != (codebook_scale is not None):
             problems.append(f"{codebooks_MKG.dtype} codebooks; int8 and codebook_scale go together")
-        if not isinstance(codes_OJM, jax.core.Tracer) and codes_OJM.size:
+        if not isinstance(codes_OJM, Tracer) and codes_OJM.size:
             least, most = int(codes_OJM.min()), int(codes_OJM.max())
             if least < 0 or most >= entries:
                 problems.append(f"codes from {least} to {most}, expected 0 to {entries - 1}")

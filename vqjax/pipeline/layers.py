@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import threadpoolctl
 
 from vqjax import progress
 from vqjax.errors import about
@@ -122,7 +123,10 @@ def _on_devices(
             free.put(device)
 
     waiting, running, compiled = list(paths), {}, set()
-    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+    # Threads of BLAS that wait keep their cores busy, which the other layers need.
+    share = max(1, (os.cpu_count() or 1) // workers)
+    limited = threadpoolctl.threadpool_limits(share, "blas")
+    with limited, concurrent.futures.ThreadPoolExecutor(workers) as pool:
         try:
             while waiting or running:
                 while waiting and len(running) < workers:
