@@ -5,9 +5,10 @@ A path is a way to run an operation: "pallas", "triton", "native" (lookup tables
 "lut" (in XLA), and "xla", which always can. On a GPU `auto` takes what was measured best on this
 kind of device (`kernels.tuned`), and else Pallas where it can run, and else XLA; Triton only where
 it was measured. On a CPU it takes native code where that can run, which beats decoding in every
-call; whether a weight is better decoded once, when a model is loaded, is what was measured there
-(`Choice.keeps`). Tables in XLA are taken only where they are asked for. The choice is made when a
-function is traced: `VQJAX_KERNELS` has to be set before, or `asking` to be entered.
+call. Whether a weight is better decoded once, when a model is loaded, is what was measured
+(`Choice.keeps`); without a measurement it is on a CPU, and stays packed on a GPU. Tables in XLA are
+taken only where they are asked for. The choice is made when a function is traced: `VQJAX_KERNELS`
+has to be set before, or `asking` to be entered.
 """
 
 import contextlib

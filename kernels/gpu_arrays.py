@@ -114,9 +114,10 @@ def _sample(problem: Problem, x_shape: tuple[int, ...]) -> Any:
 
 
 def _result(work: Callable[[Any], jax.Array], operands: Any) -> np.ndarray:
-    with jax.default_matmul_precision("highest"):
+    # Whatever the caller forbids to its own arrays.
+    with jax.default_matmul_precision("highest"), jax.transfer_guard("allow"):
         program = jax.jit(work).lower(operands).compile()
-    return np.asarray(program(operands)).astype(np.float64)
+        return np.asarray(program(operands)).astype(np.float64)
 
 
 def add_splits(y: jax.Array, splits: int, scaling: Scaling, dtype: Any) -> jax.Array:

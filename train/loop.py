@@ -16,9 +16,8 @@ import orbax.checkpoint as ocp
 from vqjax import progress
 from vqjax.errors import VqjaxError
 
-SAVE_INTERVAL = 60.0  # seconds between checkpoints: the most that a kill can cost
+SAVE_INTERVAL = 60.0  # seconds between checkpoints, while losses do not grow
 WINDOW = 100  # steps that the shown figures are means of
-_ITEMS = ("state", "watch")  # of a checkpoint
 
 Metrics = Mapping[str, jax.Array]
 """Scalars of one step by name; "loss" is one of them."""
@@ -58,7 +57,8 @@ def train(
 
     Raises:
       DivergedError: if a loss is not finite or losses grow beyond `most`; names the step. The last
-        checkpoint in `folder` is from before.
+        checkpoint in `folder` is from before they began to: none is written while they are above
+        the root of that.
     """
     # A save ends before the next step: in the background it would only warn that it is waited for.
     options = ocp.CheckpointManagerOptions(
@@ -68,9 +68,7 @@ def train(
         first = manager.latest_step() or 0
         watch = _Watch(name, most, advice)
         if first:
-            wanted = ocp.args.StandardRestore(shapes_of(state)), ocp.args.JsonRestore()
-            found = manager.restore(first, args=ocp.args.Composite(**dict(zip(_ITEMS, wanted))))
-            state, seen = (found[item] for item in _ITEMS)
+            state, seen = _restored(manager, first, state)
             watch.restore(seen)
         saved = time.monotonic()
         with progress.stage(name, steps, done=first) as advance:
@@ -79,11 +77,21 @@ def train(
                 watch.add(index, {key: float(value) for key, value in metrics.items()})
                 due = time.monotonic() - saved > SAVE_INTERVAL and watch.sound
                 if due or index == steps - 1:
-                    kept = ocp.args.StandardSave(state), ocp.args.JsonSave(watch.seen)
-                    manager.save(index + 1, args=ocp.args.Composite(**dict(zip(_ITEMS, kept))))
+                    _save(manager, index + 1, state, watch.seen)
                     saved = time.monotonic()
                 advance(1, watch.note())
     return state
+
+
+def _save(manager: ocp.CheckpointManager, step: int, state: Any, seen: dict[str, list]) -> None:
+    kept = {"state": ocp.args.StandardSave(state), "watch": ocp.args.JsonSave(seen)}
+    manager.save(step, args=ocp.args.Composite(**kept))
+
+
+def _restored(manager: ocp.CheckpointManager, step: int, like: Any) -> tuple[Any, dict[str, list]]:
+    wanted = {"state": ocp.args.StandardRestore(shapes_of(like)), "watch": ocp.args.JsonRestore()}
+    found = manager.restore(step, args=ocp.args.Composite(**wanted))
+    return found["state"], found["watch"]
 
 
 def begun(folder: pathlib.Path) -> bool:

@@ -29,7 +29,7 @@ class QualityGateError(VqjaxError):
 
 @contextlib.contextmanager
 def about(name: str) -> Iterator[None]:
-    """Puts a name, of a layer or a file, in front of what errors raised inside say."""
+    """Puts a name, such as that of a layer, in front of what errors raised inside say."""
     try:
         yield
     except VqjaxError as error:

@@ -6,6 +6,7 @@ Imports neither jax nor anything of ours but errors, so that `--help` answers at
 
 import dataclasses
 import json
+import numbers
 import pathlib
 import shlex
 import typing
@@ -78,8 +79,8 @@ class QuantizeSettings:
     bits: float = 2.0
     """Most stored bits per quantized weight: codes, codebooks, scales, first and last layer."""
     size: float | None = None
-    """Most MB (10^6 bytes) of the whole stored U-Net, its parts in float16 included; replaces
-    --bits."""
+    """Most MB (10^6 bytes) of the whole stored U-Net, parts in float16 and ranges of activations
+    included; replaces --bits."""
     act_bits: int = 8
     """Bits of what goes into each layer, 2 to 8; 32 leaves it in floating point."""
     tune_steps: int | None = None
@@ -136,7 +137,7 @@ class SampleSettings:
     """What the U-Net computes in."""
     weight_memory: float | None = None
     """Most GB of quantized weights that are decoded at load; the others stay packed and are decoded
-    in every step. Default: all are decoded, but those that GPU kernels read as they are stored."""
+    in every step. Default: all are decoded, but those that kernels read as they are stored."""
     columns: int = 8
     """Images in one row of the grid."""
     config: Preset | None = None
@@ -429,7 +430,7 @@ class BenchGpuSettings:
 def check_seed(settings: Any) -> None:
     """Raises VqjaxError unless the seed of these settings, if any, is one of `SEEDS`."""
     seed = getattr(settings, "seed", None)
-    if seed is not None and seed not in SEEDS:
+    if seed is not None and not (isinstance(seed, numbers.Integral) and int(seed) in SEEDS):
         raise VqjaxError(f"--seed {seed}: expected {_SEEDS}")
 
 

@@ -104,6 +104,12 @@ def test_a_quantized_model_has_its_own_codes(monkeypatch):
     assert (problem.books, problem.entries, problem.group, problem.codebook_dtype) == layers[0].code
 
 
+def test_presets_without_a_list_of_layers_are_planned():
+    found = kernels.layers(BenchKernelsSettings(model="textures"))
+    assert len(found) > 10
+    assert {layer.op for layer in found} == {"vq_matmul", "vq_conv"}
+
+
 def test_a_preset_has_the_codes_of_its_plan():
     """Without drawing any: those of a large model take minutes."""
     layers = kernels.layers(BenchKernelsSettings(model="digits", bits=2.0))

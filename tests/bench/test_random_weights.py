@@ -18,7 +18,9 @@ def test_a_dense_model_has_the_tree_of_a_real_one():
     model = random_weights.dense_model(small.CLASSES, seed=1)
     expected = folding.fold(small.CLASSES, models.param_shapes(small.CLASSES)).params
     for (path, found), (other, shape) in zip(
-        sorted(tree.flatten(model.params).items()), sorted(tree.flatten(expected).items())
+        sorted(tree.flatten(model.params).items()),
+        sorted(tree.flatten(expected).items()),
+        strict=True,
     ):
         assert (path, found.shape, found.dtype) == (other, shape.shape, shape.dtype)
     again = random_weights.dense_model(small.CLASSES, seed=1)

@@ -2,7 +2,6 @@
 """Who does which layer and in what order; what other processes did is picked up."""
 
 import contextlib
-import os
 import threading
 import time
 
@@ -10,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import threadpoolctl
 
 from vqjax.errors import VqjaxError
 from vqjax.pipeline import layers, processes
@@ -73,23 +71,6 @@ def test_one_of_those_that_share_programs_goes_first(tmp_path):
         alike=lambda path: path[0], workers=2,
     )  # fmt: skip
     assert together[:2] == [set(), {"x", "y"}]
-
-
-def test_layers_side_by_side_share_the_threads_of_blas(tmp_path):
-    """Threads that wait keep cores busy, which others need."""
-
-    def threads(path="", argument=None):
-        found = threadpoolctl.threadpool_info()
-        return {one["num_threads"] for one in found if one["user_api"] == "blas"}
-
-    with threadpoolctl.threadpool_limits(2, "blas"):
-        before = threads()
-        inside = layers.each_layer(
-            "test", threads, dict.fromkeys(COSTS), quiet,
-            journal=journal(tmp_path), piece=str, costs=COSTS, workers=2 * (os.cpu_count() or 1),
-        )  # fmt: skip
-        assert threads() == before == {2}  # NumPy's and SciPy's
-    assert all(found == {1} for found in inside.values())
 
 
 def test_a_failing_layer_stops_the_others(tmp_path):

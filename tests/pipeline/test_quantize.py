@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+import threadpoolctl
 
 import vqjax
 from tests.io import models as small
@@ -19,7 +20,7 @@ from vqjax.core import tree
 from vqjax.core.tensor import VQTensor
 from vqjax.errors import QualityGateError, VqjaxError
 from vqjax.io import native
-from vqjax.pipeline import quantize
+from vqjax.pipeline import layers, quantize
 from vqjax.pipeline.journal import Journal
 from vqjax.settings import Calibration, QuantizeSettings
 
@@ -208,3 +209,19 @@ def test_mistakes_on_the_command_line_are_one_line_and_exit_code_2(tmp_path):
     assert found.returncode == 2
     assert found.stderr.count("\n") == 1
     assert found.stderr.startswith("vqjax: no-such-file.ckpt")
+
+
+def test_small_models_are_searched_with_one_thread_of_blas(source, monkeypatch):
+    """Threads that wait keep cores busy; how many there are follows from the model alone."""
+    job, seen = quantize.prepare(QuantizeSettings(source=str(source))), []
+
+    def each_layer(*arguments, **options):
+        found = threadpoolctl.threadpool_info()
+        seen.append({one["num_threads"] for one in found if one["user_api"] == "blas"})
+
+    monkeypatch.setattr(layers, "each_layer", each_layer)
+    with threadpoolctl.threadpool_limits(2, "blas"):
+        for small_model in (True, False):
+            monkeypatch.setattr(type(job.model.config), "small", small_model)
+            quantize._each_layer(job, None, "", None, {}, None, None)
+    assert seen == [{1}, {2}]

@@ -95,6 +95,8 @@ def source(tmp_path):
         ({"calibration": Calibration(guidance=math.nan)}, "a finite guidance"),
         ({"calibration": Calibration(steps=0)}, "--calibration.steps: found 0, expected 1 to 999"),
         ({"seed": -1}, "--seed -1: expected 0 to 4294967295"),
+        ({"seed": 1.5}, "--seed 1.5: expected 0 to"),
+        ({"seed": np.int64(-1)}, "--seed -1: expected 0 to"),
         ({"memory": math.nan}, "--memory nan: expected a number of GB above 0"),
         ({"export": pathlib.Path("model.npz")}, r"--export model.npz: .*\.safetensors"),
         ({"export": pathlib.Path("absent/m.safetensors")}, "no folder absent; make it first"),

@@ -92,6 +92,22 @@ def test_a_resumed_run_needs_shapes_alone(tmp_path):
     np.testing.assert_array_equal(resumed[0]["w"], whole[0]["w"])
 
 
+def test_states_are_not_kept_beside_the_present_one(tmp_path, monkeypatch):
+    """A state that a step does not donate is gone once the next one is there."""
+    monkeypatch.setattr(loop, "SAVE_INTERVAL", -1.0)
+    alive = []
+
+    def adding(state, index):
+        alive.append(sum(array.shape == (77,) for array in jax.live_arrays()))
+        return {"sum": state["sum"] + 1}, {"loss": index}
+
+    loop.train("run", {"sum": jnp.zeros(77)}, adding, 3, tmp_path)
+    start = loop.shapes_of({"sum": jnp.zeros(77)})
+    loop.train("run", start, adding, 6, tmp_path)
+    assert alive[3:] == [1, 2, 2]  # after the first step its input is still that of the loop
+    assert max(alive[:3]) <= 3  # the caller's, too
+
+
 def test_steps_see_their_inputs(tmp_path):
     def adding(state, x):
         return {"sum": state["sum"] + x}, {"loss": x}

@@ -25,7 +25,7 @@ from vqjax import progress
 from vqjax.bench import random_weights, results, roofline, tables
 from vqjax.bench.clock import medians_in_turn
 from vqjax.bench.layers import layers_of
-from vqjax.bench.sample import asked, quantized_model, relative_rms
+from vqjax.bench.sample import BITS, asked, quantized_model, relative_rms
 from vqjax.errors import DoesNotFitError, VqjaxError
 from vqjax.io import native
 from vqjax.kernels import decode, device, lut_matmul, specs, tuned, vq_conv, vq_matmul
@@ -177,13 +177,13 @@ def layers(wanted: BenchKernelsSettings) -> list[specs.Layer]:
     if preset is None:
         model = quantized_model(wanted.model, wanted.bits, wanted.seed)
         found = layers_of(wanted.model, model.config, model.params)
-    elif wanted.bits is None:
+    else:
         every = [layer for op in OPS for layer in specs.layers(op)]
         found = [layer for layer in every if layer.model == wanted.model]
-    else:
-        found = layers_of(
-            wanted.model, preset(), random_weights.quantized_shapes(preset(), wanted.bits)
-        )
+        if wanted.bits is not None or not found:
+            bits = BITS if wanted.bits is None else wanted.bits
+            shapes = random_weights.quantized_shapes(preset(), bits)
+            found = layers_of(wanted.model, preset(), shapes)
     return sorted(found, key=lambda layer: OPS.index(layer.op))
 
 

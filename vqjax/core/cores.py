@@ -51,7 +51,7 @@ def in_order(
     if workers < 2:
         yield from map(work, items)
         return
-    work = _as_here(work, device)
+    work = as_here(work, device)
     with ThreadPoolExecutor(workers) as pool:
         try:
             yield from pool.map(lambda item: jax.block_until_ready(work(item)), items)
@@ -69,7 +69,7 @@ def beside(work: Callable[[], Result]) -> Callable[[], Result]:
       work: runs on the default device; what it raises, `beside(work)()` raises.
     """
     pool = ThreadPoolExecutor(1)
-    future = pool.submit(_as_here(work, _default_device()))
+    future = pool.submit(as_here(work))
     pool.shutdown(wait=False)
     return future.result
 
@@ -79,8 +79,13 @@ def _default_device() -> Any:
     return wanted if isinstance(wanted, jax.Device) else jax.local_devices()[0]
 
 
-def _as_here(work: Callable[..., Result], device: Any) -> Callable[..., Result]:
-    """The work with the settings of the calling thread, which others do not see."""
+def as_here(work: Callable[..., Result], device: Any = None) -> Callable[..., Result]:
+    """Returns the work with the settings of the calling thread, which others do not see.
+
+    Args:
+      device: default: the one that programs run on by default.
+    """
+    device = device or _default_device()
     precision = getattr(jax.config, "jax_default_matmul_precision", None)
     context = contextvars.copy_context()  # which kernels were asked for, among others
 

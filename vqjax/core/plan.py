@@ -389,7 +389,7 @@ def make_plan(
     *,
     bits: float | None = None,
     size: int | None = None,
-    ranges: int = 0,
+    range_bytes: int = 0,
     sensitivity: Mapping[str, float] | None = None,
     gain: Mapping[str, float] | None = None,
     input_gain: Mapping[str, float] | None = None,
@@ -407,7 +407,7 @@ def make_plan(
         padding of all layers, first and last included.
       size: bytes that the whole stored U-Net must not exceed, the parts in float16 and ranges of
         activations included.
-      ranges: bytes of these ranges.
+      range_bytes: of these ranges.
       sensitivity: what a relative output error of 1 in a layer costs; default: the square root
         of its weights, a layer's error entering the residual stream whatever its size.
       gain: relative output error of a layer over D; default: 1.
@@ -426,7 +426,9 @@ def make_plan(
     rest = sum(math.prod(s) for p, s in shapes.items() if p.startswith("unet/")) - weights
     if (bits is None) == (size is None):
         raise VqjaxError("a plan needs a budget: bits per weight or a size, not both")
-    budget = math.floor(weights * (bits or 0)) if size is None else 8 * (size - ranges) - 16 * rest
+    budget = (
+        math.floor(weights * (bits or 0)) if size is None else 8 * (size - range_bytes) - 16 * rest
+    )
     choices: dict[str, list[LayerSpec]] = {}
     options: dict[str, list[Option]] = {}
     for path, shape in kernels.items():
@@ -447,8 +449,7 @@ def make_plan(
         asked = f"{bits} bits per weight" if size is None else f"{size / 1e6} MB"
         raise VqjaxError(
             f"{asked} is too little: the least possible is {_up(least / weights, 3)} bits per "
-            f"weight, {_up((least + 16 * rest) / 8e6 + ranges / 1e6, 3)} MB with all that is not "
-            "quantized"
+            f"weight, {_up((least + 16 * rest) / 8e6 + range_bytes / 1e6, 3)} MB with all else"
         )
     chosen = allocate(options, budget)
     layers = {path: choices[path][place] for path, place in chosen.items()}

@@ -15,9 +15,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import threadpoolctl
 
 from vqjax import progress
+from vqjax.core import cores
 from vqjax.errors import about
 from vqjax.pipeline.journal import Journal
 
@@ -111,22 +111,17 @@ def _on_devices(
     for worker in range(workers):
         free.put(devices[worker % len(devices)])
 
-    # A setting of the calling thread: pass it on.
-    precision = getattr(jax.config, "jax_default_matmul_precision", None)
-
+    @cores.as_here
     def one(path: str) -> Any:
         device = free.get()
         try:
-            with jax.default_device(device), jax.default_matmul_precision(precision), about(path):
+            with jax.default_device(device), about(path):
                 return _unplaced(work(path, arguments[path]))
         finally:
             free.put(device)
 
     waiting, running, compiled = list(paths), {}, set()
-    # Threads of BLAS that wait keep their cores busy, which the other layers need.
-    share = max(1, (os.cpu_count() or 1) // workers)
-    limited = threadpoolctl.threadpool_limits(share, "blas")
-    with limited, concurrent.futures.ThreadPoolExecutor(workers) as pool:
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         try:
             while waiting or running:
                 while waiting and len(running) < workers:

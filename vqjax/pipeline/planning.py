@@ -144,7 +144,7 @@ def budget(
     if wanted.size is None:
         return {"bits": wanted.bits, "integer": integer}
     ranges = activations.stored_bytes(config, shapes, wanted.calibration) if integer else 0
-    return {"size": int(wanted.size * 1e6), "ranges": ranges, "integer": integer}
+    return {"size": int(wanted.size * 1e6), "range_bytes": ranges, "integer": integer}
 
 
 def record(

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import threadpoolctl
 
 from vqjax import config as config_lib
 from vqjax import io, progress, settings
@@ -41,6 +42,9 @@ from vqjax.pipeline import (
 )
 from vqjax.pipeline.journal import Journal, fingerprint, is_done
 from vqjax.pipeline.processes import Team
+
+_PIECES = 2
+"""Raised where unfinished work of an earlier version cannot be continued."""
 
 CALIBRATION_SEED = 1_000_003  # added to the seed, so that no report image was calibrated on
 SMALL_MODEL_SAMPLES, LARGE_MODEL_SAMPLES = 256, 4
@@ -304,6 +308,7 @@ def record_of(job: Job) -> dict[str, Any]:
     names = ("calibration", "memory", "seed", "act_bits", "tuning")
     matters: dict[str, Any] = {name: shown[name] for name in names}
     matters["tune_steps"] = job.tune_steps
+    matters["pieces"] = _PIECES
     matters["budget"] = None
     if job.settings.plan is None:
         matters["budget"] = planning.budget(job.model.config, job.shapes, job.settings)
@@ -457,19 +462,22 @@ def _moments(job, journal, visited, weights_T, index, paths, part) -> calibrate.
 
 def _each_layer(job, journal, title, work, moments, note, piece) -> dict[str, Any]:
     shapes = {path: job.shapes[path] for path in moments}
-    return layers.each_layer(
-        title,
-        work,
-        moments,
-        note,
-        journal=journal,
-        piece=piece,
-        costs={
-            path: estimate.search_flops(shape, job.plan[path]) for path, shape in shapes.items()
-        },
-        alike=lambda path: (shapes[path], job.plan[path]),
-        workers=job.division.workers,
-    )
+    # Small products gain nothing from threads of BLAS, which keep cores busy while they wait. It
+    # follows from the model alone: sums by other numbers of threads have other last bits.
+    with threadpoolctl.threadpool_limits(1 if job.model.config.small else None, "blas"):
+        return layers.each_layer(
+            title,
+            work,
+            moments,
+            note,
+            journal=journal,
+            piece=piece,
+            costs={
+                path: estimate.search_flops(shape, job.plan[path]) for path, shape in shapes.items()
+            },
+            alike=lambda path: (shapes[path], job.plan[path]),
+            workers=job.division.workers,
+        )
 
 
 def _outlooks(job, journal, moments, part) -> dict[str, planning.Outlook]:

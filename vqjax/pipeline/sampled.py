@@ -52,6 +52,7 @@ def sample(
         for _ in range(cores.at_once(device, together=model.config.small)):
             free.put((device, own))
 
+    @cores.as_here
     def one(number: int) -> int:
         pictures = shards.pictures_of(number)
         device, own = free.get()

@@ -36,7 +36,7 @@ def sample(
       dtype: which the U-Net computes in: "float32", "bfloat16" or "float16".
       weight_memory: most GB (10^9 bytes) of quantized weights that are decoded at load; the others
         stay packed and are decoded in every step, which a line of the log says. None sets no
-        limit. Weights that GPU kernels read as they are stored are not decoded (docs/kernels.md).
+        limit. Weights that kernels read as they are stored are not decoded (docs/kernels.md).
         Decoded integers take a byte each.
 
     Returns:
