@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import vqjax
+from tests.io import models as small
 from vqjax import models
 from vqjax.config import LatentDiffusionConfig
 from vqjax.eval.judges import DIGITS
@@ -27,9 +28,8 @@ def test_augmentation_keeps_the_images_and_adds_small_changes():
 
 
 def test_trainings_of_other_results_have_other_checkpoints(tmp_path, monkeypatch):
-    folders, config = [], LatentDiffusionConfig.digits()
-    params = models.init_params(config, jax.random.key(0))
-    first_stage, rest = params["first_stage"], {"unet": {}, "cond_stage": {}}
+    folders, config = [], small.TINY
+    first_stage, rest = small.dense(config).params["first_stage"], {"unet": {}, "cond_stage": {}}
 
     def train_autoencoder(config, images, args):
         folders.append(args.work)
@@ -37,7 +37,7 @@ def test_trainings_of_other_results_have_other_checkpoints(tmp_path, monkeypatch
 
     monkeypatch.setattr(latent_diffusion, "train_autoencoder", train_autoencoder)
     monkeypatch.setattr(latent_diffusion, "train_unet", lambda *arguments: rest)
-    images, labels = np.random.default_rng(0).normal(size=(1, 2, 32, 32, 3)), np.arange(2)
+    images, labels = np.random.default_rng(0).normal(size=(1, 2, 16, 16, 3)), np.arange(2)
     wanted = digits.Args(out=tmp_path / "model.safetensors", work=tmp_path / "work")
     others = ({}, {"seed": 1}, {"unet_steps": 3}, {"autoencoder_steps": 4})
     for number, changes in enumerate((*others, {})):

@@ -104,8 +104,7 @@ def test_states_are_not_kept_beside_the_present_one(tmp_path, monkeypatch):
     loop.train("run", {"sum": jnp.zeros(77)}, adding, 3, tmp_path)
     start = loop.shapes_of({"sum": jnp.zeros(77)})
     loop.train("run", start, adding, 6, tmp_path)
-    assert alive[3:] == [1, 2, 2]  # after the first step its input is still that of the loop
-    assert max(alive[:3]) <= 3  # the caller's, too
+    assert max(alive) <= 2  # Python up to 3.12 holds the arguments of the call before
 
 
 def test_steps_see_their_inputs(tmp_path):
