@@ -122,9 +122,9 @@ def choose(problem: Problem, refusals: Refusals, device: Device) -> Choice:
     able = [path for path, reasons in refusals.items() if not reasons] + ["xla"]
     candidates = able if name == "auto" else [name]
     measured = tuned.find(device.kind, problem)
-    on_cpu, decoded = device.platform == "cpu", ("xla", None)
+    on_cpu = device.platform == "cpu"
     # Of weights that are decoded at load a measurement says nothing of what is best in the step.
-    if measured and measured[0] in candidates and not on_cpu and measured != decoded:
+    if measured and measured[0] in candidates and not on_cpu and measured != tuned.DECODED:
         path, made = measured
         why = f"measured on {device.kind}"
     else:
@@ -138,7 +138,7 @@ def choose(problem: Problem, refusals: Refusals, device: Device) -> Choice:
             why = "it can run here"
     # Tables say whether weights decoded at load are faster. Packed they take less memory, which a
     # GPU has less of: there they stay packed unless that was measured to be slower.
-    faster = measured == ("native", None) if on_cpu else measured != decoded
+    faster = measured == ("native", None) if on_cpu else measured != tuned.DECODED
     keeps = path != "xla" and (name == path or faster)
     return _logged(problem, device, Choice(path, made, why, keeps))
 

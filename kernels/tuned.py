@@ -33,6 +33,9 @@ KINDS = ("fused", "staged")
 
 Entry = tuple[str, Schedule | None]
 
+DECODED: Entry = ("xla", None)
+"""Weights that are decoded at load: what every kernel has to beat."""
+
 
 def key(problem: Problem) -> str:
     """Returns what problems share that are measured as one: rows count up to a power of two.

@@ -211,8 +211,8 @@ def semi_pv(
         triples = list(zip(leaves, grads, owned, strict=True))
         plain = [index for index, leaf in enumerate(leaves) if not _is_coded(leaf)]
         of_plain = _of_plain(donate and not isinstance(now.count, Tracer))
-        split = zip(*(triples[index] for index in plain)) if plain else ((), (), ())
-        found = dict(zip(plain, of_plain(fixed, now, *map(list, split))))
+        parts = ([triples[index][part] for index in plain] for part in range(3))
+        found = dict(zip(plain, of_plain(fixed, now, *parts)))
         coded = [index for index in range(len(leaves)) if index not in found]
         if isinstance(now.count, Tracer):
             step = _Step(fixed, now)

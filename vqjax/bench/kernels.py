@@ -69,9 +69,6 @@ transforms differ by, less than what ten bits of mantissa (TF32) would."""
 
 OPS = ("vq_matmul", "vq_conv")
 
-DECODED: tuned.Entry = ("xla", None)
-"""Weights that are decoded at load: what every kernel has to beat."""
-
 Program = Callable[[], list[jax.Array]]
 
 _SOURCES = (vqjax.kernels, vq_matmul, vq_conv, lut_matmul)
@@ -415,8 +412,8 @@ def trials(case: Case, repeat: int) -> list[Trial]:
     passed: list[Trial] = []
     with asked("xla"):
         dense = (case.operands.x, decoded(case), case.operands.bias_O)
-        works[DECODED] = repeated(case.dense, in_places(dense, count), rounds)
-        expected, errors[DECODED] = np.asarray(works[DECODED]()[-1], np.float64), 0.0
+        works[tuned.DECODED] = repeated(case.dense, in_places(dense, count), rounds)
+        expected, errors[tuned.DECODED] = np.asarray(works[tuned.DECODED]()[-1], np.float64), 0.0
         several = in_places(case.operands, count)
         for path, schedule in _entries(case, here):
             entry = path, schedule

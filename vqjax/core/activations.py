@@ -86,7 +86,7 @@ def _per_example(values_B: jax.Array, x: jax.Array) -> jax.Array:
     return values_B.reshape(-1, *[1] * (x.ndim - 1))
 
 
-def stored_bytes(layers: int, timesteps: int) -> int:
+def range_bytes(layers: int, timesteps: int) -> int:
     """Bytes of the ranges of so many layers: four of a timestep and of a step, one of a zero
     point."""
     return timesteps * (4 + 5 * layers)
@@ -118,7 +118,7 @@ class Activations:
     @property
     def nbytes(self) -> int:
         """Bytes as stored."""
-        return stored_bytes(len(self.log2_steps), len(self.timesteps_T))
+        return range_bytes(len(self.log2_steps), len(self.timesteps_T))
 
     def bits_of(self, path: str) -> int:
         """Bits of one layer: first and last convolution and the time embedding have 8 or more."""

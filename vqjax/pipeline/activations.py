@@ -19,13 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from vqjax.config import LatentDiffusionConfig
-from vqjax.core import activations as core
 from vqjax.core import cores
 from vqjax.core.activations import (
     TRIED,
     Activations,
     candidate_ranges,
     layer_bits,
+    range_bytes,
     squared_errors,
 )
 from vqjax.core.model import Model
@@ -51,7 +51,7 @@ def stored_bytes(
       wanted: what the trajectories follow.
     """
     timesteps = len(ddim_schedule(config, wanted.steps).timesteps)
-    return core.stored_bytes(len(kernel_shapes(shapes)), timesteps)
+    return range_bytes(len(kernel_shapes(shapes)), timesteps)
 
 
 def observe(
