@@ -144,11 +144,6 @@ def choice(operands: Operands, window: Window) -> dispatch.Choice:
 
 def ways(problem: Problem, window: Window) -> dispatch.Implementations:
     """Returns what there is to run a problem, paths that cannot run here included."""
-    geometry: dict[str, Any] = {
-        "window": window.size,
-        "strides": window.strides,
-        "padding": window.padding,
-    }
     return dispatch.Implementations(
         kernels={
             "pallas": dispatch.Kernel(
@@ -169,7 +164,7 @@ def ways(problem: Problem, window: Window) -> dispatch.Implementations:
                 run=lambda operands, schedule: native.lut_conv(operands, window),
             ),
         },
-        lookup=lambda operands: lut.lut_conv(*operands, **geometry),
+        lookup=lambda operands: lut.lut_conv(*operands, **window.keywords()),
         reference=ref.definition(problem, window),
     )
 

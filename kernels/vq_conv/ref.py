@@ -73,12 +73,7 @@ def definition(problem: Problem, window: Window) -> Callable[[Any], jax.Array]:
     """Returns what defines a problem's result, by its operands."""
     if problem.integer:
         return lambda operands: vq_conv_int8(operands, window)
-    geometry: Any = {
-        "window": window.size,
-        "strides": window.strides,
-        "padding": window.padding,
-    }
-    return lambda operands: vq_conv(*operands, **geometry)
+    return lambda operands: vq_conv(*operands, **window.keywords())
 
 
 def vq_conv_int8(operands: IntegerOperands, window: Window) -> jax.Array:

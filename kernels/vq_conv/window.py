@@ -2,7 +2,7 @@
 """Geometry of a convolution: what an output pixel sees."""
 
 from collections.abc import Sequence
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import jax
 
@@ -45,6 +45,10 @@ class Window(NamedTuple):
             for side, pad, stride in zip(image, self.padding, self.strides)
         )
         return height, width
+
+    def keywords(self) -> dict[str, Any]:
+        """Returns the arguments of `vq_conv` that say the same."""
+        return {"window": self.size, "strides": self.strides, "padding": self.padding}
 
 
 POINT = Window(1, (1, 1), ((0, 0), (0, 0)))
