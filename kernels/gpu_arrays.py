@@ -16,7 +16,9 @@ import numpy as np
 from vqjax.kernels.problem import Problem, Scaling
 from vqjax.kernels.schedule import SMALLEST, Tiles, power_of_two
 
-CODE_BITS = (4, 8, 12)
+CODE_BITS = (*range(1, 11), 12)
+"""Of codes that lie within two bytes wherever they begin: 11 bits can take three."""
+
 _MOST_BOOKS = 8
 _MOST_ELEMENTS = 2**31 - 1  # indices are 32 bits
 _MOST_ERROR = {"float32": 1e-4, "float16": 5e-3, "bfloat16": 4e-2, "int8": 1e-5}
@@ -28,10 +30,15 @@ def unread(problem: Problem) -> list[str]:
     """Returns why kernels cannot read the codes of a problem; nothing if they can."""
     found, bits = [], problem.code_bits
     if problem.entries != 1 << bits or bits not in CODE_BITS:
-        found.append(f"K = {problem.entries}, kernels read codes of 4, 8 or 12 bits")
+        found.append(f"K = {problem.entries}, kernels read powers of two up to 1024, and 4096")
     if not 1 <= problem.books <= _MOST_BOOKS:
         found.append(f"M = {problem.books}, kernels add up 1 to {_MOST_BOOKS} codebooks")
     return found
+
+
+def in_two_bytes(bits: int) -> bool:
+    """Returns whether some codes of so many bits begin in one byte and end in the next."""
+    return bits & (bits - 1) > 0
 
 
 def unsupported(problem: Problem, dtypes: tuple[str, ...]) -> list[str]:

@@ -113,28 +113,30 @@ def read_codes(
     Args:
       packed_ref: uint8 [O, Y], codes in the order (vector, codebook) from the lowest bit.
     """
-    half_bytes = problem.code_bits // 4
-    of_vector = problem.books * half_bytes
+    bits, of_vector = problem.code_bits, problem.books * problem.code_bits
     inside_TV = (rows_T < problem.outputs)[:, None] & (vectors_V < problem.groups)[None]
+    whole = of_vector % 8 == 0  # vectors begin at bytes
     seen: dict[int, jax.Array] = {}
 
-    def byte(offset: int) -> jax.Array:
-        """The byte which holds a half byte of each vector, read once where two codes share it."""
-        key = offset // 2 if of_vector % 2 == 0 else offset
+    def byte(offset: int, following: int = 0) -> jax.Array:
+        """The byte with the bit at this offset of each vector, or one that follows it; read once
+        where two codes share it."""
+        key = offset // 8 + following if whole else 8 * following + offset
         if key not in seen:
-            column_V = (vectors_V * of_vector + offset) // 2
-            found_TV = load(packed_ref, (rows_T[:, None], column_V[None]), inside_TV)
+            column_V = (vectors_V * of_vector + offset >> 3) + following
+            stored_TV = inside_TV & (column_V < problem.row_bytes)[None] if following else inside_TV
+            found_TV = load(packed_ref, (rows_T[:, None], column_V[None]), stored_TV)
             seen[key] = found_TV.astype(jnp.int32)
         return seen[key]
 
     codes_M = []
     for book in range(problem.books):
-        offset = book * half_bytes
+        offset = book * bits
         code_TV = byte(offset)
-        if half_bytes == 3:
-            code_TV = code_TV | byte(offset + 2) << 8
-        if half_bytes != 2:
-            shift_V = 4 * ((vectors_V * of_vector + offset) % 2)
+        if gpu_arrays.in_two_bytes(bits) and not (whole and offset % 8 + bits <= 8):
+            code_TV = code_TV | byte(offset, 1) << 8
+        if bits != 8:
+            shift_V = vectors_V * of_vector + offset & 7
             code_TV = code_TV >> shift_V[None] & (problem.entries - 1)
         codes_M.append(code_TV + book * problem.entries)
     return codes_M

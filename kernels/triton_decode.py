@@ -43,24 +43,27 @@ def read_codes(
     Beyond the last row and vector, codes are 0: a finite weight, which meets an input of 0 or is
     not stored.
     """
-    HALF: tl.constexpr = BITS // 4  # half bytes of a code
-    WIDTH: tl.constexpr = BOOKS * HALF  # of the codes of a vector
+    OF_VECTOR: tl.constexpr = BOOKS * BITS
+    WHOLE: tl.constexpr = OF_VECTOR % 8 == 0  # vectors begin at bytes
+    IN_TWO: tl.constexpr = BITS & (BITS - 1) > 0  # `gpu_arrays.in_two_bytes`
     inside_TV = (outputs_T < OUTPUTS)[:, None] & (vectors_V < GROUPS)[None, :]
     row_TV = packed_ptr + outputs_T[:, None] * BYTES
     codes_M = ()
     for book in tl.static_range(BOOKS):
-        if WIDTH % 2 == 0:  # vectors begin at bytes: two codes of one byte have one address
-            at_TV = row_TV + (vectors_V * (WIDTH // 2) + book * HALF // 2)[None, :]
+        if WHOLE:  # two codes of one byte have one address
+            byte_V = vectors_V * (OF_VECTOR // 8) + book * BITS // 8
         else:
-            at_TV = row_TV + ((vectors_V * WIDTH + book * HALF) // 2)[None, :]
-        code_TV = tl.load(at_TV, mask=inside_TV, other=0).to(tl.int32)
-        if BITS == 12:
-            code_TV = code_TV | (tl.load(at_TV + 1, mask=inside_TV, other=0).to(tl.int32) << 8)
+            byte_V = (vectors_V * OF_VECTOR + book * BITS) >> 3
+        code_TV = tl.load(row_TV + byte_V[None, :], mask=inside_TV, other=0).to(tl.int32)
+        if IN_TWO and not (WHOLE and book * BITS % 8 + BITS <= 8):
+            stored_TV = inside_TV & (byte_V + 1 < BYTES)[None, :]
+            next_TV = tl.load(row_TV + byte_V[None, :] + 1, mask=stored_TV, other=0)
+            code_TV = code_TV | (next_TV.to(tl.int32) << 8)
         if BITS != 8:
-            if WIDTH % 2 == 0:
-                code_TV = code_TV >> (4 * (book * HALF % 2))
+            if WHOLE:
+                code_TV = code_TV >> (book * BITS % 8)
             else:
-                code_TV = code_TV >> (4 * ((vectors_V * WIDTH + book * HALF) % 2))[None, :]
+                code_TV = code_TV >> ((vectors_V * OF_VECTOR + book * BITS) & 7)[None, :]
             code_TV = code_TV & (ENTRIES - 1)
         codes_M = codes_M + (code_TV + book * ENTRIES,)  # noqa: RUF005 (Triton has no star)
     return codes_M

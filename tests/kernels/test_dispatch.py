@@ -77,20 +77,20 @@ def test_a_named_path_that_cannot_run_says_all_reasons(monkeypatch):
 def test_a_layer_whose_codes_kernels_do_not_read_is_decoded(path, caplog):
     """Plans have a few such layers: they would keep the whole model from a path that was named."""
     problem, why = (
-        dataclasses.replace(PROBLEM, books=1, entries=64, group=1),
-        "K = 64, kernels read",
+        dataclasses.replace(PROBLEM, books=1, entries=48, group=1),
+        "K = 48, kernels read",
     )
     for device in (H200, T4):
         with dispatch.asking(path):
             refused = {path: dispatch.refusals_of(path, [why], device)}
             if device.refuses(path):
-                with pytest.raises(VqjaxError, match=r"K = 64.*compute capability 7\.5"):
+                with pytest.raises(VqjaxError, match=r"K = 48.*compute capability 7\.5"):
                     dispatch.choose(problem, refused, device)
                 continue
             with caplog.at_level(logging.INFO, "vqjax.kernels"):
                 choice = dispatch.choose(problem, refused, device)
         assert (choice.path, choice.keeps) == ("xla", False)
-        assert "xla (decode, then multiply): K = 64" in caplog.messages[-1]
+        assert "xla (decode, then multiply): K = 48" in caplog.messages[-1]
 
 
 def test_names_are_obeyed(monkeypatch):

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vqjax.kernels import decode, device, gpu_arrays, specs
+from vqjax.kernels import decode, device, gpu_arrays, pallas_decode, specs
 from vqjax.kernels.problem import Operands, Problem
 from vqjax.kernels.schedule import Schedule, Tiles, by_rule
 from vqjax.kernels.vq_conv import pallas as conv_pallas
@@ -44,6 +44,7 @@ INTERPRET = pytest.mark.parametrize(
 # Every code width, every way to store codebooks; sizes beside the tiles' on both sides.
 CODES = st.sampled_from(
     [
+        (1, 64, "int8"),
         (1, 256, "int8"),
         (2, 256, "float16"),
         (2, 4096, "float16"),
@@ -116,6 +117,18 @@ def test_convolutions_agree(interpret, image, sizes, code, group, moves, dtype, 
     assert_near(found, convolved(operands, problem, window), dtype)
 
 
+@INTERPRET
+@pytest.mark.parametrize("books", [1, 3, 4])
+@pytest.mark.parametrize("bits", gpu_arrays.CODE_BITS)
+def test_codes_of_every_width_are_read(interpret, bits, books):
+    """Exactly; the last code of a row ends where its bytes end, or within them."""
+    problem = Problem("vq_matmul", 1, 21, 18, books, 2**bits, 1, "float32", "int8")
+    operands = specs.random_operands(problem, (1, 21))
+    operands = operands._replace(scales_O=jnp.ones(18), codebook_scale=jnp.float32(1))
+    found = pallas_decode.decode(operands, problem, Tiles(16, 16, 16), interpret=interpret)
+    np.testing.assert_array_equal(found, weight(operands, problem))
+
+
 def conv_problem(image, sizes, code, group, moves, dtype) -> tuple[Problem, Window]:
     stride, padding = moves
     window = Window.of(3, (stride, stride), (padding, padding), image[1:])
@@ -149,7 +162,7 @@ def convolved(operands: Operands, problem: Problem, window: Window) -> np.ndarra
 def test_what_kernels_cannot_do_is_said():
     problem = Problem("vq_conv", 16, 16, 16, 9, 15, 18, "float64", "float16", window=5)
     assert conv_pallas.unsupported(problem) == [
-        "K = 15, kernels read codes of 4, 8 or 12 bits",
+        "K = 15, kernels read powers of two up to 1024, and 4096",
         "M = 9, kernels add up 1 to 8 codebooks",
         "activations are float64, kernels take float32, float16, bfloat16, int8",
         "window of 5, the kernel has 3x3 weights",

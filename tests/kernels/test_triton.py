@@ -56,11 +56,13 @@ def cases() -> list[Case]:
         (3, 4096, "bfloat16"),
         (4, 16, "float16"),
         (8, 16, "float32"),
+        (1, 64, "int8"),
+        (3, 32, "float16"),
     ]
     found = []
     for index, (books, entries, stored) in enumerate(codes):
         rows, inputs, outputs = ((21, 40, 3), (7, 37, 18), (1, 3, 16))[index % 3]
-        group = (8, 6, 4)[index // 2]
+        group = (8, 6, 4)[index // 2 % 3]
         dtype = next(dtypes)
         product = Problem("vq_matmul", rows, inputs, outputs, books, entries, group, dtype, stored)
         found.append(Case(product, next(schedules), (rows, inputs)))
@@ -68,7 +70,7 @@ def cases() -> list[Case]:
         stride, padding = ((1, (1, 1)), (2, (1, 1)), (2, (0, 1)))[index % 3]
         channels, outputs = ((3, 17), (18, 3))[index % 2]
         conv = Problem(
-            "vq_conv", 0, channels, outputs, books, entries, (9, 3, 1)[index // 2],
+            "vq_conv", 0, channels, outputs, books, entries, (9, 3, 1)[index // 2 % 3],
             next(dtypes), stored, window=3, strides=(stride, stride),
         )  # fmt: skip
         case = Case(conv, next(schedules), (batch, height, width, channels), padding)
@@ -125,7 +127,7 @@ def test_cases_hold_every_kind():
     for op in ("vq_matmul", "vq_conv"):
         of_op = [case for case in CASES if case.problem.op == op]
         assert {case.problem.dtype for case in of_op} == set(TOL)
-        assert {case.problem.entries for case in of_op} == {16, 256, 4096}
+        assert {case.problem.entries for case in of_op} == {16, 32, 64, 256, 4096}
         assert {case.schedule.tiles.splits for case in of_op} == {1, 2}
 
 
