@@ -43,7 +43,9 @@ def test_kernels_lower(layer, schedule, device_kind):
     assert text.count("__gpu$xla.gpu.triton") == 1
 
 
-@pytest.mark.parametrize("code", [(1, 64, "int8"), (1, 256, "int8"), (3, 4096, "float16"), (8, 16, "float32")])
+@pytest.mark.parametrize(
+    "code", [(1, 64, "int8"), (1, 256, "int8"), (3, 4096, "float16"), (8, 16, "float32")]
+)
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_every_code_lowers(code, dtype):
     books, entries, stored = code

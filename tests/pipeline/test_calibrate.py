@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Second moments against numpy on the layer inputs themselves, and the split by memory."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -22,8 +24,8 @@ PATHS = (
     "unet/input_blocks_3/attn/block_0/attn1/to_q/kernel",
     "unet/output_blocks_3/res/skip/kernel",
     "unet/output_blocks_1/res/conv1/kernel",
-    "unet/input_blocks_1/res/emb/kernel",
 )
+OF_TIME = ("unet/time_embed/dense1/kernel", "unet/input_blocks_1/res/emb/kernel")
 
 
 def _patches(x_BHWC: np.ndarray, stride: int, padding: tuple[int, int]) -> np.ndarray:
@@ -110,11 +112,7 @@ def test_timesteps_count_as_their_weights_say():
             for scale_T in (np.sqrt(weights_T), weights_T)
         )
         expected = {"second_NN": second.second_NN, "mean_N": mean.mean_N}
-        if path.endswith("/emb/kernel"):  # held out is the second step, whose weight is nearest
-            row_N = rows_ITRN[0, 1, 0]
-            expected |= {"held_NN": np.outer(row_N, row_N), "held_mean_N": row_N}
-            assert moments[path].held_share == pytest.approx(1.2 / 4)
-        elif fan_in <= moments_lib.HELD_FEATURES:
+        if fan_in <= moments_lib.HELD_FEATURES:
             expected |= {"held_NN": second.held_NN, "held_mean_N": mean.held_mean_N}
             assert moments[path].held_share == pytest.approx(1 / images)
         for name, other in expected.items():
@@ -133,15 +131,31 @@ def test_equal_weights_change_nothing():
         np.testing.assert_array_equal(array, plain[name])
 
 
-def test_where_one_timestep_weighs_all_none_is_held_out():
-    model = small.dense(small.CLASSES)
+@pytest.mark.parametrize("config", [small.CLASSES, small.PLAIN], ids=lambda c: c.name)
+def test_layers_that_see_the_timestep_alone_are_shown_every_one(config):
+    """Whatever the trajectories visit: here 31, 21, 11 and 1 of 40."""
+    model = small.dense(config)
+    model = dataclasses.replace(model, config=dataclasses.replace(config, timesteps=40))
     visited = list(calibrate.trajectories(model, SETTINGS, seed=0))[1:]
-    path = PATHS[-1]
-    weights_T = np.array([0, 4, 0, 0])
-    moment = calibrate.second_moments(model, visited, [path], weights_T=weights_T)[path]
-    assert moment.held_NN is None
-    row_N = moment.mean_N  # the timestep's own
-    np.testing.assert_allclose(moment.second_NN, np.outer(row_N, row_N), rtol=1e-4, atol=1e-6)
+    weights_T = np.array([2.2, 1.2, 0.4, 0.2])
+    moments = calibrate.second_moments(model, visited, (*PATHS[:1], *OF_TIME), weights_T=weights_T)
+
+    all_t = np.arange(1, 40)
+    noise = np.random.default_rng(0).normal(size=(39, *config.latent_shape))
+    context = None
+    if config.n_classes:
+        context = models.embed_classes(model.config, model.params, jnp.asarray(all_t % 3))
+    _, rows = models.capture_inputs(
+        model.config, model.params, jnp.asarray(noise), jnp.asarray(all_t), context,
+        lambda path, x, window: np.asarray(x, np.float64) if path in OF_TIME else None,
+    )  # fmt: skip
+    weight_R = np.interp(all_t, [1, 11, 21, 31], [0.2, 0.4, 1.2, 2.2])
+    for path in OF_TIME:
+        second_NN = np.einsum("r,rn,rm->nm", weight_R, rows[path], rows[path]) / weight_R.sum()
+        mean_N = weight_R @ rows[path] / weight_R.sum()
+        np.testing.assert_allclose(moments[path].second_NN, second_NN, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(moments[path].mean_N, mean_N, rtol=1e-4, atol=1e-5)
+        assert moments[path].held_NN is None
 
 
 @pytest.mark.parametrize("config", [small.CLASSES, small.PLAIN], ids=lambda c: c.name)

@@ -2,6 +2,7 @@
 """A quantized copy learns from the full-precision model, and does so the same way every time."""
 
 import dataclasses
+import functools
 import pathlib
 from typing import Any
 
@@ -21,6 +22,7 @@ from vqjax.core.coded import CodedWeight
 from vqjax.core.plan import kernel_shapes
 from vqjax.errors import VqjaxError
 from vqjax.pipeline import memory, tuning
+from vqjax.sampling.schedule import ddim_schedule
 from vqjax.train import distill, loop, pv
 
 TEACHER = small.dense(small.TINY)
@@ -41,7 +43,7 @@ def student(*, bits: int | None, ranges: bool = True) -> tuple[distill.Student, 
     weights = tree.unflatten(flat)
     if not ranges:
         return distill.Student(weights, None), None
-    t_T = np.sort(distill.schedule_for(TEACHER.config, RECIPE).timesteps)
+    t_T = np.sort(distill.grid(TEACHER.config, RECIPE))
     activations = Activations(
         timesteps_T=jnp.asarray(t_T, jnp.int32),
         log2_steps={path: jnp.full(len(t_T), -4.0) for path in kernels},
@@ -79,15 +81,34 @@ def lessons(recipe: distill.Recipe) -> distill.Lessons:
 
 
 def test_the_teacher_walks_as_the_sampler_does():
-    schedule = distill.schedule_for(TEACHER.config, RECIPE)
+    schedule = ddim_schedule(TEACHER.config, RECIPE.timesteps)
     ids, noise = jnp.array([1, 2]), sampling.image_noise(3, [0, 1], TEACHER.config.latent_shape)
-    found = jax.jit(distill.teacher_of(TEACHER.config, RECIPE))(TEACHER.params, ids, noise)
+    teach = jax.jit(functools.partial(distill.trajectories, TEACHER.config, RECIPE.guidance))
+    t_TP = np.repeat(distill.grid(TEACHER.config, RECIPE)[:, None], 2, axis=1)
+    found = teach(TEACHER.params, ids, noise, t_TP)
     expected = sampling.sample_latents(
         TEACHER.config, TEACHER.params, schedule, ids, noise, guidance=RECIPE.guidance
     )[1]
     assert relative_rms(found.x_BHWC, expected.x_SBHWC) < 1e-5
     np.testing.assert_array_equal(found.t_B[:, 0], schedule.timesteps[::-1])
     np.testing.assert_array_equal(found.ids_B[0], ids)
+    # Beside another trajectory, at timesteps of its own.
+    t_TP[:2, 1] += [-90, 120]
+    beside = teach(TEACHER.params, ids, noise, t_TP)
+    assert relative_rms(beside.x_BHWC[:, 0], expected.x_SBHWC[:, 0]) < 1e-5
+    assert relative_rms(beside.x_BHWC[1:, 1], expected.x_SBHWC[1:, 1]) > 1e-2
+
+
+@pytest.mark.parametrize(("steps", "timesteps"), [(25, 1000), (30, 1000), (1, 1000), (9, 10)])
+def test_trajectories_visit_all_timesteps_between_those_of_the_grid(steps, timesteps):
+    config = dataclasses.replace(TEACHER.config, timesteps=timesteps)
+    grid_T = distill.grid(config, dataclasses.replace(RECIPE, timesteps=steps))
+    t_TP = distill.moved(grid_T, 4000, timesteps, np.random.default_rng(0))
+    assert (np.diff(t_TP, axis=0) < 0).all()
+    assert (t_TP[-1] == 1).all()
+    distance = timesteps // steps if steps > 1 else 0
+    last = min(grid_T[0] + distance // 2, timesteps - 1)
+    assert set(t_TP[:-1].reshape(-1)) == set(range(1 + (distance + 2) // 2, last + 1))
 
 
 def test_mixed_batches_use_every_pair_once_and_follow_from_the_index():

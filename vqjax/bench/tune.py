@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -65,10 +66,11 @@ def measure(wanted: BenchTuneSettings, model: Model, student: distill.Student) -
         guidance=model.config.guidance,
         remat=memory.needs_remat(shapes),
     )
-    teach = jax.jit(distill.teacher_of(model.config, recipe))
+    teach = jax.jit(functools.partial(distill.trajectories, model.config, recipe.guidance))
+    t_TP = np.repeat(distill.grid(model.config, recipe)[:, None], recipe.batch, axis=1)
     ids = jnp.zeros(recipe.batch, jnp.int32) if model.config.n_classes else None
     noise = jax.random.normal(jax.random.key(0), (recipe.batch, *model.config.latent_shape))
-    taught = jax.tree.map(lambda rows: rows[0], teach(model.params, ids, noise))
+    taught = jax.tree.map(lambda rows: rows[0], teach(model.params, ids, noise, t_TP))
     weight_T = jnp.ones(model.config.timesteps)
 
     @jax.jit
@@ -90,8 +92,7 @@ def measure(wanted: BenchTuneSettings, model: Model, student: distill.Student) -
     gradients = both(student, taught)[1].weights
     seconds = {
         # Every pair that the teacher made is used once.
-        "teacher": median(teach, wanted.repeat, model.params, ids, noise)
-        / len(distill.schedule_for(model.config, recipe).timesteps),
+        "teacher": median(teach, wanted.repeat, model.params, ids, noise, t_TP) / len(t_TP),
         "forward": median(forward, wanted.repeat, student.weights),
     }
     seconds["backward"] = median(both, wanted.repeat, student, taught) - seconds["forward"]

@@ -10,7 +10,7 @@ Timesteps count as their weights say, which have the mean 1 (`pipeline.timesteps
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -30,11 +30,9 @@ Moments = dict[str, Moment]
 """By kernel path."""
 
 _TIME = re.compile(r"/(time_embed/dense\d+|emb)/kernel$")
-"""Layers that see the timestep alone. All images show them the same inputs, so that no image tells
-what other timesteps would: held out are timesteps."""
+"""Layers that see the timestep alone."""
 
 _CHUNK_BYTES = 1 << 26  # patches of a convolution that exist at a time, one image at least
-_LEAST_HELD = 0.2  # of the weight that held-out timesteps should have: with less, none are
 _BLOCK = 2048  # columns of a moment that are added at a time; those below the diagonal are not
 
 
@@ -56,17 +54,6 @@ class LayerInput:
         """Memory of its moments."""
         held = moments_lib.held_size(self.fan_in, self.window)
         return 4 * (self.fan_in**2 + self.fan_in + held**2 + held)
-
-
-class _Held(NamedTuple):
-    """Which images, or timesteps, are held out: those of number `at` modulo `every`; 0: none.
-
-    `share` is that of the rows, weights counted.
-    """
-
-    every: int
-    at: int
-    share: float
 
 
 class _Sums(NamedTuple):
@@ -158,8 +145,8 @@ def second_moments(
 ) -> Moments:
     """Means of x x^T and of x over everything that the layers `paths` see along the trajectories.
 
-    Every image counts alike, whatever its batch. Held out are images; timesteps where nothing else
-    is seen.
+    Every image counts alike, whatever its batch; every `moments.held_every`-th is held out. Layers
+    that see the timestep alone are shown every timestep of the model.
 
     Args:
       visited: from `trajectories`.
@@ -167,22 +154,29 @@ def second_moments(
       on_step: called after each U-Net call, from any thread.
       weights_T: of the steps, mean 1; None: all alike.
     """
-    sizes = trace_layers(model.config, model.params)
-    images = sum(x_TBHWC.shape[1] for x_TBHWC, _, _ in visited)
     steps = len(visited[0][1])
     weights_T = np.ones(steps) if weights_T is None else weights_T
-    held = {path: _held(path, sizes[path], images, weights_T) for path in paths}
+    timed = {path for path in paths if _TIME.search(path)}
+    found = _moments_of_time(model, timed, visited[0][1], weights_T)
+
+    sizes = trace_layers(model.config, model.params)
+    images = sum(x_TBHWC.shape[1] for x_TBHWC, _, _ in visited)
+    held = {
+        path: moments_lib.held_every(sizes[path].fan_in, sizes[path].window, images)
+        for path in paths
+        if path not in timed
+    }
     add = _adder(model.config, held)
     firsts = np.cumsum([0] + [x_TBHWC.shape[1] for x_TBHWC, _, _ in visited])
 
     def sums_of(batches: Sequence[int]) -> dict[str, _Sums]:
-        sums = {path: _empty(sizes[path], held[path].every) for path in paths}
+        sums = {path: _empty(sizes[path], every) for path, every in held.items()}
         for number in batches:
             x_TBHWC, t_T, ids_B = visited[number]
             index_B = jnp.arange(firsts[number], firsts[number + 1])
             for step, (x_BHWC, t) in enumerate(zip(x_TBHWC, t_T)):
-                place = index_B, jnp.int32(step), jnp.float32(weights_T[step])
-                sums = add(sums, model.params, x_BHWC, jnp.int32(t), ids_B, *place)
+                weight = jnp.float32(weights_T[step])
+                sums = add(sums, model.params, x_BHWC, jnp.int32(t), ids_B, index_B, weight)
                 on_step()
         return sums
 
@@ -190,16 +184,47 @@ def second_moments(
     numbers = range(len(visited))
     parts = [[number] for number in numbers] if model.config.small else [numbers]
     sums = functools.reduce(_added, cores.in_order(sums_of, parts))
-    calls = len(visited) * steps
-    branches = 1 if visited[0][2] is None else 2
-    return {
-        path: _moment(
-            sums.pop(path),
-            calls if _TIME.search(path) else images * steps * branches,
-            held[path].share,
-        )
-        for path in paths
-    }
+    rows = images * steps * (1 if visited[0][2] is None else 2)
+    for path, every in held.items():
+        found[path] = _moment(sums.pop(path), rows, images // every / images if every else 0.0)
+    return {path: found[path] for path in paths}
+
+
+def _moments_of_time(
+    model: Model, paths: Collection[str], t_T: np.ndarray, weights_T: np.ndarray
+) -> Moments:
+    """Moments of layers that see the timestep alone, over all timesteps of the model but 0.
+
+    Those of the trajectories would leave out what a sampler of other steps visits, and there is
+    nothing to hold out: these inputs are all that there are.
+
+    Args:
+      t_T, weights_T: of the trajectories; timesteps between them weigh what straight lines say.
+    """
+    config = model.config
+    all_t = np.arange(1, config.timesteps, dtype=np.int32)
+    weights = np.interp(all_t, t_T[::-1], weights_T[::-1])
+
+    @jax.jit
+    def inputs(params: models.Params, t_B: jax.Array) -> dict[str, jax.Array]:
+        def reduce(path: str, x: jax.Array, window: dict[str, Any]) -> jax.Array | None:
+            del window
+            return x if path in paths else None
+
+        # What the compiler keeps of the network depends on the timestep alone.
+        x_BHWC = jnp.zeros((len(t_B), *config.latent_shape), jnp.float32)
+        context = None
+        if config.n_classes:
+            context = models.embed_classes(config, params, jnp.zeros_like(t_B))
+        return models.capture_inputs(config, params, x_BHWC, t_B, context, reduce)[1]
+
+    found = {}
+    for path, rows_RN in inputs(model.params, all_t).items() if paths else ():
+        rows_RN = np.asarray(rows_RN, np.float64)
+        weighed_RN = rows_RN * (weights / weights.sum())[:, None]
+        second_NN, mean_N = rows_RN.T @ weighed_RN, weighed_RN.sum(axis=0)
+        found[path] = Moment(second_NN.astype(np.float32), mean_N.astype(np.float32))
+    return found
 
 
 def capture_branches(
@@ -239,30 +264,15 @@ def from_arrays(arrays: Mapping[str, np.ndarray]) -> Moments:
     return {path: Moment.from_arrays(fields) for path, fields in found.items()}
 
 
-def _held(path: str, size: LayerInput, images: int, weights_T: np.ndarray) -> _Held:
-    """What a layer holds out; timesteps are chosen so that their weight is nearest to its share."""
-    units = len(weights_T) if _TIME.search(path) else images
-    every = moments_lib.held_every(size.fan_in, size.window, units)
-    if not every or not _TIME.search(path):
-        return _Held(every, every - 1, images // every / images if every else 0.0)
-    shares = [weights_T[at::every].sum() / len(weights_T) for at in range(every)]
-    # From the last: where all weigh alike, those are held out that are of images.
-    at = min(range(every - 1, -1, -1), key=lambda at: abs(shares[at] - units // every / units))
-    least, share = _LEAST_HELD / every, float(shares[at])
-    return _Held(every, at, share) if least <= share <= 1 - least else _Held(0, -1, 0.0)
-
-
-def _adder(config: LatentDiffusionConfig, held: dict[str, _Held]):
+def _adder(config: LatentDiffusionConfig, held: dict[str, int]):
     """Returns the compiled step: sums plus what the layers see in one call of the U-Net."""
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def add(sums, params, x_BHWC, t, ids_B, index_B, step, weight):
+    def add(sums, params, x_BHWC, t, ids_B, index_B, weight):
 
         def reduce(path, x, window):
             if path not in sums:
                 return None
-            if _TIME.search(path):
-                return _add(sums[path], x[:1], step[None], held[path], weight, window)
             return _add(sums[path], x, index_B, held[path], weight, window)
 
         return capture_branches(config, params, x_BHWC, t, ids_B, reduce)
@@ -281,15 +291,14 @@ def _added(sums: dict[str, _Sums], more: dict[str, _Sums]) -> dict[str, _Sums]:
 
 
 def _add(
-    sums: _Sums, x: jax.Array, index_B, held: _Held, weight: jax.Array, window: dict[str, Any]
+    sums: _Sums, x: jax.Array, index_B, every: int, weight: jax.Array, window: dict[str, Any]
 ) -> _Sums:
     """Adds one call's rows to a layer's sums."""
     second_NN, mean_N = _add_rows(sums.second_NN, sums.mean_N, x, weight, window)
-    every = held.every
     if not every:
         return sums._replace(second_NN=second_NN, mean_N=mean_N)
     batch = len(index_B)  # of images; x may hold both branches
-    held_B = index_B % every == held.at
+    held_B = index_B % every == every - 1
     place_V = jnp.nonzero(held_B, size=-(-batch // every), fill_value=0)[0]
     real_V = jnp.arange(len(place_V)) < jnp.sum(held_B)
     area = window.get("window", 1) ** 2
