@@ -11,7 +11,7 @@ Dimension key:  B pairs of a latent and a timestep in one step   P trajectories 
 A sampler of any number of steps shall find the student prepared: pairs have all timesteps. Each
 trajectory visits those of a grid, all but the lowest moved by chance up to half way to the next.
 (What sees the timestep alone, the time embedding, changes fast with it. Taught on 25 fixed ones,
-the student of two bits had up to twice the error at those between.)
+a student of two bits had up to 1.6 times the error at those between.)
 
 Loss of a step, with e the prediction of the student, e* that of the teacher, g the guidance and w_t
 the weight of a timestep (`pipeline.timesteps`; its mean is 1):

@@ -199,32 +199,36 @@ def _moments_of_time(
     nothing to hold out: these inputs are all that there are.
 
     Args:
-      t_T, weights_T: of the trajectories; timesteps between them weigh what straight lines say.
+      t_T, weights_T: of the trajectories, descending; timesteps between them weigh what straight
+        lines say.
     """
     config = model.config
     all_t = np.arange(1, config.timesteps, dtype=np.int32)
     weights = np.interp(all_t, t_T[::-1], weights_T[::-1])
 
     @jax.jit
-    def inputs(params: models.Params, t_B: jax.Array) -> dict[str, jax.Array]:
-        def reduce(path: str, x: jax.Array, window: dict[str, Any]) -> jax.Array | None:
+    def moments(params: models.Params, t_R: jax.Array, weight_R: jax.Array) -> dict[str, Any]:
+        def reduce(path: str, x_RN: jax.Array, window: dict[str, Any]) -> Any:
             del window
-            return x if path in paths else None
+            if path not in paths:
+                return None
+            x_RN = x_RN.astype(jnp.float32)
+            weighed_RN = x_RN * weight_R[:, None]
+            second_NN = jnp.matmul(x_RN.T, weighed_RN, precision=jax.lax.Precision.HIGHEST)
+            return second_NN, jnp.sum(weighed_RN, axis=0)
 
         # What the compiler keeps of the network depends on the timestep alone.
-        x_BHWC = jnp.zeros((len(t_B), *config.latent_shape), jnp.float32)
+        x_RHWC = jnp.zeros((len(t_R), *config.latent_shape), jnp.float32)
         context = None
         if config.n_classes:
-            context = models.embed_classes(config, params, jnp.zeros_like(t_B))
-        return models.capture_inputs(config, params, x_BHWC, t_B, context, reduce)[1]
+            context = models.embed_classes(config, params, jnp.zeros_like(t_R))
+        return models.capture_inputs(config, params, x_RHWC, t_R, context, reduce)[1]
 
-    found = {}
-    for path, rows_RN in inputs(model.params, all_t).items() if paths else ():
-        rows_RN = np.asarray(rows_RN, np.float64)
-        weighed_RN = rows_RN * (weights / weights.sum())[:, None]
-        second_NN, mean_N = rows_RN.T @ weighed_RN, weighed_RN.sum(axis=0)
-        found[path] = Moment(second_NN.astype(np.float32), mean_N.astype(np.float32))
-    return found
+    if not paths:
+        return {}
+    weight_R = (weights / weights.sum()).astype(np.float32)
+    found = jax.device_get(moments(model.params, all_t, weight_R))
+    return {path: Moment(second_NN, mean_N) for path, (second_NN, mean_N) in found.items()}
 
 
 def capture_branches(
