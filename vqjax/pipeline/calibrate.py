@@ -195,8 +195,8 @@ def _moments_of_time(
 ) -> Moments:
     """Moments of layers that see the timestep alone, over all timesteps of the model but 0.
 
-    Those of the trajectories would leave out what a sampler of other steps visits, and there is
-    nothing to hold out: these inputs are all that there are.
+    Those of the trajectories would leave out what a sampler of other steps visits. These inputs are
+    all that there are: held out is a half that equals the whole.
 
     Args:
       t_T, weights_T: of the trajectories, descending; timesteps between them weigh what straight
@@ -228,7 +228,14 @@ def _moments_of_time(
         return {}
     weight_R = (weights / weights.sum()).astype(np.float32)
     found = jax.device_get(moments(model.params, all_t, weight_R))
-    return {path: Moment(second_NN, mean_N) for path, (second_NN, mean_N) in found.items()}
+    return {path: _of_all(*sums) for path, sums in found.items()}
+
+
+def _of_all(second_NN: np.ndarray, mean_N: np.ndarray) -> Moment:
+    """The moment of inputs without others to come."""
+    fan_in = len(mean_N)
+    kept = moments_lib.held_columns(fan_in, moments_lib.held_size(fan_in, 1), 1)
+    return Moment(second_NN, mean_N, second_NN[np.ix_(kept, kept)], 0.5, mean_N[kept])
 
 
 def capture_branches(
