@@ -9,8 +9,8 @@ import pytest
 
 from tests.io import models as small
 from vqjax import models
+from vqjax.core import folding, tree
 from vqjax.core import moments as moments_lib
-from vqjax.core import tree
 from vqjax.core.plan import kernel_shapes
 from vqjax.pipeline import calibrate
 from vqjax.settings import Calibration
@@ -26,6 +26,9 @@ PATHS = (
     "unet/output_blocks_1/res/conv1/kernel",
 )
 OF_TIME = ("unet/time_embed/dense1/kernel", "unet/input_blocks_1/res/emb/kernel")
+OF_CLASS = tuple(
+    f"unet/input_blocks_3/attn/block_0/attn2/to_{name}/kernel" for name in ("v", "out")
+)
 
 
 def _patches(x_BHWC: np.ndarray, stride: int, padding: tuple[int, int]) -> np.ndarray:
@@ -132,32 +135,40 @@ def test_equal_weights_change_nothing():
 
 
 @pytest.mark.parametrize("config", [small.CLASSES, small.PLAIN], ids=lambda c: c.name)
-def test_layers_that_see_the_timestep_alone_are_shown_every_one(config):
-    """Whatever the trajectories visit: here 31, 21, 11 and 1 of 40."""
-    model = small.dense(config)
-    model = dataclasses.replace(model, config=dataclasses.replace(config, timesteps=40))
+def test_layers_that_see_timestep_or_class_alone_are_shown_every_one(config):
+    """Whatever the trajectories visit: here timesteps 31, 21, 11 and 1 of 40, and one class."""
+    model = small.dense(dataclasses.replace(config, timesteps=40))
+    model = dataclasses.replace(model, params=folding.fold(model.config, model.params).params)
     visited = list(calibrate.trajectories(model, SETTINGS, seed=0))[1:]
     weights_T = np.array([2.2, 1.2, 0.4, 0.2])
-    moments = calibrate.second_moments(model, visited, (*PATHS[:1], *OF_TIME), weights_T=weights_T)
+    weight_of = {
+        path: np.interp(range(1, 40), [1, 11, 21, 31], weights_T[::-1]) for path in OF_TIME
+    }
+    if config.n_classes:  # three and none, which guidance asks for as often as for all
+        weight_of |= {path: np.array([1, 1, 1, 3] * 9 + [0] * 3) for path in OF_CLASS}
+    moments = calibrate.second_moments(
+        model, visited, [*PATHS[:1], *weight_of], weights_T=weights_T
+    )
 
-    all_t = np.arange(1, 40)
     noise = np.random.default_rng(0).normal(size=(39, *config.latent_shape))
     context = None
     if config.n_classes:
-        context = models.embed_classes(model.config, model.params, jnp.asarray(all_t % 3))
+        context = models.embed_classes(model.config, model.params, jnp.arange(39) % 4)
     _, rows = models.capture_inputs(
-        model.config, model.params, jnp.asarray(noise), jnp.asarray(all_t), context,
-        lambda path, x, window: np.asarray(x, np.float64) if path in OF_TIME else None,
-    )  # fmt: skip
-    weight_R = np.interp(all_t, [1, 11, 21, 31], [0.2, 0.4, 1.2, 2.2])
-    for path in OF_TIME:
+        model.config,
+        model.params,
+        jnp.asarray(noise),
+        jnp.arange(1, 40),
+        context,
+        lambda path, x, window: np.asarray(x, np.float64).reshape(39, -1),
+    )
+    for path, weight_R in weight_of.items():
         second_NN = np.einsum("r,rn,rm->nm", weight_R, rows[path], rows[path]) / weight_R.sum()
         mean_N = weight_R @ rows[path] / weight_R.sum()
-        np.testing.assert_allclose(moments[path].second_NN, second_NN, rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(moments[path].mean_N, mean_N, rtol=1e-4, atol=1e-5)
         fit_NN, _, test_NN, _ = moments_lib.split(moments[path], 1)
-        for half_NN in (fit_NN, test_NN):
-            np.testing.assert_allclose(half_NN, second_NN, rtol=1e-4, atol=1e-5)
+        for found_NN in (moments[path].second_NN, fit_NN, test_NN):
+            np.testing.assert_allclose(found_NN, second_NN, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("config", [small.CLASSES, small.PLAIN], ids=lambda c: c.name)

@@ -32,6 +32,9 @@ Moments = dict[str, Moment]
 _TIME = re.compile(r"/(time_embed/dense\d+|emb)/kernel$")
 """Layers that see the timestep alone."""
 
+_CLASS = re.compile(r"/attn2/to_(k|v|out)/kernel$")
+"""Layers that see the class alone, where they see one token: queries of one key do nothing."""
+
 _CHUNK_BYTES = 1 << 26  # patches of a convolution that exist at a time, one image at least
 _BLOCK = 2048  # columns of a moment that are added at a time; those below the diagonal are not
 
@@ -146,7 +149,7 @@ def second_moments(
     """Means of x x^T and of x over everything that the layers `paths` see along the trajectories.
 
     Every image counts alike, whatever its batch; every `moments.held_every`-th is held out. Layers
-    that see the timestep alone are shown every timestep of the model.
+    that see the timestep or the class alone are shown every one that the model has.
 
     Args:
       visited: from `trajectories`.
@@ -156,15 +159,13 @@ def second_moments(
     """
     steps = len(visited[0][1])
     weights_T = np.ones(steps) if weights_T is None else weights_T
-    timed = {path for path in paths if _TIME.search(path)}
-    found = _moments_of_time(model, timed, visited[0][1], weights_T)
-
     sizes = trace_layers(model.config, model.params)
     images = sum(x_TBHWC.shape[1] for x_TBHWC, _, _ in visited)
+    found = _moments_of_labels(model, paths, sizes, visited[0][1], weights_T)
     held = {
         path: moments_lib.held_every(sizes[path].fan_in, sizes[path].window, images)
         for path in paths
-        if path not in timed
+        if path not in found
     }
     add = _adder(model.config, held)
     firsts = np.cumsum([0] + [x_TBHWC.shape[1] for x_TBHWC, _, _ in visited])
@@ -190,52 +191,68 @@ def second_moments(
     return {path: found[path] for path in paths}
 
 
-def _moments_of_time(
-    model: Model, paths: Collection[str], t_T: np.ndarray, weights_T: np.ndarray
+def _moments_of_labels(
+    model: Model,
+    paths: Sequence[str],
+    sizes: Mapping[str, LayerInput],
+    t_T: np.ndarray,
+    weights_T: np.ndarray,
 ) -> Moments:
-    """Moments of layers that see the timestep alone, over all timesteps of the model but 0.
+    """Moments of those of the layers that see the timestep or the class alone, over all there are.
 
-    Those of the trajectories would leave out what a sampler of other steps visits. These inputs are
-    all that there are: held out is a half that equals the whole.
+    Trajectories would leave out timesteps that a sampler of other steps visits, and of a thousand
+    classes nearly all.
 
     Args:
       t_T, weights_T: of the trajectories, descending; timesteps between them weigh what straight
-        lines say.
+        lines say. Half the weight of all classes is that of "no class", as under guidance.
     """
+    config, found = model.config, {}
+    timed = {path for path in paths if _TIME.search(path)}
+    if timed:
+        all_t = np.arange(1, config.timesteps, dtype=np.int32)
+        weights = np.interp(all_t, t_T[::-1], weights_T[::-1])
+        found |= _moments_of_all(model, timed, all_t, np.zeros_like(all_t), weights)
+    classed = {path for path in paths if _CLASS.search(path) and sizes[path].positions == 1}
+    if classed and config.n_classes:
+        ids = np.arange(config.null_class + 1, dtype=np.int32)
+        weights = np.where(ids == config.null_class, config.null_class, 1.0)
+        found |= _moments_of_all(model, classed, np.ones_like(ids), ids, weights)
+    return found
+
+
+def _moments_of_all(
+    model: Model, paths: Collection[str], t_R: np.ndarray, ids_R: np.ndarray, weight_R: np.ndarray
+) -> Moments:
+    """Moments of layers that see no image, over inputs without others to come: held out is a half
+    that equals the whole."""
     config = model.config
-    all_t = np.arange(1, config.timesteps, dtype=np.int32)
-    weights = np.interp(all_t, t_T[::-1], weights_T[::-1])
 
     @jax.jit
-    def moments(params: models.Params, t_R: jax.Array, weight_R: jax.Array) -> dict[str, Any]:
-        def reduce(path: str, x_RN: jax.Array, window: dict[str, Any]) -> Any:
+    def sums(params: models.Params, t_R, ids_R, weight_R) -> dict[str, Any]:
+        def reduce(path: str, x: jax.Array, window: dict[str, Any]) -> Any:
             del window
             if path not in paths:
                 return None
-            x_RN = x_RN.astype(jnp.float32)
+            x_RN = x.reshape(len(t_R), -1).astype(jnp.float32)
             weighed_RN = x_RN * weight_R[:, None]
             second_NN = jnp.matmul(x_RN.T, weighed_RN, precision=jax.lax.Precision.HIGHEST)
             return second_NN, jnp.sum(weighed_RN, axis=0)
 
-        # What the compiler keeps of the network depends on the timestep alone.
+        # The compiler keeps what depends on the labels alone.
         x_RHWC = jnp.zeros((len(t_R), *config.latent_shape), jnp.float32)
-        context = None
-        if config.n_classes:
-            context = models.embed_classes(config, params, jnp.zeros_like(t_R))
+        context = models.embed_classes(config, params, ids_R)
         return models.capture_inputs(config, params, x_RHWC, t_R, context, reduce)[1]
 
-    if not paths:
-        return {}
-    weight_R = (weights / weights.sum()).astype(np.float32)
-    found = jax.device_get(moments(model.params, all_t, weight_R))
-    return {path: _of_all(*sums) for path, sums in found.items()}
-
-
-def _of_all(second_NN: np.ndarray, mean_N: np.ndarray) -> Moment:
-    """The moment of inputs without others to come."""
-    fan_in = len(mean_N)
-    kept = moments_lib.held_columns(fan_in, moments_lib.held_size(fan_in, 1), 1)
-    return Moment(second_NN, mean_N, second_NN[np.ix_(kept, kept)], 0.5, mean_N[kept])
+    weight_R = (weight_R / weight_R.sum()).astype(np.float32)
+    found = {}
+    for path, (second_NN, mean_N) in jax.device_get(
+        sums(model.params, t_R, ids_R, weight_R)
+    ).items():
+        kept = moments_lib.held_columns(len(mean_N), moments_lib.held_size(len(mean_N), 1), 1)
+        held_NN = second_NN[np.ix_(kept, kept)]
+        found[path] = Moment(second_NN, mean_N, held_NN, 0.5, mean_N[kept])
+    return found
 
 
 def capture_branches(
