@@ -23,7 +23,7 @@ CALIBRATION = Calibration(images=2, steps=4, batch=2)
 PATHS = (
     "unet/input_blocks_0/conv/kernel",
     "unet/output_blocks_0/res/skip/kernel",
-    "unet/input_blocks_1/res/emb/kernel",
+    "unet/input_blocks_1/res/conv1/kernel",
 )
 CODED = LayerSpec("first_last", "scalar", 1, 1, 256, 8)
 
@@ -53,7 +53,7 @@ def done(job) -> quantize.Layers:
         coarse = round_to_grid(w_ON, kernel.shape, 4)
         done.scalar[path] = ScalarLayer(coarse.decode(), 2.0, 0.1, 0.1)
         bias = path.replace("kernel", "bias")
-        if path.endswith(("conv/kernel", "emb/kernel")):
+        if path.endswith(("conv/kernel", "conv1/kernel")):
             q = np.asarray(done.quantized[path].decode())
             mean_N = rng.normal(size=w_ON.shape[1])
             found = corrected_bias(np.asarray(flat[bias]), kernel, q, mean_N)

@@ -2,7 +2,8 @@
 """What the report says of each layer beyond its error on calibration inputs.
 
 Held-out inputs come from trajectories of their own: other noise, other classes where there are
-enough, and mostly other timesteps. They see the full-precision model, as calibration does.
+enough, and mostly other timesteps. They see the full-precision model, as calibration does. Layers
+that see the timestep or the class alone have nothing that calibration has not seen.
 
 Dimension key:  O outputs   N fan-in
 """

@@ -96,10 +96,11 @@ def recorded(journal: Journal) -> dict[str, float]:
 
 
 def at(journal: Journal, t_T: np.ndarray) -> np.ndarray:
-    """The weights of a run at other timesteps, between its own by straight lines."""
+    """The weights of a run at other timesteps, between its own by straight lines; mean 1."""
     known = sorted((int(t), weight) for t, weight in recorded(journal).items())
     known_t, known_weights = zip(*known)
-    return np.interp(t_T, known_t, known_weights)
+    weights_T = np.interp(t_T, known_t, known_weights)
+    return weights_T / weights_T.mean()
 
 
 def _squares(
