@@ -115,19 +115,21 @@ def read_codes(
     """
     bits, of_vector = problem.code_bits, problem.books * problem.code_bits
     inside_TV = (rows_T < problem.outputs)[:, None] & (vectors_V < problem.groups)[None]
-    whole = of_vector % 8 == 0  # vectors begin at bytes
+    whole = of_vector % 8 == 0  # vectors begin at bytes: two codes of one byte have one address
     seen: dict[int, jax.Array] = {}
 
     def byte(offset: int, following: int = 0) -> jax.Array:
-        """The byte with the bit at this offset of each vector, or one that follows it; read once
-        where two codes share it."""
-        key = offset // 8 + following if whole else 8 * following + offset
-        if key not in seen:
-            column_V = (vectors_V * of_vector + offset >> 3) + following
+        """The byte with the bit at this offset of each vector, or the one that follows it."""
+        at = offset + 8 * following
+        column_V = vectors_V * of_vector + at >> 3
+        if whole:  # the same; the compiler sees that tiles are contiguous
+            at //= 8
+            column_V = vectors_V * (of_vector // 8) + at
+        if at not in seen:
             stored_TV = inside_TV & (column_V < problem.row_bytes)[None] if following else inside_TV
             found_TV = load(packed_ref, (rows_T[:, None], column_V[None]), stored_TV)
-            seen[key] = found_TV.astype(jnp.int32)
-        return seen[key]
+            seen[at] = found_TV.astype(jnp.int32)
+        return seen[at]
 
     codes_M = []
     for book in range(problem.books):
@@ -136,8 +138,8 @@ def read_codes(
         if gpu_arrays.in_two_bytes(bits) and not (whole and offset % 8 + bits <= 8):
             code_TV = code_TV | byte(offset, 1) << 8
         if bits != 8:
-            shift_V = vectors_V * of_vector + offset & 7
-            code_TV = code_TV >> shift_V[None] & (problem.entries - 1)
+            shift = offset % 8 if whole else (vectors_V * of_vector + offset & 7)[None]
+            code_TV = code_TV >> shift & (problem.entries - 1)
         codes_M.append(code_TV + book * problem.entries)
     return codes_M
 
