@@ -103,4 +103,4 @@ def test_weights_at_other_timesteps_lie_between_those_of_the_run(tmp_path):
     arrays = {"weights": np.array([2.0, 1.0, 0.5]), "timesteps": np.array([9, 5, 1])}
     journal.store("timesteps", arrays, {})
     found = timesteps.at(journal, np.array([7, 3, 1]))
-    np.testing.assert_allclose(found, np.array([1.5, 0.75, 0.5]) * 3 / 2.75)
+    np.testing.assert_allclose(found, [1.5, 0.75, 0.5])

@@ -96,11 +96,10 @@ def recorded(journal: Journal) -> dict[str, float]:
 
 
 def at(journal: Journal, t_T: np.ndarray) -> np.ndarray:
-    """The weights of a run at other timesteps, between its own by straight lines; mean 1."""
+    """The weights of a run at other timesteps, between its own by straight lines."""
     known = sorted((int(t), weight) for t, weight in recorded(journal).items())
     known_t, known_weights = zip(*known)
-    weights_T = np.interp(t_T, known_t, known_weights)
-    return weights_T / weights_T.mean()
+    return np.interp(t_T, known_t, known_weights)
 
 
 def _squares(
