@@ -75,7 +75,7 @@ def test_a_named_path_that_cannot_run_says_all_reasons(monkeypatch):
 
 @pytest.mark.parametrize("path", ["pallas", "triton"])
 def test_a_layer_whose_codes_kernels_do_not_read_is_decoded(path, caplog):
-    """Plans have a few such layers: they would keep the whole model from a path that was named."""
+    """One such layer would keep the whole model from a path that was named."""
     problem, why = (
         dataclasses.replace(PROBLEM, books=1, entries=48, group=1),
         "K = 48, kernels read",
