@@ -119,7 +119,7 @@ def test_convolutions_agree(interpret, image, sizes, code, group, moves, dtype, 
 
 @INTERPRET
 @pytest.mark.parametrize(
-    ("bits", "books"), [(bits, (1, 3, 4)[bits % 3]) for bits in gpu_arrays.CODE_BITS]
+    ("bits", "books"), [(bits, (4, 3, 1)[bits % 3]) for bits in gpu_arrays.CODE_BITS]
 )
 def test_codes_of_every_width_are_read(interpret, bits, books):
     """Exactly; the last code of a row ends where its bytes end, or within them."""
