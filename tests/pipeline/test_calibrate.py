@@ -166,8 +166,9 @@ def test_layers_that_see_timestep_or_class_alone_are_shown_every_one(config):
         second_NN = np.einsum("r,rn,rm->nm", weight_R, rows[path], rows[path]) / weight_R.sum()
         mean_N = weight_R @ rows[path] / weight_R.sum()
         np.testing.assert_allclose(moments[path].mean_N, mean_N, rtol=1e-4, atol=1e-5)
-        fit_NN, _, test_NN, _ = moments_lib.split(moments[path], 1)
-        for found_NN in (moments[path].second_NN, fit_NN, test_NN):
+        halves = moments_lib.split(moments[path], 1)
+        assert halves is not None
+        for found_NN in (moments[path].second_NN, halves.fit_PP, halves.test_PP):
             np.testing.assert_allclose(found_NN, second_NN, rtol=1e-4, atol=1e-5)
 
 
