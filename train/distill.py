@@ -10,8 +10,8 @@ Dimension key:  B pairs of a latent and a timestep in one step   P trajectories 
 
 A sampler of any number of steps shall find the student prepared: pairs have all timesteps. Each
 trajectory visits those of a grid, all but the lowest moved by chance up to half way to the next.
-(What sees the timestep alone, the time embedding, changes fast with it. Taught on 25 fixed ones,
-a student of two bits had up to 1.6 times the error at those between.)
+(What sees the timestep alone, the time embedding, changes fast with it: what was taught at a few
+timesteps says little of those between.)
 
 Loss of a step, with e the prediction of the student, e* that of the teacher, g the guidance and w_t
 the weight of a timestep (`pipeline.timesteps`; its mean is 1):
@@ -386,7 +386,7 @@ class Lessons:
         index_P = np.arange(number * count, (number + 1) * count, dtype=np.uint32)
         t_TP = np.repeat(self.grid_T[:, None], count, axis=1)
         if self._recipe.order == "mixed":
-            t_TP = moved(self.grid_T, count, config.timesteps, rng)
+            t_TP = near_grid(self.grid_T, count, config.timesteps, rng)
 
         def teach(first: int) -> Taught:
             chosen = slice(first, first + self._recipe.together)
@@ -406,7 +406,9 @@ def grid(config: LatentDiffusionConfig, recipe: Recipe) -> np.ndarray:
     return ddim_schedule(config, recipe.timesteps).timesteps[::-1]
 
 
-def moved(grid_T: np.ndarray, count: int, timesteps: int, rng: np.random.Generator) -> np.ndarray:
+def near_grid(
+    grid_T: np.ndarray, count: int, timesteps: int, rng: np.random.Generator
+) -> np.ndarray:
     """Timesteps of so many trajectories, int32 [T, P], descending.
 
     Each is drawn from those nearest to its place in the grid, but for the lowest, at which samplers

@@ -103,7 +103,7 @@ def test_the_teacher_walks_as_the_sampler_does():
 def test_trajectories_visit_all_timesteps_between_those_of_the_grid(steps, timesteps):
     config = dataclasses.replace(TEACHER.config, timesteps=timesteps)
     grid_T = distill.grid(config, dataclasses.replace(RECIPE, timesteps=steps))
-    t_TP = distill.moved(grid_T, 4000, timesteps, np.random.default_rng(0))
+    t_TP = distill.near_grid(grid_T, 4000, timesteps, np.random.default_rng(0))
     assert (np.diff(t_TP, axis=0) < 0).all()
     assert (t_TP[-1] == 1).all()
     distance = timesteps // steps if steps > 1 else 0

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Second moments of every layer's input, from the full-precision model's own trajectories.
+"""Second moments of every layer's input, from the full-precision model's own trajectories, or from
+all timesteps or classes where a layer sees nothing else.
 
 Dimension key:  B batch   H W latent   C channels   T trajectory steps   R rows of a layer's input
                 N fan-in of a layer   P features of its held-out moment

@@ -98,7 +98,7 @@ def held_out(job: "Job", journal: Journal, done: "Layers") -> dict[str, LayerErr
     """Errors of all layers on held-out inputs, in passes as long as memory allows; resumable."""
     visited = _trajectories(job, journal)
     weights_T = timesteps.at(journal, visited[1])
-    weights_T /= weights_T.mean()
+    weights_T /= weights_T.mean()  # moments are means where weights have the mean 1
     sizes = {path: job.sizes[path] for path in job.plan}
     groups = calibrate.batches(sizes, job.division.moments)
     calls = len(visited[1])
