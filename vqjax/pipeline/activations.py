@@ -7,12 +7,13 @@ Dimension key:  B batch   H W latent   C channels   T trajectory steps   L layer
 The trajectories are walked twice: first for the least and the largest number that each layer reads
 at each timestep, then for the squared error of a part of its inputs in a few ranges within those
 (`core.activations`). The range of least error, summed over all batches, is kept. Memory beyond the
-model's own is a few numbers per layer, timestep and candidate.
+model's own is a few numbers per layer, timestep and candidate. Layers that see the class alone are
+shown all classes instead, half of the rows having none, as under guidance.
 """
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -67,19 +68,66 @@ def observe(
       on_step: called after each U-Net call.
 
     Returns:
-      One row per timestep of the trajectories, zero points whole.
+      One row per timestep of the trajectories, zero points whole. Layers that see the class alone
+      have one range for all timesteps, and of all classes: trajectories show few of a thousand.
 
     Raises:
       VqjaxError: names layers whose inputs are NaN or infinite.
     """
     config, t_T = model.config, np.asarray(visited[0][1])
-    paths = sorted(calibrate.trace_layers(config, model.params))
+    sizes = calibrate.trace_layers(config, model.params)
+    classed = sorted(calibrate.class_layers(config, sizes))
+    others = sorted(sizes.keys() - classed)
+    points = [
+        _Point(step, x_BHWC, t, ids_B)
+        for x_TBHWC, t_T, ids_B in visited
+        for step, (x_BHWC, t) in enumerate(zip(x_TBHWC, t_T))
+    ]
+    found = _least_errors(model, others, points, len(t_T), bits, on_step)
+    if classed:
+        ids_B = jnp.arange(config.null_class, dtype=jnp.int32)
+        nothing = np.zeros((len(ids_B), *config.latent_shape), np.float32)
+        point = _Point(0, nothing, t_T[0], ids_B)
+        for table, more in zip(found, _least_errors(model, classed, [point], 1, bits)):
+            table |= {path: np.repeat(row_1, len(t_T)) for path, row_1 in more.items()}
+    step, zero = found
+    order_T = np.argsort(t_T)
+    return Activations(
+        timesteps_T=jnp.asarray(t_T[order_T], jnp.int32),
+        log2_steps={path: jnp.asarray(np.log2(step[path][order_T])) for path in sorted(step)},
+        zeros={path: jnp.asarray(zero[path][order_T]) for path in sorted(zero)},
+        bits=bits,
+    )
+
+
+class _Point(NamedTuple):
+    """A call of the U-Net in both guidance branches; `step` is its row in the tables."""
+
+    step: int
+    x_BHWC: np.ndarray
+    t: int
+    ids_B: jax.Array | None
+
+
+def _least_errors(
+    model: Model,
+    paths: Sequence[str],
+    points: Sequence[_Point],
+    steps: int,
+    bits: int,
+    on_step: Callable[[], None] = lambda: None,
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Steps and zero points of the layers `paths`, by path, float32 [T], T being `steps`."""
+    config = model.config
     layers_bits = [layer_bits(path, bits) for path in paths]
 
+    # The compiler leaves out what no layer of `paths` reads.
     @jax.jit
     def ends(params, x_BHWC, t, ids_B):
         def reduce(path, x, window):
-            del path, window
+            del window
+            if path not in paths:
+                return None
             return jnp.stack([jnp.min(x), jnp.max(x)]).astype(jnp.float32)
 
         found = calibrate.capture_branches(config, params, x_BHWC, t, ids_B, reduce)
@@ -89,6 +137,8 @@ def observe(
     def errors(params, x_BHWC, t, ids_B, step_FL, zero_FL):
         def reduce(path, x, window):
             del window
+            if path not in paths:
+                return None
             layer = paths.index(path)
             return squared_errors(
                 _part(x), step_FL[:, layer], zero_FL[:, layer], layers_bits[layer]
@@ -97,9 +147,9 @@ def observe(
         found = calibrate.capture_branches(config, params, x_BHWC, t, ids_B, reduce)
         return jnp.stack([found[path] for path in paths], axis=1)
 
-    low_TL = np.full((len(t_T), len(paths)), np.inf, np.float32)
+    low_TL = np.full((steps, len(paths)), np.inf, np.float32)
     high_TL = -low_TL
-    for step, ends_L2 in _walk(model, visited, lambda step, *call: ends(*call)):
+    for step, ends_L2 in _walk(model, points, lambda step, *call: ends(*call)):
         low_TL[step] = np.minimum(low_TL[step], ends_L2[:, 0])
         high_TL[step] = np.maximum(high_TL[step], ends_L2[:, 1])
         on_step()
@@ -112,21 +162,15 @@ def observe(
     def errors_at(step: int, *call: Any) -> jax.Array:
         return errors(*call, step_FTL[:, step], zero_FTL[:, step])
 
-    for step, error_FL in _walk(model, visited, errors_at):
+    for step, error_FL in _walk(model, points, errors_at):
         error_FTL[:, step] += error_FL
         on_step()
     best_1TL = np.argmin(error_FTL, axis=0)[None]
-    order_T = np.argsort(t_T)
     step_TL, zero_TL = (
-        np.take_along_axis(table_FTL, best_1TL, axis=0)[0][order_T].astype(np.float32)
+        np.take_along_axis(table_FTL, best_1TL, axis=0)[0].astype(np.float32)
         for table_FTL in (step_FTL, zero_FTL)
     )
-    return Activations(
-        timesteps_T=jnp.asarray(t_T[order_T], jnp.int32),
-        log2_steps=_by_path(paths, np.log2(step_TL)),
-        zeros=_by_path(paths, zero_TL),
-        bits=bits,
-    )
+    return dict(zip(paths, step_TL.T)), dict(zip(paths, zero_TL.T))
 
 
 def _part(x: jax.Array) -> jax.Array:
@@ -138,27 +182,18 @@ def _part(x: jax.Array) -> jax.Array:
 
 
 def _walk(
-    model: Model, visited: Sequence[tuple], compute: Callable[..., jax.Array]
+    model: Model, points: Sequence[_Point], compute: Callable[..., jax.Array]
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Yields the number of the step and `compute(step, params, x, t, ids)`, for all points."""
-    points = [
-        (step, x_BHWC, t, ids_B)
-        for x_TBHWC, t_T, ids_B in visited
-        for step, (x_BHWC, t) in enumerate(zip(x_TBHWC, t_T))
-    ]
+    """Yields the row and `compute(row, params, x, t, ids)`, for all points."""
 
-    def work(point: tuple) -> tuple[int, np.ndarray]:
+    def work(point: _Point) -> tuple[int, np.ndarray]:
         step, x_BHWC, t, ids_B = point
         return step, np.asarray(compute(step, model.params, x_BHWC, jnp.int32(t), ids_B))
 
     yield from cores.in_order(work, points, together=model.config.small)
 
 
-def _by_path(paths: list[str], table_TL: np.ndarray) -> dict[str, jax.Array]:
-    return {path: jnp.asarray(column_T) for path, column_T in zip(paths, table_TL.T)}
-
-
-def _check_finite(paths: list[str], low_TL: np.ndarray, high_TL: np.ndarray) -> None:
+def _check_finite(paths: Sequence[str], low_TL: np.ndarray, high_TL: np.ndarray) -> None:
     finite_TL = np.isfinite(low_TL) & np.isfinite(high_TL)
     bad = [
         f"{path}: inputs are NaN or infinite"

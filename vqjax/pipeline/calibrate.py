@@ -91,6 +91,13 @@ def trace_layers(config: LatentDiffusionConfig, params: models.Params) -> dict[s
     return sizes
 
 
+def class_layers(config: LatentDiffusionConfig, sizes: Mapping[str, LayerInput]) -> set[str]:
+    """Those of the layers that see the class alone; `sizes` is from `trace_layers`."""
+    if not config.n_classes:
+        return set()
+    return {path for path, size in sizes.items() if _CLASS.search(path) and size.positions == 1}
+
+
 def batches(sizes: dict[str, LayerInput], limit_bytes: int) -> list[list[str]]:
     """Splits layers into groups whose moments fit `limit_bytes` together (one layer at least)."""
     groups: list[list[str]] = [[]]
@@ -214,8 +221,8 @@ def _moments_of_labels(
         all_t = np.arange(1, config.timesteps, dtype=np.int32)
         weights = np.interp(all_t, t_T[::-1], weights_T[::-1])
         found |= _moments_of_all(model, timed, all_t, np.zeros_like(all_t), weights)
-    classed = {path for path in paths if _CLASS.search(path) and sizes[path].positions == 1}
-    if classed and config.n_classes:
+    classed = class_layers(config, sizes) & set(paths)
+    if classed:
         ids = np.arange(config.null_class + 1, dtype=np.int32)
         weights = np.where(ids == config.null_class, config.null_class, 1.0)
         found |= _moments_of_all(model, classed, np.ones_like(ids), ids, weights)
