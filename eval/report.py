@@ -193,7 +193,7 @@ def _lost(report: Mapping[str, Any]) -> Table:
             number(scalar.get(field), digits),
         ]
         rows.append([*row, number(real.get(field), digits)] if real else row)
-    columns = ["", "full precision", "quantized", "change", "scalar, same bits"]
+    columns = ["", "full precision", "quantized", "change", "scalar (GPTQ)"]
     return Table(
         "What was lost", _lost_note(report), columns + ["real pictures"] * bool(real), rows
     )
@@ -230,7 +230,7 @@ def _near(report: Mapping[str, Any]) -> Table:
         for field, (name, digits, more_is_better) in _FIDELITY.items()
     ]
     note = "Each picture against its full-precision twin, mean over pictures."
-    columns = ["", "quantized", *(["scalar, same bits"] if scalar else [])]
+    columns = ["", "quantized", *(["scalar (GPTQ)"] if scalar else [])]
     return Table("Likeness to the full-precision pictures", note, columns, rows)
 
 

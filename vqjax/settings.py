@@ -74,8 +74,8 @@ class QuantizeSettings:
     """Compresses a latent diffusion model's U-Net, and shows what was gained and lost."""
 
     source: Annotated[str, tyro.conf.Positional] = "digits"
-    """A .ckpt or .safetensors file, a diffusers folder, a run folder, or "digits", which is in
-    the package."""
+    """A model in full precision: a .ckpt, .pth, .pt, .bin or .safetensors file, a diffusers folder,
+    or "digits", which is in the package."""
     bits: float = 2.0
     """Most stored bits per quantized weight: codes, codebooks, scales, first and last layer."""
     size: float | None = None
@@ -84,7 +84,8 @@ class QuantizeSettings:
     act_bits: int = 8
     """Bits of what goes into each layer, 2 to 8; 32 leaves it in floating point."""
     tune_steps: int | None = None
-    """Steps of distillation after compression; default: 100 for digits, 0 for larger models."""
+    """Steps of distillation after compression; default: 100 for models of up to 64
+    pixels, 0 for larger ones."""
     plan: pathlib.Path | None = None
     """A plan.json, perhaps edited, in place of the one made for --bits or --size."""
     out: pathlib.Path = pathlib.Path("vqjax-out")
@@ -94,7 +95,7 @@ class QuantizeSettings:
     dry_run: bool = False
     """Print the plan, bytes, memory and time; start nothing."""
     samples: int | None = None
-    """Images per model in the report; default: 256 for digits, 4 for larger models."""
+    """Images per model in the report; default: 256 for models of up to 64 pixels, else 4."""
     config: Preset | None = None
     """What the checkpoint was trained as, where its shapes do not tell."""
     calibration: Calibration = Calibration()
@@ -136,8 +137,9 @@ class SampleSettings:
     dtype: Dtype = "float32"
     """What the U-Net computes in."""
     weight_memory: float | None = None
-    """Most GB of quantized weights that are decoded at load; the others stay packed and are decoded
-    in every step. Default: all are decoded, but those that kernels read as they are stored."""
+    """Most GB of quantized weights that are decoded at load; the others stay packed: native code
+    reads them on a CPU where it can, else they are decoded in every step. Default: all are decoded,
+    but those that kernels read as they are stored."""
     columns: int = 8
     """Images in one row of the grid."""
     config: Preset | None = None
@@ -167,12 +169,13 @@ class EvaluateSettings:
     lpips: tuple[pathlib.Path, ...] | None = None
     """The weights of LPIPS, such as vgg16-397923af.pth and vgg.pth."""
     count: int | None = None
-    """Images per model; compare scores at equal counts only. Default: 10,000 for digits, 50,000
-    for other models; of given pictures, all."""
+    """Images per model; compare scores at equal counts only. Default: 10,000 for digits and
+    textures, 50,000 for other models; of given pictures, all."""
     steps: int = 20
     """DDIM steps."""
     guidance: float | None = None
-    """Classifier-free guidance, 1 is none; default: the model's own, 1.5 for digits, else 3."""
+    """Classifier-free guidance, 1 is none; default: the model's own, 1.5 for digits
+    and textures, else 3."""
     eta: float = 0.0
     """Noise of DDIM: 0 is deterministic, 1 as much as DDPM."""
     seed: int = 0

@@ -69,7 +69,8 @@ def test_ranges_have_the_least_error_over_all_batches(visited, seen, bits):
 def test_ranges_of_layers_that_see_the_class_alone_are_of_all_classes(visited, bits):
     """Of three classes two are visited; none is half of what guidance asks for."""
     config = MODEL.config
-    assert config.n_classes == 4 and OF_CLASS
+    assert config.n_classes == 4
+    assert OF_CLASS
     inputs = _inputs(np.zeros((3, *config.latent_shape), np.float32), 1, jnp.arange(3))
     one_class = [(x_TBHWC, t_T, jnp.zeros(2, jnp.int32)) for x_TBHWC, t_T, _ in visited]
     ranges = activations.observe(MODEL, one_class, bits).at(TIMESTEPS)

@@ -556,7 +556,8 @@ def _restore(path: str, arrays, notes) -> tuple:
 
 
 def _baseline(job, journal, moments, part) -> dict[str, ScalarLayer]:
-    """Scalar quantization at the same bits on the same moments, what ours is measured against."""
+    """Scalar quantization in as many bits, rounded up, on the same moments: what ours is measured
+    against."""
     flat = tree.flatten(job.model.params)
 
     def piece(path: str) -> str:
