@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The judges of small data, and which of them looks at the samples of which model."""
 
+from vqjax.config import PRESETS, LatentDiffusionConfig
 from vqjax.eval.judge import Judge
 from vqjax.io import digits_data, textures_data
 
@@ -25,6 +26,17 @@ JUDGES = {judge.kind: judge for judge in (DIGITS, TEXTURES)}
 """By the name of the model's config, which is that of its data."""
 
 
-def of_model(name: str) -> Judge | None:
-    """The judge of a model by its config's name; None where its data is not small."""
-    return JUDGES.get(name)
+def of_model(config: LatentDiffusionConfig) -> Judge | None:
+    """The judge of a model by its config's name; None where its data is not small.
+
+    The name alone does not do: that of a model from a folder is the folder's.
+    """
+    judge = JUDGES.get(config.name)
+    if judge is None:
+        return None
+    own = PRESETS[config.name]()
+    alike = (config.first_stage.resolution, config.n_classes) == (
+        own.first_stage.resolution,
+        own.n_classes,
+    )
+    return judge if alike else None

@@ -9,7 +9,8 @@ Dimension key:  B pairs of a latent and a timestep in one step   P trajectories 
                 T timesteps of a trajectory   H W latent   C channels   L layers
 
 A sampler of any number of steps shall find the student prepared: pairs have all timesteps. Each
-trajectory visits those of a grid, all but the lowest moved by chance up to half way to the next.
+trajectory visits those of a grid, all but the lowest moved by chance up to half way to the next, or
+to where there is none.
 (What sees the timestep alone, the time embedding, changes fast with it: what was taught at a few
 timesteps says little of those between.)
 
@@ -412,17 +413,18 @@ def near_grid(
     """Timesteps of so many trajectories, int32 [T, P], descending.
 
     Each is drawn from those nearest to its place in the grid, but for the lowest, at which samplers
-    of any number of steps end.
+    of any number of steps end: the one above it has all in between.
 
     Args:
       grid_T: at equal distances, descending.
       timesteps: of the model; the highest that may be drawn is the last of them.
     """
     distance = -int(np.diff(grid_T)[0]) if len(grid_T) > 1 else 1
+    low_T, high_T = grid_T - (distance - 1) // 2, grid_T + distance // 2
+    high_T[0], low_T[-1:] = timesteps - 1, grid_T[-1:]
+    high_T[-1:], low_T[-2:-1] = grid_T[-1:], grid_T[-1:] + 1
     shape = len(grid_T), count
-    moves_TP = rng.integers(-((distance - 1) // 2), distance // 2 + 1, shape, np.int32)
-    moves_TP[-1] = 0
-    return np.minimum(grid_T[:, None] + moves_TP, timesteps - 1)
+    return rng.integers(low_T[:, None], high_T[:, None], shape, np.int32, endpoint=True)
 
 
 def trajectories(

@@ -18,6 +18,7 @@ from vqjax.errors import VqjaxError
 
 SAVE_INTERVAL = 60.0  # seconds between checkpoints, while losses do not grow
 WINDOW = 100  # steps that the shown figures are means of
+GUARD = 10  # first steps, and last ones, whose mean losses tell whether training diverges
 
 Metrics = Mapping[str, jax.Array]
 """Scalars of one step by name; "loss" is one of them."""
@@ -85,7 +86,14 @@ def train(
 
 def _save(manager: ocp.CheckpointManager, step: int, state: Any, seen: dict[str, list]) -> None:
     kept = {"state": ocp.args.StandardSave(state), "watch": ocp.args.JsonSave(seen)}
-    manager.save(step, args=ocp.args.Composite(**kept))
+    try:
+        manager.save(step, args=ocp.args.Composite(**kept))
+    except (OSError, ValueError) as error:  # Orbax reports a full disk as the latter
+        said = str(error).partition("\n")[0]
+        raise VqjaxError(
+            f"{manager.directory}: cannot write a checkpoint ({said}); make room, the same command "
+            "continues from the one before"
+        ) from error
 
 
 def _restored(manager: ocp.CheckpointManager, step: int, like: Any) -> tuple[Any, dict[str, list]]:
@@ -125,16 +133,16 @@ class _Watch:
     @property
     def sound(self) -> bool:
         """Whether losses are still far from where training stops: what a checkpoint shall keep."""
-        return not self._mean("loss") > self._most**0.5 * float(np.mean(self._early))
+        return not self._last() > self._most**0.5 * float(np.mean(self._early))
 
     def add(self, index: int, metrics: dict[str, float]) -> None:
         """Takes the metrics of a step; raises DivergedError."""
         loss = metrics["loss"]
         self._recent.append(metrics)
-        if len(self._early) < WINDOW:
+        if len(self._early) < GUARD:
             self._early.append(loss)
         limit = self._most * float(np.mean(self._early))
-        if math.isfinite(loss) and not self._mean("loss") > limit:
+        if math.isfinite(loss) and not self._last() > limit:
             return
         raise DivergedError(
             f"{self._name}: loss {loss:.4g} at step {index}, {np.mean(self._early):.4g} in the "
@@ -144,6 +152,9 @@ class _Watch:
     def note(self) -> str:
         """The means for the progress line."""
         return "  ".join(f"{key} {self._mean(key):.5f}" for key in self._recent[-1])
+
+    def _last(self) -> float:
+        return float(np.mean([metrics["loss"] for metrics in self._recent][-GUARD:]))
 
     def _mean(self, key: str) -> float:
         return float(np.mean([metrics[key] for metrics in self._recent]))

@@ -19,7 +19,8 @@ def load(source, *, config=None):
 
     Args:
       source: see `vqjax.io.load_model`.
-      config: a `vqjax.config.LatentDiffusionConfig` where the shapes do not tell.
+      config: where the shapes do not tell, a `vqjax.config.LatentDiffusionConfig`, the name of a
+        published one, or a JSON file of one.
 
     Returns:
       A `vqjax.core.model.Model`: configuration and parameters, quantized weights still packed.

@@ -7,9 +7,13 @@ CompVis/latent-diffusion (`configs/latent-diffusion/*.yaml`, commit a506df5).
 """
 
 import dataclasses
-from typing import Any, Self
+import json
+import os
+import pathlib
+import typing
+from typing import Any, Literal, Self
 
-from vqjax.errors import VqjaxError
+from vqjax.errors import VqjaxError, gathered
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,7 +57,7 @@ class AutoencoderConfig:
       n_embed: codebook rows; 0 for "kl".
     """
 
-    kind: str = "vq"
+    kind: Literal["vq", "kl"] = "vq"
     resolution: int = 256
     in_channels: int = 3
     out_channels: int = 3
@@ -122,7 +126,7 @@ class LatentDiffusionConfig:
         """The inverse of `to_dict`.
 
         Raises:
-          VqjaxError: names every missing or unknown field.
+          VqjaxError: names every missing or unknown field, or every value of another type.
         """
         data = dict(data)
         data["unet"] = _build(UNetConfig, data.get("unet", {}), "unet")
@@ -225,7 +229,41 @@ PRESETS = {
 """Published configurations by name, as `--config` takes them."""
 
 
-def _build(cls: type, data: dict[str, Any], where: str) -> Any:
+def find(wanted: "str | os.PathLike | LatentDiffusionConfig") -> LatentDiffusionConfig:
+    """The configuration that a `--config` names.
+
+    Args:
+      wanted: a name of `PRESETS`; or a JSON file, which holds what `to_dict` returns, fields that
+        have defaults being optional. A configuration itself is returned.
+
+    Raises:
+      VqjaxError: if it is neither, or the file's fields are not those of a configuration.
+    """
+    if isinstance(wanted, LatentDiffusionConfig):
+        return wanted
+    if wanted in PRESETS:
+        return PRESETS[str(wanted)]()
+    path = pathlib.Path(wanted)
+    try:
+        data = json.loads(path.read_text())
+    except OSError as error:
+        raise VqjaxError(
+            f"--config {path}: {error.strerror or error}; expected one of {', '.join(PRESETS)}, or "
+            "a JSON file (docs/import.md)"
+        ) from None
+    except ValueError as error:
+        raise VqjaxError(f"--config {path}: no JSON ({error}); see docs/import.md") from None
+    if not isinstance(data, dict):
+        raise VqjaxError(f"--config {path}: found {type(data).__name__}, expected an object")
+    try:
+        return LatentDiffusionConfig.from_dict(data)
+    except VqjaxError as error:
+        raise VqjaxError(f"--config {path}: {error}") from None
+
+
+def _build(cls: type, data: Any, where: str) -> Any:
+    if not isinstance(data, dict):
+        raise VqjaxError(f"{where}: found {data!r}, expected an object")
     fields = {field.name: field for field in dataclasses.fields(cls)}
     unknown = sorted(set(data) - set(fields))
     missing = sorted(
@@ -240,6 +278,33 @@ def _build(cls: type, data: dict[str, Any], where: str) -> Any:
             f"{where}: unknown fields {unknown}, missing fields {missing}; "
             f"expected {sorted(fields)}"
         )
-    return cls(
-        **{name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
-    )
+    data = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in data.items()
+    }
+    kinds = typing.get_type_hints(cls)
+    problems = [
+        f"{name}: found {value!r}, expected {_shown(kinds[name])}"
+        for name, value in data.items()
+        if not _fits(kinds[name], value)
+    ]
+    if problems:
+        raise gathered(problems, f"{where}: values that do not fit:")
+    return cls(**data)
+
+
+def _shown(kind: Any) -> str:
+    if typing.get_origin(kind) is Literal:
+        return " or ".join(map(repr, typing.get_args(kind)))
+    return str(kind) if typing.get_args(kind) else kind.__name__
+
+
+def _fits(kind: Any, value: Any) -> bool:
+    if typing.get_origin(kind) is Literal:
+        return value in typing.get_args(kind)
+    if typing.get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_fits(int, item) for item in value)
+    if parts := typing.get_args(kind):
+        return any(_fits(part, value) for part in parts)
+    if kind in (int, float):  # true is no number, and a whole one serves as a float
+        return type(value) in (int, kind)
+    return isinstance(value, kind)

@@ -7,6 +7,7 @@ Imports neither jax nor anything of ours but errors, so that `--help` answers at
 import dataclasses
 import json
 import numbers
+import os
 import pathlib
 import shlex
 import typing
@@ -96,8 +97,9 @@ class QuantizeSettings:
     """Print the plan, bytes, memory and time; start nothing."""
     samples: int | None = None
     """Images per model in the report; default: 256 for models of up to 64 pixels, else 4."""
-    config: Preset | None = None
-    """What the checkpoint was trained as, where its shapes do not tell."""
+    config: str | None = None
+    """What the checkpoint was trained as, where its shapes do not tell: the name of a published
+    model, or a JSON file (docs/import.md)."""
     calibration: Calibration = Calibration()
     """Inputs that layer errors are measured on."""
     tuning: Tuning = Tuning()
@@ -142,8 +144,9 @@ class SampleSettings:
     but those that kernels read as they are stored."""
     columns: int = 8
     """Images in one row of the grid."""
-    config: Preset | None = None
-    """What the checkpoint was trained as, where its shapes do not tell."""
+    config: str | None = None
+    """What the checkpoint was trained as, where its shapes do not tell: the name of a published
+    model, or a JSON file (docs/import.md)."""
     out: pathlib.Path = pathlib.Path("grid.png")
     """The grid; its text chunk "vqjax" holds the parameters."""
 
@@ -182,8 +185,9 @@ class EvaluateSettings:
     """Noise and class of image i depend on the seed and i alone."""
     batch: int | None = None
     """Images in one compiled call, and in one file; default: 100 up to 64 pixels, else 16."""
-    config: Preset | None = None
-    """What a checkpoint was trained as, where its shapes do not tell."""
+    config: str | None = None
+    """What a checkpoint was trained as, where its shapes do not tell: the name of a published
+    model, or a JSON file (docs/import.md)."""
     out: pathlib.Path = pathlib.Path("vqjax-evaluation")
     """Folder of samples, scores and report. The same command continues an unfinished one; samples
     that are there serve again when other scores are asked for."""
@@ -465,6 +469,21 @@ def from_plain(settings: type[Settings], values: dict[str, Any], where: str) -> 
     return made
 
 
+def of_call(settings: type[Settings], values: dict[str, Any], where: str) -> Settings:
+    """Settings from the arguments of a Python call: numbers of NumPy, text for paths and dicts for
+    nested settings will do. Equal calls make equal settings, however they are written.
+
+    Raises:
+      VqjaxError: as `from_plain`.
+    """
+    problems: list[str] = []
+    given = {name: _plain(value) for name, value in values.items()}
+    made = _nested(settings, given, "", problems)
+    if problems:
+        raise gathered(problems, f"{where}: arguments that do not fit:")
+    return made
+
+
 def _nested(kind: Any, values: Any, name: str, problems: list[str]) -> Any:
     """A dataclass from the values of its fields; `name` is of the field that it is in, if any."""
     if not isinstance(values, dict):
@@ -510,13 +529,13 @@ def _value(kind: Any, value: Any, name: str, problems: list[str], also: str = ""
             problems.append(_misfit(name, value, f"one of {', '.join(parts)}{also}"))
     elif type(value) not in _JSON[kind][0]:  # not isinstance: true is no number
         problems.append(_misfit(name, value, _JSON[kind][1] + also))
-    elif kind is pathlib.Path:
-        return pathlib.Path(value)
+    elif kind in (pathlib.Path, float):
+        return kind(value)
     return value
 
 
 def _misfit(name: str, found: Any, expected: str) -> str:
-    return f"{name}: found {json.dumps(found)[:60]}, expected {expected}"
+    return f"{name}: found {json.dumps(found, default=repr)[:60]}, expected {expected}"
 
 
 def _plain(value: Any) -> Any:
@@ -524,7 +543,13 @@ def _plain(value: Any) -> Any:
         return {name: _plain(inner) for name, inner in value.items()}
     if isinstance(value, tuple | list):
         return [_plain(inner) for inner in value]
-    return str(value) if isinstance(value, pathlib.Path) else value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return plain(value)
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        return int(value)
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        return float(value)
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def _options(settings: Any, prefix: str) -> Iterator[str]:

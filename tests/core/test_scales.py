@@ -10,13 +10,22 @@ from vqjax.core.scales import LogScales
 from vqjax.errors import VqjaxError
 
 
-@pytest.mark.parametrize("spread", [1e-3, 1.0, 8.0])
+@pytest.mark.parametrize("spread", [1e-3, 0.3, 0.9])
 def test_errors_stay_below_half_a_step(spread):
     given = np.exp(np.random.default_rng(0).normal(size=200) * spread)
     found = LogScales.of(given)
     step = np.log(given.max() / given.min()) / (scales.LEVELS - 1)
     assert np.abs(np.log(np.asarray(found.values()) / given)).max() <= step / 2 * 1.01 + 1e-6
     assert np.all(np.asarray(LogScales.of(given, up=True).values()) >= given * (1 - 1e-4))
+
+
+@pytest.mark.parametrize("tiny", [1e-3, 1e-6, 1e-12, 1e-30])
+@pytest.mark.parametrize("up", [False, True])
+def test_one_tiny_scale_leaves_the_others_their_resolution(tiny, up):
+    given = np.append(np.random.default_rng(0).uniform(0.5, 1, 95), tiny)
+    found = np.asarray(LogScales.of(given, up=up).values())
+    assert np.abs(found / given - 1)[:-1].max() < (0.21 if up else 0.1)  # of 8 octaves in 31 sizes
+    assert found[-1] < given[:-1].min() / 100
 
 
 def test_bytes_are_those_that_are_counted():

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scores of textures: the shipped extractors know unseen crops, and see lost high frequencies."""
 
+import dataclasses
 import importlib.util
 
 import numpy as np
@@ -20,9 +21,11 @@ COUNT = 900
 
 
 def test_judges_are_found_by_the_name_of_a_model():
-    assert judges.of_model("digits") is DIGITS
-    assert judges.of_model("textures") is TEXTURES
-    assert judges.of_model("cin256-v2") is None
+    assert judges.of_model(PRESETS["digits"]()) is DIGITS
+    assert judges.of_model(PRESETS["textures"]()) is TEXTURES
+    assert judges.of_model(PRESETS["cin256-v2"]()) is None
+    named_like = dataclasses.replace(PRESETS["cin256-v2"](), name="textures")
+    assert judges.of_model(named_like) is None
     for kind in judges.JUDGES:
         assert PRESETS[kind]().name == kind
 

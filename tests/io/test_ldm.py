@@ -157,6 +157,17 @@ def test_a_noise_schedule_that_differs_is_an_error():
         build(models.tensors(models.CLASSES) | schedule(shorter))
 
 
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_a_checkpoint_in_half_precision_has_its_schedule_in_it_too(dtype):
+    state = models.tensors(models.CLASSES)
+    half = {name: values.astype(dtype) for name, values in schedule(models.CLASSES).items()}
+    as_read = {name: values.astype(np.float32) for name, values in half.items()}
+    build(state | as_read)
+    other = schedule(dataclasses.replace(models.CLASSES, linear_end=0.0155))
+    with pytest.raises(VqjaxError, match=r"betas: runs from 0\.0015"):
+        build(state | {"betas": other["betas"].astype(dtype).astype(np.float32)})
+
+
 def test_the_reference_schedule_fits():
     files = golden_files("golden", "schedule*.npz")
     if not files:

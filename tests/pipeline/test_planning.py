@@ -35,7 +35,7 @@ def job(source) -> quantize.Job:
 
 
 def _measured(job, **sensitive):
-    outlooks = {path: planning.Outlook(DEFAULT, False, 0.3, 1.0, {}) for path in job.plan}
+    outlooks = {path: planning.Outlook(DEFAULT, False, 0.3, 0.2, 1.0, {}) for path in job.plan}
     costs = {path: sensitive.get(path.split("/")[-2], 1.0) for path in job.plan}
     return outlooks, costs
 

@@ -54,7 +54,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_step(tmp_path):
 
 
 def test_growing_losses_stop_before_they_overflow(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "WINDOW", 4)
+    monkeypatch.setattr(loop, "GUARD", 4)
 
     def growing(state, index):
         return state, {"loss": 2.0**index}
@@ -63,8 +63,19 @@ def test_growing_losses_stop_before_they_overflow(tmp_path, monkeypatch):
         loop.train("run", start(), growing, 99, tmp_path, most=5, advice="try 0.1")
 
 
+@pytest.mark.parametrize("jump", [12, 50, 95])
+def test_a_short_run_that_diverges_stops_too(jump, tmp_path):
+    """With the constants as they are: a default tuning has a hundred steps."""
+
+    def jumping(state, index):
+        return {"index": index}, {"loss": jnp.where(index < jump, 1.0, 1e4)}
+
+    with pytest.raises(loop.DivergedError, match=rf"loss 1e\+04 at step {jump}, 1 in the first"):
+        loop.train("run", {"index": jnp.int32(0)}, jumping, 100, tmp_path, most=20)
+
+
 def test_what_diverged_diverges_again_from_its_last_good_state(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "WINDOW", 4)
+    monkeypatch.setattr(loop, "GUARD", 4)
     monkeypatch.setattr(loop, "SAVE_INTERVAL", -1.0)  # after every step
 
     def growing(state, index):

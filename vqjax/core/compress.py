@@ -137,7 +137,7 @@ def compress_layer(
     check_layer(kernel, moment, metric)
     effort = effort or Effort()
     if spec.grouping == "scalar":
-        tensor, history = _round_scalar(kernel, spec), ()
+        tensor, history = _round_scalar(kernel, moment if metric is None else metric, spec), ()
     else:
         inputs, scaled = None, _Given(kernel, moment, metric)
         if spec.input_scales:
@@ -180,8 +180,8 @@ def _without_input_scales(given: _Given) -> tuple[LogScales, _Given]:
     return inputs, _Given(kernel / divisor_C, scaled_NN, None)
 
 
-def _round_scalar(kernel: jax.Array, spec: LayerSpec) -> VQTensor:
-    return scalar.round_to_grid(grouping.to_matrix(kernel), kernel.shape, spec.entries)
+def _round_scalar(kernel: jax.Array, metric, spec: LayerSpec) -> VQTensor:
+    return scalar.round_to_grid(grouping.to_matrix(kernel), kernel.shape, spec.entries, metric)
 
 
 def _statistics(kernel, moment, tensor: VQTensor, history: tuple[float, ...]) -> LayerStats:

@@ -83,9 +83,13 @@ class Split(NamedTuple):
 
 
 def centred(second_NN: np.ndarray, mean_N: np.ndarray) -> np.ndarray:
-    """Covariance S - mu mu^T, in the dtype of S."""
+    """Covariance S - mu mu^T, in the dtype of S; zero for inputs that hardly change."""
     mean_N = mean_N.astype(second_NN.dtype)
-    return second_NN - mean_N[:, None] * mean_N
+    covariance_NN = second_NN - mean_N[:, None] * mean_N
+    # The difference of two nearly equal numbers: rounding, which may be below zero.
+    constant_N = np.diagonal(covariance_NN) <= 1e-6 * np.diagonal(second_NN)
+    covariance_NN[constant_N], covariance_NN[:, constant_N] = 0, 0
+    return covariance_NN
 
 
 def _share(fan_in: int, window: int) -> int:

@@ -310,6 +310,9 @@ a third of the time. Larger codebooks reach no less error at the same stored bit
 """
 
 _SCALAR_BITS = (6, 7, 8)
+_UNIFORM = 2.0
+"""Error of a uniform grid over 2^(-2 bits), whose ends are near a row's largest weight: the median
+of the embedded model's layers is 1.9."""
 """Bits of a single weight that plans choose from: codes of vectors end at five bits."""
 
 
@@ -378,7 +381,7 @@ def expected_distortion(spec: LayerSpec, input_gain: float = 1.0) -> float:
       input_gain: what scales of the input channels, where the spec has them, leave of the error.
     """
     if spec.grouping == "scalar":
-        return 2.0 ** (-2 * math.log2(spec.entries))
+        return _UNIFORM * spec.entries**-2.0
     rounding = 0.5 * spec.codebooks * (4 / 127) ** 2 / 12 if spec.codebook_bits == 8 else 0.0
     left = code_distortion(spec.group, spec.codebooks, spec.entries) + rounding
     return left * input_gain if spec.input_scales else left
@@ -392,6 +395,7 @@ def make_plan(
     range_bytes: int = 0,
     sensitivity: Mapping[str, float] | None = None,
     gain: Mapping[str, float] | None = None,
+    scalar_gain: Mapping[str, float] | None = None,
     input_gain: Mapping[str, float] | None = None,
     integer: bool = False,
     rules: tuple[Rule, ...] = RULES,
@@ -411,6 +415,7 @@ def make_plan(
       sensitivity: what a relative output error of 1 in a layer costs; default: the square root
         of its weights, a layer's error entering the residual stream whatever its size.
       gain: relative output error of a layer over D; default: 1.
+      scalar_gain: the same for single weights; default: `gain`.
       input_gain: error of a layer with scales of its input channels over that without; default: 1,
         no such scales.
       integer: all kernels decode to int8, for integer products (`LayerSpec.decodes_to_int8`).
@@ -437,10 +442,16 @@ def make_plan(
         choices[path] = candidates(kind, shape, input_scales=scaled < 1, integer=integer)
         weight = (sensitivity or {}).get(path, math.sqrt(math.prod(shape)))
         factor = (gain or {}).get(path, 1.0)
+        alone = (scalar_gain or {}).get(path, factor)
         options[path] = [
             Option(
                 spec.stored(shape).total,
-                weight * min(1.0, factor * expected_distortion(spec, scaled)),
+                weight
+                * min(
+                    1.0,
+                    (alone if spec.grouping == "scalar" else factor)
+                    * expected_distortion(spec, scaled),
+                ),
             )
             for spec in choices[path]
         ]

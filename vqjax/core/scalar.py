@@ -21,17 +21,26 @@ from vqjax.errors import VqjaxError
 _SHRINKS = tuple(np.linspace(1.0, 0.4, 13))
 _TINY = np.finfo(np.float32).tiny
 _ROWS, _COLUMNS, _BLOCK = 128, 384, 64
+DAMPING = 0.01
+"""Of error feedback, over the mean diagonal."""
 
 
-def round_to_grid(w_ON: jax.typing.ArrayLike, shape: tuple[int, ...], entries: int) -> VQTensor:
-    """Rounds each weight to the nearest of `entries` multiples of its row's step.
+def round_to_grid(
+    w_ON: jax.typing.ArrayLike,
+    shape: tuple[int, ...],
+    entries: int,
+    metric_NN: jax.typing.ArrayLike | None = None,
+) -> VQTensor:
+    """Rounds each weight to one of `entries` multiples of its row's step.
 
     The grid is a codebook like any other (M = 1, G = 1, int8), so that the result is an ordinary
-    `VQTensor`. A row's step is the one of least squared error among thirteen. Runs in NumPy: it is
-    a moment's work, and each shape would have to be compiled.
+    `VQTensor`. A row's step is the one of least squared error among thirteen. With a metric the
+    error of a weight moves the targets of those that follow (GPTQ, arXiv 2210.17323). Runs in
+    NumPy: it is a moment's work, and each shape would have to be compiled.
 
     Args:
       entries: K, 2 to 256; the grid is -K/2 ... K/2 - 1.
+      metric_NN: positive semidefinite; None rounds to nearest.
     """
     w_ON = np.asarray(w_ON, np.float32)
     half = entries // 2
@@ -44,7 +53,11 @@ def round_to_grid(w_ON: jax.typing.ArrayLike, shape: tuple[int, ...], entries: i
     ]
     best_O = np.argmin(errors_RO, axis=0)
     scales = LogScales.of(scales_RO[best_O, np.arange(len(w_ON))], up=True)
-    codes_ON, _ = _rounded(w_ON, np.asarray(scales.values()) * shared, grid_K)
+    step_O = np.asarray(scales.values()) * shared
+    if metric_NN is None:
+        codes_ON, _ = _rounded(w_ON, step_O, grid_K)
+    else:
+        codes_ON = _fed_back(w_ON, step_O, grid_K, np.asarray(metric_NN, np.float32))
     return VQTensor.pack(
         (codes_ON.astype(np.int32) + half)[..., None],
         jnp.asarray(grid_K.astype(np.int8).reshape(1, -1, 1)),
@@ -60,6 +73,35 @@ def _rounded(w_ON: np.ndarray, step_O: np.ndarray, grid_K: np.ndarray):
     step_O1 = np.maximum(step_O, _TINY)[:, None]
     codes_ON = np.clip(np.round(w_ON / step_O1), grid_K[0], grid_K[-1])
     return codes_ON, codes_ON * step_O1
+
+
+def _fed_back(
+    w_ON: np.ndarray, step_O: np.ndarray, grid_K: np.ndarray, metric_NN: np.ndarray
+) -> np.ndarray:
+    """Multiples of each row's step, chosen column by column, the largest inputs first."""
+    order_N, sorted_NN = _by_size(metric_NN)
+    passed_NN = np.asarray(sweep.feedback_factors(jnp.asarray(sorted_NN), DAMPING, group=1)[0])
+    fan_in = len(order_N)
+    target_ON, codes_ON = w_ON[:, order_N], np.empty(w_ON.shape, np.float32)
+    for start in range(0, fan_in, _BLOCK):
+        stop = min(start + _BLOCK, fan_in)
+        target_OX = target_ON[:, start:stop].copy()
+        error_OX = np.empty_like(target_OX)
+        for x, column in enumerate(range(start, stop)):
+            rounded = _rounded(target_OX[:, x : x + 1], step_O, grid_K)
+            codes_ON[:, order_N[column]] = rounded[0][:, 0]
+            error_OX[:, x] = target_OX[:, x] - rounded[1][:, 0]
+            target_OX -= np.outer(error_OX[:, x], passed_NN[column, start:stop])
+        target_ON[:, stop:] -= error_OX @ passed_NN[start:stop, stop:fan_in]
+    return codes_ON
+
+
+def _by_size(moment_NN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Columns in the order of falling second moment, and the moment so, padded to few sizes: layers
+    then share compiled programs. Padded inputs have no moment."""
+    columns = -(-len(moment_NN) // _COLUMNS) * _COLUMNS
+    order_N = np.argsort(-np.diagonal(moment_NN), kind="stable")
+    return order_N, grouping.padded(moment_NN[order_N][:, order_N], (columns, columns))
 
 
 class ScalarLayer(NamedTuple):
@@ -78,7 +120,7 @@ class ScalarLayer(NamedTuple):
 
 
 def scalar_baseline(
-    kernel: jax.Array, moment: jax.Array | None, bits: int, *, damping: float = 0.01
+    kernel: jax.Array, moment: jax.Array | None, bits: int, *, damping: float = DAMPING
 ) -> ScalarLayer:
     """Uniform quantization with error feedback (GPTQ, arXiv:2210.17323), on the same moments.
 
@@ -97,11 +139,9 @@ def scalar_baseline(
         raise VqjaxError(f"scalar baseline at {bits} bits: 1 to 8 whole bits are possible")
     w_ON = grouping.to_matrix(np.asarray(kernel, np.float32))
     outputs, fan_in = w_ON.shape
-    # Padding to few sizes lets layers share compiled programs; padded inputs have no moment.
-    columns, rows = -(-fan_in // _COLUMNS) * _COLUMNS, -(-outputs // _ROWS) * _ROWS
     moment_NN = np.eye(fan_in) if moment is None else np.asarray(moment, np.float32)
-    order_N = np.argsort(-np.diagonal(moment_NN), kind="stable")
-    sorted_NN = grouping.padded(moment_NN[order_N][:, order_N], (columns, columns))
+    order_N, sorted_NN = _by_size(moment_NN)
+    columns, rows = len(sorted_NN), -(-outputs // _ROWS) * _ROWS
     sorted_ON = w_ON[:, order_N]
     passed_NN, *_ = sweep.feedback_factors(jnp.asarray(sorted_NN), damping, group=1)
     ranges = [_ranges(sorted_ON, shrink, 2**bits) for shrink in _SHRINKS[::3]]

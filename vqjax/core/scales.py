@@ -20,6 +20,9 @@ from vqjax.kernels import decode as decode_lib
 LEVELS = 31
 """Sizes that a scale can have; one more code stands for 0."""
 
+_OCTAVES = (8, 12, 16, 24)
+"""Below the largest scale: where sizes may begin in place of the least."""
+
 _RANGE_BITS = 64
 
 
@@ -50,6 +53,9 @@ class LogScales:
     def of(cls, scales_S: jax.typing.ArrayLike, *, up: bool = False) -> "LogScales":
         """Rounds scales to the nearest sizes between their least and their largest.
 
+        Where few are far smaller than the others, sizes begin above them: they would cost all
+        others their resolution. They become the least size.
+
         Args:
           scales_S: finite, not negative.
           up: round to the next larger size instead.
@@ -65,15 +71,18 @@ class LogScales:
             )
         sized_S = scales_S > 0
         logs_S = np.log2(scales_S, out=np.zeros_like(scales_S), where=sized_S)
-        low, high = (float(pick(logs_S[sized_S])) if sized_S.any() else 0.0 for pick in (min, max))
-        step = np.float32((high - low) / (LEVELS - 1))
-        place_S = (logs_S - low) / (step if step > 0 else 1.0)
-        # What lies on a size already stays there, rounding of the exponent apart.
-        place_S = np.ceil(place_S - 1e-3) if up else np.round(place_S)
-        codes_S = np.where(sized_S, 1 + np.clip(place_S, 0, LEVELS - 1), 0).astype(np.int32)
+        least, high = (
+            float(pick(logs_S[sized_S])) if sized_S.any() else 0.0 for pick in (min, max)
+        )
+        tried = [least, *(high - octaves for octaves in _OCTAVES if high - octaves > least)]
+        rounded = [_placed(scales_S, logs_S, low, high, up) for low in tried]
+        errors = [float(np.sum((scales_S - sizes_S) ** 2)) for _, _, sizes_S in rounded]
+        errors[0] -= 1e-8 * float(np.sum(scales_S**2))  # others must be worth it
+        best = int(np.argmin(errors))
+        codes_S, step, _ = rounded[best]
         return cls(
             codes=jnp.asarray(decode_lib.pack(codes_S[None], LEVELS + 1)[0]),
-            range=jnp.asarray([low, step], jnp.float32),
+            range=jnp.asarray([tried[best], step], jnp.float32),
             count=len(scales_S),
         )
 
@@ -93,6 +102,19 @@ class LogScales:
     def values(self) -> jax.Array:
         """Returns the scales, float32 [S]."""
         return _values(self)
+
+
+def _placed(
+    scales_S: np.ndarray, logs_S: np.ndarray, low: float, high: float, up: bool
+) -> tuple[np.ndarray, np.float32, np.ndarray]:
+    """Codes of scales among sizes from 2^low to 2^high, the step between them, and the sizes."""
+    step = np.float32((high - low) / (LEVELS - 1))
+    place_S = (logs_S - low) / (step if step > 0 else 1.0)
+    # What lies on a size already stays there, rounding of the exponent apart.
+    place_S = np.ceil(place_S - 1e-3) if up else np.round(place_S)
+    codes_S = np.where(scales_S > 0, 1 + np.clip(place_S, 0, LEVELS - 1), 0).astype(np.int32)
+    sizes_S = 2.0 ** (low + (codes_S - 1) * np.float64(step))
+    return codes_S, step, np.where(codes_S > 0, sizes_S, 0.0)
 
 
 @jax.jit

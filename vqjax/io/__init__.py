@@ -10,6 +10,7 @@ import pathlib
 from importlib import resources
 from typing import TYPE_CHECKING
 
+from vqjax import config as config_lib
 from vqjax.config import LatentDiffusionConfig
 from vqjax.errors import VqjaxError
 
@@ -22,7 +23,7 @@ _PYTORCH = (".ckpt", ".pth", ".pt", ".bin")
 
 
 def load_model(
-    source: str | os.PathLike, *, config: LatentDiffusionConfig | None = None
+    source: str | os.PathLike, *, config: LatentDiffusionConfig | str | os.PathLike | None = None
 ) -> "Model":
     """Loads a latent diffusion model, dense weights in float32, quantized ones packed as stored.
 
@@ -30,8 +31,8 @@ def load_model(
       source: "digits" (the model in the package), an LDM checkpoint (.ckpt, .pth, .pt, .bin, or
         .safetensors with the same keys), a file from `--export`, a run folder, or a folder in
         diffusers layout. An existing file or folder goes before the name "digits".
-      config: what the checkpoint was trained as. None recognizes the published models by their
-        shapes; our own files carry theirs.
+      config: what the checkpoint was trained as, itself or as `vqjax.config.find` takes it. None
+        recognizes the published models by their shapes; our own files carry theirs.
 
     Returns:
       A `vqjax.core.model.Model`.
@@ -43,6 +44,7 @@ def load_model(
     from vqjax.io import diffusers, ldm, native, orbax_model, safetensors_reader, torch_pickle
 
     path = pathlib.Path(source)
+    config = None if config is None else config_lib.find(config)
     if not path.exists():
         if str(source) == "digits":
             return _checked(_load_digits(), config, "digits")

@@ -124,7 +124,7 @@ def _readable(path: pathlib.Path) -> Iterator[None]:
         raise VqjaxError(f"{path}: no such file") from error
     except VqjaxError:
         raise
-    except (OSError, zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
+    except (OSError, zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError) as error:
         raise VqjaxError(f"{path}: not a readable .npz file ({error}); save it again") from error
 
 

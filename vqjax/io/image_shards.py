@@ -47,7 +47,8 @@ class Shards:
 
     def missing(self) -> list[int]:
         """Numbers of the shards that are not there yet."""
-        return [number for number in self.numbers if not self._path("images", number).exists()]
+        names = "images", "latents"
+        return [n for n in self.numbers if not all(self._path(name, n).exists() for name in names)]
 
     def write(self, number: int, images_BHWC: np.ndarray, latents_BHWC: np.ndarray) -> None:
         """Writes one shard, whole or not at all."""

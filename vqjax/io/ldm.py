@@ -23,7 +23,7 @@ _IGNORED = re.compile(
     r"|(sqrt_)?(one_minus_)?(recip_|recipm1_)?alphas_cumprod(_prev)?|betas|posterior_\w+"
     r"|model_ema\.(decay|num_updates)|first_stage_model\.colorize"
 )
-_SCHEDULE_TOLERANCE = 1e-5
+_SCHEDULE_TOLERANCE = 1e-5  # of float32; half precision has its own, see `_resolution`
 _ENOUGH_TO_RECOGNIZE = 0.9
 
 
@@ -96,7 +96,8 @@ def recognize(tensors: Mapping[str, LazyTensor], *, where: str) -> LatentDiffusi
         examples = ", ".join(sorted(tensors)[:3])
         raise VqjaxError(
             f"{where}: {len(tensors)} tensors ({examples}, ...) fit no published model; pass the "
-            f"config that it was trained with (published ones: {', '.join(PRESETS)})"
+            f"config that it was trained with (published ones: {', '.join(PRESETS)}), or a JSON "
+            "file of its own (docs/import.md)"
         )
     config = PRESETS[best]()
     same = [
@@ -125,13 +126,24 @@ def _schedule_misfits(
         tensor = tensors[name]
         if tensor.shape != values.shape:
             found.append(f"{name}: {tensor.shape} steps, the config has {config.timesteps}")
-        elif not np.allclose(tensor.read(), values, rtol=_SCHEDULE_TOLERANCE, atol=0):
-            stored = tensor.read()
+            continue
+        stored = tensor.read()
+        if not np.allclose(stored, values, rtol=_resolution(stored), atol=0):
             found.append(
                 f"{name}: runs from {stored[0]:.6g} to {stored[-1]:.6g}, "
                 f"the config's from {values[0]:.6g} to {values[-1]:.6g}"
             )
     return found
+
+
+def _resolution(values: np.ndarray) -> float:
+    """How well numbers are known that may have passed through half precision, relative."""
+    for dtype in (jnp.bfloat16, jnp.float16):
+        with np.errstate(over="ignore"):
+            rounded = values.astype(dtype).astype(values.dtype)
+        if np.array_equal(values, rounded):
+            return float(jnp.finfo(dtype).eps)
+    return _SCHEDULE_TOLERANCE
 
 
 def _scale_factor(

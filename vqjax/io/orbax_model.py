@@ -64,9 +64,11 @@ def save_model_folder(path: str | os.PathLike, model: Model) -> None:
         if path.exists():
             shutil.rmtree(path)
         os.replace(temporary, path)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise VqjaxError(f"{path}: cannot write ({error}); choose another place") from error
+    except (OSError, ValueError) as error:  # Orbax reports a full disk as the latter
+        for leftover in path.parent.glob(f"{temporary.name}*"):  # Orbax has names of its own
+            shutil.rmtree(leftover, ignore_errors=True)
+        said = str(error).partition("\n")[0]
+        raise VqjaxError(f"{path}: cannot write ({said}); choose another place") from error
 
 
 def load_model_folder(path: str | os.PathLike) -> Model:

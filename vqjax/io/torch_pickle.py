@@ -133,7 +133,7 @@ class _Reader:
         if name not in _STORED:
             return self.stub(f"torch.{name}")
         if not isinstance(key, str) or len(key) > _MAX_KEY or not _is_count(count):
-            _fail(f"a storage named {str(key)[:80]!r} of {str(count)[:80]} values")
+            _fail(f"a storage named {_shown(key)} of {_shown(count)} values")
         start, size = 0, count
         if view and view[0] is not None:  # (key, offset, size), legacy container only
             if not (isinstance(view[0], tuple) and len(view[0]) == 3):
@@ -266,7 +266,7 @@ class _LegacyReader(_Reader):
         for key in keys:
             storage = self.storages.get(key) if isinstance(key, str) else None
             if storage is None:
-                _fail(f"storage {str(key)[:80]!r} is used by no tensor of a known type")
+                _fail(f"storage {_shown(key)} is used by no tensor of a known type")
             file.seek(position)
             count = int.from_bytes(file.read(8), "little")
             if count != storage.total:
@@ -293,6 +293,14 @@ _FIRST_ARGUMENT = frozenset(
         "torch.Size",
     }
 )
+
+
+def _shown(value: Any) -> str:
+    """Text and numbers; of containers the kind alone: a short file can nest them without end."""
+    if isinstance(value, str):
+        return repr(value[:80])
+    small = isinstance(value, int) and value.bit_length() < 256
+    return str(value) if small else f"({type(value).__name__})"
 
 
 def _fail(what: str) -> NoReturn:

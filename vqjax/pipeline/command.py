@@ -35,7 +35,7 @@ def run(work: Callable[[], int | None], wanted: Any) -> int:
         print(f"vqjax: {where}{error.strerror or error}", file=sys.stderr)
         return VqjaxError.exit_code
     except KeyboardInterrupt:
-        print("vqjax: interrupted; the same command continues", file=sys.stderr)
+        print("vqjax: interrupted; what is in a run folder or --json continues", file=sys.stderr)
         return 130
 
 

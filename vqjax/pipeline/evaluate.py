@@ -3,6 +3,7 @@
 
 import dataclasses
 import io
+import math
 import pathlib
 from typing import Any
 
@@ -21,7 +22,7 @@ from vqjax.io import images, inception, lpips, published
 from vqjax.io.image_set import ImageSet
 from vqjax.io.image_shards import Shards
 from vqjax.pipeline import environment, features, sampled, sources, twins
-from vqjax.pipeline.journal import Journal, fingerprint, peak_memory_bytes
+from vqjax.pipeline.journal import Journal, alone, fingerprint, peak_memory_bytes
 from vqjax.pipeline.processes import Team
 from vqjax.pipeline.sources import Source
 from vqjax.sampling import png
@@ -66,6 +67,13 @@ def run(wanted: settings.EvaluateSettings) -> dict[str, Any]:
       VqjaxError: for unusable settings, sources or files.
     """
     job = prepare(wanted)
+    with alone(wanted.out):
+        return _made(job)
+
+
+def _made(job: Evaluation) -> dict[str, Any]:
+    """The work of `run`."""
+    wanted = job.settings
     journal = Journal.open(wanted.out, record_of(job))
     for side, shards in job.shards.items():
         source, labels = job.sources[side], job.sets[side].labels
@@ -160,7 +168,7 @@ def prepare(wanted: settings.EvaluateSettings) -> Evaluation:
 
 def default_count(config: LatentDiffusionConfig) -> int:
     """Images per model where nobody says how many."""
-    return SMALL_COUNT if judges.of_model(config.name) else adm.PUBLISHED_COUNT
+    return SMALL_COUNT if judges.of_model(config) else adm.PUBLISHED_COUNT
 
 
 def record_of(job: Evaluation) -> dict[str, Any]:
@@ -200,7 +208,8 @@ def missing(job: Evaluation) -> list[str]:
     Nothing is missing for models of small data, whose evaluation networks are in the package.
     """
     if all(source.judge for source in job.sources.values()):
-        return []
+        unused = job.reference is not None and job.weights is None
+        return ["FID of the pictures in --reference: it needs --inception"] if unused else []
     found = []
     if job.weights is None:
         found.append(
@@ -272,10 +281,12 @@ def _protocol(
         return None
     for model in models:  # a schedule that there is not is refused before the folder is claimed
         sampling.ddim_schedule(model.config, wanted.steps, wanted.eta)
-    own = models[0].config.guidance
+    guidance = models[0].config.guidance if wanted.guidance is None else wanted.guidance
+    if not math.isfinite(guidance):
+        raise VqjaxError(f"--guidance {guidance}: expected a finite number")
     return sampled.Protocol(
         steps=wanted.steps,
-        guidance=own if wanted.guidance is None else wanted.guidance,
+        guidance=guidance,
         eta=wanted.eta,
         seed=wanted.seed,
     )

@@ -7,8 +7,10 @@ complete. A folder continues only the run that it belongs to, told by a fingerpr
 
 import contextlib
 import datetime
+import fcntl
 import hashlib
 import json
+import os
 import pathlib
 import re
 import resource
@@ -28,6 +30,8 @@ from vqjax.pipeline.processes import Team
 
 STATUS_RUNNING, STATUS_DONE = "running", "done"
 _KEPT = "started", "status", "seconds", "peak_memory_after"  # of earlier attempts
+_DECIDES_NOTHING = "devices", "processor", "platform", "cores"  # of `environment.describe`
+_TEMPORARY = re.compile(r"\.(\d+)\.part")  # the process that writes stands in the name
 
 
 def fingerprint(*parts: Any) -> str:
@@ -40,6 +44,33 @@ def check_folder(out: pathlib.Path) -> None:
     """Raises VqjaxError where a run folder cannot be, since something else is there."""
     if out.exists() and not out.is_dir():
         raise VqjaxError(f"{out} is a file, expected a folder; choose another --out")
+
+
+@contextlib.contextmanager
+def alone(folder: pathlib.Path) -> Iterator[None]:
+    """Keeps other processes out of a run folder, made if needed, as long as the block runs.
+
+    Where the file system has no locks, a line on stderr says so.
+
+    Raises:
+      VqjaxError: if another process works there, or the folder cannot be.
+    """
+    check_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise VqjaxError(
+            f"{folder}: another process works there; wait for it, end it, or choose another --out"
+        ) from None
+    except OSError as error:
+        print(f"{folder}: not locked against other processes ({error})", file=sys.stderr)
+    try:
+        yield
+    finally:
+        os.close(handle)  # and with it the lock
 
 
 class Journal:
@@ -86,8 +117,8 @@ class Journal:
             if not known:
                 raise VqjaxError(
                     f"{folder} holds a run of another model or with other settings "
-                    f"({found.get('command', 'unknown command')}); "
-                    "choose another --out or delete it"
+                    f"({found.get('command', 'unknown command')})"
+                    f"{_other_environment(found, record)}; choose another --out or delete it"
                 )
             parts = earlier | record.get("parts", {})
             for name in earlier:
@@ -209,13 +240,41 @@ def is_done(path: pathlib.Path) -> bool:
         return False  # not there, or no run: who leads says what is wrong
 
 
+def _other_environment(found: Mapping[str, Any], record: Mapping[str, Any]) -> str:
+    """What a run was made with that is another here, and that results depend on."""
+    before, now = found.get("environment"), record.get("environment")
+    if not isinstance(before, dict) or not isinstance(now, dict):
+        return ""
+    changed = [
+        f"{name} {before[name]}, here {now[name]}"
+        for name in now
+        if name in before and before[name] != now[name] and name not in _DECIDES_NOTHING
+    ]
+    return f", made with {'; '.join(changed)}" if changed else ""
+
+
 def _clear_leftovers(folder: pathlib.Path) -> None:
-    """Removes what a killed process had begun to write under a temporary name."""
-    for path in list(folder.rglob(".*.part")):
+    """Removes what killed processes had begun to write under temporary names."""
+    for path in list(folder.rglob(".*.part*")):
+        owner = _TEMPORARY.search(path.name)
+        if owner is None or _lives(int(owner.group(1))):
+            continue
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+
+def _lives(process: int) -> bool:
+    if process == os.getpid():
+        return False  # this one is not writing: it opens the folder
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True  # another user's
+    return True
 
 
 def peak_memory_bytes() -> int:

@@ -33,7 +33,8 @@ class Outlook(NamedTuple):
     Attributes:
       shrinkage: how its metric is made of its moment.
       centred: whether the mean of its inputs is left to a corrected bias.
-      gain: its relative output error over the distortion of unit Gaussians.
+      gain: its relative output error over the distortion of unit Gaussians; `scalar_gain` with
+        single weights.
       input_gain: its error with scales of its input channels over that without.
       errors: a typical error, of relative output error 1, by paths of parameters.
     """
@@ -41,6 +42,7 @@ class Outlook(NamedTuple):
     shrinkage: Shrinkage
     centred: bool
     gain: float
+    scalar_gain: float
     input_gain: float
     errors: dict[str, np.ndarray]
 
@@ -79,6 +81,7 @@ def outlook(job: "Job", journal: Journal, path: str, moment: Moment) -> Outlook:
         metric.shrinkage,
         metric.centred,
         expected.gain,
+        expected.scalar_gain,
         input_scale_gain(flat[path]),
         expected.errors,
     )
@@ -86,6 +89,7 @@ def outlook(job: "Job", journal: Journal, path: str, moment: Moment) -> Outlook:
         "shrinkage": list(made.shrinkage),
         "centred": made.centred,
         "gain": made.gain,
+        "scalar_gain": made.scalar_gain,
         "input_gain": made.input_gain,
     }
     stored = {name.replace("/", "."): error for name, error in expected.errors.items()}
@@ -125,12 +129,14 @@ def planned(job: "Job", outlooks: Mapping[str, Outlook], costs: Mapping[str, flo
     if job.settings.plan is not None:
         return job
     gain = {path: one.gain for path, one in outlooks.items()}
+    scalar_gain = {path: one.scalar_gain for path, one in outlooks.items()}
     input_gain = {path: one.input_gain for path, one in outlooks.items()}
     plan = make_plan(
         job.shapes,
         **budget(job.model.config, job.shapes, job.settings),
         sensitivity=costs,
         gain=gain,
+        scalar_gain=scalar_gain,
         input_gain=input_gain,
     )
     return dataclasses.replace(job, plan=plan)
@@ -162,11 +168,12 @@ def record(
     """
     rows = {}
     for path, spec in plan.items():
-        left = expected_distortion(spec, outlooks[path].input_gain)
-        error = min(1.0, outlooks[path].gain * left)
+        known = outlooks[path]
+        gain = known.scalar_gain if spec.grouping == "scalar" else known.gain
+        error = min(1.0, gain * expected_distortion(spec, known.input_gain))
         rows[path] = {
             "sensitivity": costs[path],
-            "gain": outlooks[path].gain,
+            "gain": gain,
             "input_gain": outlooks[path].input_gain,
             "expected_output_mse": error,
             "expected_cost": costs[path] * error,

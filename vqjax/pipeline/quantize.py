@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The main job: fold, calibrate, plan, compress, save, sample, report. Killed, it resumes."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -40,10 +41,10 @@ from vqjax.pipeline import (
     timesteps,
     tuning,
 )
-from vqjax.pipeline.journal import Journal, fingerprint, is_done
+from vqjax.pipeline.journal import Journal, alone, fingerprint, is_done
 from vqjax.pipeline.processes import Team
 
-_PIECES = 2
+_PIECES = 3
 """Raised where unfinished work of an earlier version cannot be continued."""
 
 CALIBRATION_SEED = 1_000_003  # added to the seed, so that no report image was calibrated on
@@ -99,7 +100,9 @@ class Job:
 
     @property
     def bits(self) -> float:
-        """Budget, stored bits per quantized weight."""
+        """Stored bits per quantized weight: the budget, or what a plan that was given stores."""
+        if self.settings.plan is not None:
+            return self.plan.bits_report(self.shapes).total.per_weight
         return self.settings.bits if self.plan.bits is None else self.plan.bits
 
     @property
@@ -165,17 +168,18 @@ def run(wanted: settings.QuantizeSettings) -> Report:
         return Report(wanted.out, {})
     if not is_done(wanted.out / "run.json"):
         _check_memory(job.division)
-    journal = Journal.open(wanted.out, record_of(job), team)
-    if journal.done:
-        print(f"{wanted.out}: this run is complete", file=sys.stderr)
-    elif team.leads:
-        with team.beating(wanted.out):
-            _finish(journal, *compressed(job, journal))
-        journal.finish()
-    else:
-        with team.beating(wanted.out):
-            compressed(job, journal)
-        journal.wait_until_done()
+    with alone(wanted.out) if team.leads else contextlib.nullcontext():
+        journal = Journal.open(wanted.out, record_of(job), team)
+        if journal.done:
+            print(f"{wanted.out}: this run is complete", file=sys.stderr)
+        elif team.leads:
+            with team.beating(wanted.out):
+                _finish(journal, *compressed(job, journal))
+            journal.finish()
+        else:
+            with team.beating(wanted.out):
+                compressed(job, journal)
+            journal.wait_until_done()
     if not team.leads:
         return Report(wanted.out, json.loads((wanted.out / "report.json").read_text()))
     if wanted.export is not None:
@@ -209,8 +213,7 @@ def _check_quality(wanted: settings.QuantizeSettings, report: dict[str, Any]) ->
 def prepare(wanted: settings.QuantizeSettings) -> Job:
     """Loads, folds and plans; checks every setting."""
     refusals.check(wanted)
-    preset = None if wanted.config is None else config_lib.PRESETS[wanted.config]()
-    model = io.load_model(wanted.source, config=preset)
+    model = io.load_model(wanted.source, config=wanted.config)
     quantized = [p for p, leaf in tree.flatten(model.params).items() if isinstance(leaf, VQTensor)]
     if quantized:
         raise VqjaxError(
@@ -218,7 +221,7 @@ def prepare(wanted: settings.QuantizeSettings) -> Job:
             "start from the full-precision model"
         )
     refusals.check_steps(model.config, wanted, tune_steps_of(model.config, wanted))
-    judge = judges.of_model(model.config.name)
+    judge = judges.of_model(model.config)
     if judge is not None:
         judge.check()
     folded = folding.fold(model.config, model.params)
@@ -312,14 +315,16 @@ def record_of(job: Job) -> dict[str, Any]:
     matters["budget"] = None
     if job.settings.plan is None:
         matters["budget"] = planning.budget(job.model.config, job.shapes, job.settings)
-    versions = environment.versions()
+    here = environment.describe()
+    # Another kind of device rounds differently: its pieces would not be this run's.
+    made_by = [here["device"], here["backend"], environment.versions()]
     return {
         "command": settings.command_line("vqjax.quantize", job.settings),
         "settings": shown,
         "samples": job.samples,
         "source_sha256": source,
-        "fingerprint": fingerprint(source, job.plan.to_json(), matters, job.samples, versions),
-        "environment": environment.describe(),
+        "fingerprint": fingerprint(source, job.plan.to_json(), matters, job.samples, made_by),
+        "environment": here,
     }
 
 
@@ -451,8 +456,9 @@ def trajectories(job: Job, journal: Journal) -> list[tuple]:
 
 def _moments(job, journal, visited, weights_T, index, paths, part) -> calibrate.Moments:
     found = journal.shared(f"moments-{index}")
-    if found is not None:
-        return calibrate.from_arrays(found[0])
+    kept = {} if found is None else calibrate.from_arrays(found[0])
+    if kept.keys() == set(paths):  # else from a machine that divided the layers in another way
+        return kept
     calls = sum(len(t) for _, t, _ in visited)
     with journal.stage("calibrate"), progress.stage(f"calibrate{part}", calls) as advance:
         moments = calibrate.second_moments(job.model, visited, paths, advance, weights_T=weights_T)

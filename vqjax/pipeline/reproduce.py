@@ -78,9 +78,10 @@ def run(wanted: settings.ReproduceSettings) -> dict[str, Any]:
     for sentence in doubts:  # before the work: it takes hours
         console.print(f"note: {sentence}", soft_wrap=True)
     results = _made(here, out)
+    seed = [] if wanted.seed is None else ["--seed", str(wanted.seed)]
     record = {
         "name": asked.name,
-        "command": shlex.join(["python", "-m", "vqjax.reproduce", wanted.run]),
+        "command": shlex.join(["python", "-m", "vqjax.reproduce", wanted.run, *seed]),
         "run": asked.to_dict(),
         "results": results,
         "notes": doubts,

@@ -52,7 +52,7 @@ def write(
 ) -> None:
     """Computes every figure and writes report.json, report.md, report.html and samples.png."""
     labels = class_ids(job.model.config, job.samples)
-    judge = judges.of_model(job.model.config.name)
+    judge = judges.of_model(job.model.config)
     content: dict[str, Any] = {
         "model": {"name": job.model.config.name, "parameters": unet_weights(job)},
         "weights": _weights(job, model),
@@ -204,7 +204,7 @@ def _warnings(job: "Job", scalar: dict[str, ScalarLayer]) -> list[str]:
             "The scalar baseline is as its search left it: not tuned, activations in floating "
             "point. `python -m vqjax.bench ablation` compares it tuned, with 8-bit activations."
         )
-    judge = judges.of_model(job.model.config.name)
+    judge = judges.of_model(job.model.config)
     if judge is not None:
         warnings.append(f"{judge.about[0].upper()}{judge.about[1:]}.")
         warnings.append(

@@ -6,7 +6,7 @@ import dataclasses
 import jax
 
 from vqjax import models, sampling, settings
-from vqjax.config import PRESETS, LatentDiffusionConfig
+from vqjax.config import LatentDiffusionConfig, find
 from vqjax.core import folding, tree
 from vqjax.core.flops import layer_flops, total
 from vqjax.core.plan import make_plan
@@ -46,7 +46,7 @@ class Cost:
 
 
 def predict(run: Run) -> Cost | None:
-    """Predicts a run of a model in `PRESETS`; None where the run does not say which it is.
+    """Predicts a run of a model; None where the run does not say which configuration it has.
 
     The same measured speed and fitted factors as `--dry-run` of a quantization; evaluation alone
     is counted work over that speed.
@@ -56,7 +56,7 @@ def predict(run: Run) -> Cost | None:
     name = wanted.config or (EMBEDDED if wanted.source == EMBEDDED else None)
     if name is None:
         return None
-    config = PRESETS[name]()
+    config = find(name)
     params = folding.fold(config, models.param_shapes(config)).params
     shapes = {path: tuple(leaf.shape) for path, leaf in tree.flatten(params).items()}
     sizes = calibrate.trace_layers(config, params)

@@ -36,11 +36,12 @@ class Expected(NamedTuple):
 
     Attributes:
       errors: by the paths of its kernel and, where the bias will be corrected, its bias.
-      gain: relative output error over the distortion of unit Gaussians.
+      gain, scalar_gain: as in `TypicalError`.
     """
 
     errors: dict[str, np.ndarray]
     gain: float
+    scalar_gain: float
 
 
 def expected(
@@ -53,19 +54,12 @@ def expected(
     if metric.centred:
         shift_O = -grouping.to_matrix(errors[path]) @ moment.mean_N
         errors[path.removesuffix("kernel") + "bias"] = shift_O
-    return Expected(errors, found.gain)
+    return Expected(errors, found.gain, found.scalar_gain)
 
 
 def measured_with(moment: Moment, *, centred: bool) -> np.ndarray:
     """The moment that a layer's error is measured with: around the mean where a bias has that."""
-    if not centred:
-        return moment.second_NN
-    second_NN = moments_lib.centred(moment.second_NN, moment.mean_N)
-    diagonal_N = np.diagonal(second_NN)
-    # Of an input that never changes, the difference of two equal squares: nothing, or just below.
-    constant_N = diagonal_N <= 1e-6 * np.diagonal(moment.second_NN)
-    second_NN[constant_N], second_NN[:, constant_N] = 0.0, 0.0
-    return second_NN
+    return moments_lib.centred(moment.second_NN, moment.mean_N) if centred else moment.second_NN
 
 
 def responses(

@@ -8,7 +8,7 @@ import pathlib
 import numpy as np
 
 from vqjax import io
-from vqjax.config import PRESETS, LatentDiffusionConfig
+from vqjax.config import LatentDiffusionConfig
 from vqjax.core.model import Model
 from vqjax.errors import VqjaxError
 from vqjax.eval import judges
@@ -37,23 +37,24 @@ class Source:
     @property
     def judge(self) -> Judge | None:
         """What else looks at its samples, where it is a model of small data."""
-        return None if self.model is None else judges.of_model(self.model.config.name)
+        return None if self.model is None else judges.of_model(self.model.config)
 
 
-def open_source(where: str, preset: str | None = None) -> Source:
+def open_source(where: str, config: str | None = None) -> Source:
     """Opens a model or a set of pictures.
 
     Args:
       where: what `vqjax.load` takes, a folder of picture files, or an ADM .npz.
-      preset: what a checkpoint was trained as, where its shapes do not tell.
+      config: what a checkpoint was trained as, where its shapes do not tell (`vqjax.config.find`).
 
     Raises:
       VqjaxError: if it is neither, or damaged.
     """
     path = pathlib.Path(where)
     if path.suffix == ".npz" or (path.is_dir() and not _is_model_folder(path)):
-        return Source(where, hash_of_pictures(where), pictures=_open_pictures(path))
-    model = io.load_model(where, config=PRESETS[preset]() if preset else None)
+        pictures = _open_pictures(path)  # first: it names every file that is no picture
+        return Source(where, hash_of_pictures(where), pictures=pictures)
+    model = io.load_model(where, config=config)
     arrays, _ = leaves.to_arrays(model.params)
     return Source(where, leaves.content_hash(model.config.to_dict(), arrays), model=model)
 
@@ -65,7 +66,7 @@ def class_ids(config: LatentDiffusionConfig, count: int, seed: int) -> np.ndarra
     of small data come in turn, since their scores take all samples at once.
     """
     classes = max(config.null_class, 1)
-    if judges.of_model(config.name) is not None:
+    if judges.of_model(config) is not None:
         return np.arange(count) % classes
     return np.random.default_rng(seed).integers(classes, size=count)
 

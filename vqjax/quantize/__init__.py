@@ -2,7 +2,6 @@
 """`vqjax.quantize(...)`, the function; `python -m vqjax.quantize`, the command."""
 
 import os
-import pathlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -15,7 +14,8 @@ def quantize(source: str | os.PathLike = "digits", **config: Any) -> "Report":
     Args:
       source: a checkpoint file, a diffusers folder, or "digits" (`vqjax.load`).
       **config: fields of `vqjax.settings.QuantizeSettings`, the options of the command: `bits`,
-        `act_bits`, `tune_steps`, `plan`, `out`, `export`, `samples`, and the others.
+        `act_bits`, `tune_steps`, `plan`, `out`, `export`, `samples`, and the others. Since a run
+        records the command that repeats it, `config` is a name or a JSON file here, too.
 
     Returns:
       The run folder and the content of its report.json.
@@ -23,10 +23,8 @@ def quantize(source: str | os.PathLike = "digits", **config: Any) -> "Report":
     Raises:
       VqjaxError: for anything to fix in the source or the settings.
     """
+    from vqjax import settings
     from vqjax.pipeline.quantize import run
-    from vqjax.settings import QuantizeSettings
 
-    for name in ("plan", "out", "export"):
-        if config.get(name) is not None:
-            config[name] = pathlib.Path(config[name])
-    return run(QuantizeSettings(source=str(source), **config))
+    values = {"source": source, **config}
+    return run(settings.of_call(settings.QuantizeSettings, values, "vqjax.quantize"))

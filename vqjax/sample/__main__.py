@@ -20,7 +20,6 @@ def main(argv: list[str] | None = None) -> int:
 def _work(settings: SampleSettings) -> None:
     import numpy as np
 
-    from vqjax import config as config_lib
     from vqjax import io, progress, sampling
     from vqjax.errors import VqjaxError
     from vqjax.pipeline import environment
@@ -30,10 +29,11 @@ def _work(settings: SampleSettings) -> None:
         if getattr(settings, name) < 1:
             raise VqjaxError(f"--{name} {getattr(settings, name)}: expected 1 or more")
     png.check_path(settings.out)
-    preset = None if settings.config is None else config_lib.PRESETS[settings.config]()
-    model = io.load_model(settings.source, config=preset)
+    model = io.load_model(settings.source, config=settings.config)
     ids = settings.classes or tuple(range(max(model.config.null_class, 1)))
     classes = np.resize(np.asarray(ids), settings.count)
+    side = model.config.first_stage.resolution
+    png.check_grid(settings.count, settings.columns, side, side)
     with progress.stage("sample", settings.count) as advance:
         images = sampling.generate(
             model,

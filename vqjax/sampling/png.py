@@ -17,9 +17,10 @@ from vqjax.errors import VqjaxError
 
 CHUNK = "vqjax"
 _MAX_SIDE = 2**16 - 1  # beyond it many viewers refuse a PNG
+_GAP = 2  # pixels between pictures
 
 
-def tile(images_NHWC: np.ndarray, columns: int, *, gap: int = 2) -> np.ndarray:
+def tile(images_NHWC: np.ndarray, columns: int, *, gap: int = _GAP) -> np.ndarray:
     """Lays pictures out row by row on white: uint8 [rows * (H + gap) - gap, ..., C].
 
     Raises:
@@ -58,6 +59,24 @@ def check_path(path: str | os.PathLike) -> None:
         raise VqjaxError(f"{target}: {above} is a file, expected a folder; choose another --out")
 
 
+def check_grid(count: int, columns: int, height: int, width: int) -> None:
+    """Says, before pictures are made, that `save_grid` would refuse a grid of them.
+
+    Args:
+      height, width: of a picture.
+
+    Raises:
+      VqjaxError: naming the size that the grid would have.
+    """
+    columns = min(columns, count)
+    whole = columns * (width + _GAP) - _GAP, -(-count // columns) * (height + _GAP) - _GAP
+    if max(whole) > _MAX_SIDE:
+        raise VqjaxError(
+            f"the grid would be {whole[0]} x {whole[1]} pixels, the limit is {_MAX_SIDE}; choose "
+            "another number of columns or fewer pictures"
+        )
+
+
 def save_grid(
     path: str | os.PathLike, images_NHWC: np.ndarray, columns: int, metadata: dict[str, Any]
 ) -> None:
@@ -70,11 +89,7 @@ def save_grid(
       metadata: generation parameters, anything JSON takes; `read_metadata` gives them back.
     """
     canvas = tile(images_NHWC, columns)
-    if max(canvas.shape[:2]) > _MAX_SIDE:
-        raise VqjaxError(
-            f"the grid would be {canvas.shape[1]} x {canvas.shape[0]} pixels, the limit is "
-            f"{_MAX_SIDE}; choose another number of columns or fewer pictures"
-        )
+    check_grid(len(images_NHWC), columns, *images_NHWC.shape[1:3])
     info = PngImagePlugin.PngInfo()
     info.add_itxt(CHUNK, json.dumps(metadata, sort_keys=True, ensure_ascii=False))
     info.add_text("Software", "vqjax")
