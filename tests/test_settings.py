@@ -4,10 +4,13 @@
 import pathlib
 import shlex
 
+import numpy as np
 import pytest
 import tyro
 
+import vqjax
 from vqjax import settings as lib
+from vqjax.errors import VqjaxError
 
 CASES = [
     lib.QuantizeSettings(),
@@ -31,6 +34,28 @@ def test_the_command_line_round_trips(settings):
     words = shlex.split(lib.command_line("module", settings))
     assert words[:3] == ["python", "-m", "module"]
     assert tyro.cli(type(settings), args=words[3:]) == settings
+
+
+def test_equal_calls_make_equal_settings():
+    wanted = lib.QuantizeSettings(bits=2.0, seed=1, out=pathlib.Path("a"), memory=8.0)
+    spelled = {"bits": np.float32(2), "seed": np.int64(1), "out": "a", "memory": 8}
+    found = lib.of_call(lib.QuantizeSettings, spelled, "here")
+    assert found == wanted
+    assert lib.command_line("m", found) == lib.command_line("m", wanted)
+    assert [type(v) for v in (found.bits, found.seed, found.memory)] == [float, int, float]
+    nested = lib.of_call(lib.QuantizeSettings, {"calibration": {"images": 4}}, "here")
+    assert nested.calibration == lib.Calibration(images=4)
+    same = lib.of_call(lib.QuantizeSettings, {"calibration": lib.Calibration(images=4)}, "here")
+    assert same == nested
+
+
+def test_arguments_that_do_not_fit_are_named_at_once():
+    with pytest.raises(
+        VqjaxError, match=r"(?s)^vqjax.quantize: arguments .*bit: unknown"
+    ) as caught:
+        vqjax.quantize(object(), bits="2", bit=3)
+    assert 'bits: found "2", expected a number' in str(caught.value)
+    assert "source: found " in str(caught.value)
 
 
 def test_a_subcommand_comes_before_its_options():

@@ -173,6 +173,18 @@ def test_eight_bits_for_first_and_last_layers():
     assert stats.rel_weight_mse < 1e-4
 
 
+def test_single_weights_feed_errors_back():
+    kernel, moment = _problem((100, 12))
+    spec = LayerSpec("attention", "scalar", 1, 1, 64, 8)
+    key = jax.random.key(0)
+    tensor, stats = compress.compress_layer(kernel, moment, spec, key=key)
+    _, nearest = compress.compress_layer(kernel, None, spec, key=key)
+    plain = scalar.round_to_grid(grouping.to_matrix(np.asarray(kernel)), kernel.shape, 64)
+    assert _output_error(kernel, plain.decode(), moment) > 3 * stats.rel_output_mse
+    assert nearest.rel_weight_mse < stats.rel_weight_mse
+    np.testing.assert_array_equal(tensor.scales.codes, plain.scales.codes)
+
+
 def test_the_scalar_baseline_feeds_errors_back():
     kernel, moment = _problem((3, 3, 4, 6))
     found = scalar.scalar_baseline(kernel, moment, 2)

@@ -143,3 +143,13 @@ def test_a_shift_that_takes_a_large_mean_away_leaves_what_varies():
     left_RO = rows_IRN.reshape(-1, 6) @ error_ON.T + shift_O
     found = moments.output_energy(error_ON, shift_O, moment.second_NN, moment.mean_N)
     assert found == pytest.approx(np.mean(np.sum(left_RO**2, 1)), rel=1e-2)
+
+
+def test_inputs_that_hardly_vary_have_no_covariance():
+    rng = np.random.default_rng(0)
+    rows_RN = rng.normal(size=(4000, 6)) + np.array([0, 1, 10, 100, 3000, 1e5])
+    second_NN = (rows_RN.T @ rows_RN / len(rows_RN)).astype(np.float32)
+    found_NN = moments.centred(second_NN, rows_RN.mean(axis=0))
+    np.testing.assert_allclose(np.diagonal(found_NN)[:4], 1, rtol=0.1)
+    assert not found_NN[4:].any()
+    assert not found_NN[:, 4:].any()

@@ -101,3 +101,14 @@ def test_missing_arrays_are_an_error(saved, tmp_path):
         file.unlink()
     with pytest.raises(VqjaxError, match="not a readable model folder"):
         orbax_model.load_model_folder(path)
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(saved, tmp_path, monkeypatch):
+    def full(self, path, **_):
+        path.with_name(path.name + ".orbax-checkpoint-tmp").mkdir()
+        raise ValueError("RESOURCE_EXHAUSTED: No space left on device\nand a thousand lines")
+
+    monkeypatch.setattr(orbax_model.ocp.Checkpointer, "save", full)
+    with pytest.raises(VqjaxError, match=r"cannot write \(RESOURCE_EXHAUSTED: [^\n]*\); choose"):
+        orbax_model.save_model_folder(tmp_path / "model", saved[1])
+    assert not list(tmp_path.iterdir())

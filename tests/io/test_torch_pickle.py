@@ -202,6 +202,16 @@ HUGE = {
 }
 
 
+@pytest.mark.parametrize("container", SAVERS)
+def test_errors_show_no_nested_objects(container, tmp_path):
+    """Sixty lists of two that share their items: 2**60 of them, were they shown."""
+    laugh = b"]" + b"2\x86" * 60
+    storage = b"((X\x07\0\0\0storagectorch\nFloatStorage\n%bX\x03\0\0\0cpuK\x01tQ" % laugh
+    SAVERS[container](tmp_path / "m.ckpt", {"w": Raw(storage)})
+    with pytest.raises(VqjaxError, match=r"a storage named \(tuple\) of 1 values"):
+        torch_pickle.load(tmp_path / "m.ckpt")
+
+
 @pytest.mark.parametrize("case", HUGE)
 def test_deep_and_shared_structures_stay_small(case, tmp_path):
     contents = {"w": np.ones(2, np.float32), "x": Raw(HUGE[case])}

@@ -271,6 +271,19 @@ def test_a_damaged_shard_is_named(twins, tmp_path):
         evaluate.run(settings)
 
 
+def test_a_lost_shard_of_latents_is_sampled_again(twins, tmp_path):
+    settings = wanted(twins, tmp_path / "run", count=4)
+    before = evaluate.run(settings)["difference"]
+    (settings.out / "samples" / "source" / "latents-00001.npy").unlink()
+    assert evaluate.run(settings)["difference"] == before
+
+
+def test_unusable_guidance_does_not_claim_the_folder(twins, tmp_path):
+    with pytest.raises(VqjaxError, match="--guidance nan: expected a finite number"):
+        evaluate.run(wanted(twins, tmp_path / "run", guidance=float("nan")))
+    assert not (tmp_path / "run").exists()
+
+
 def test_twins_must_be_as_many_of_one_size(twins, tmp_path):
     adm_npz.save_npz(tmp_path / "a.npz", [pictures(1)[:, :8, :8]], count=12)
     adm_npz.save_npz(tmp_path / "b.npz", [pictures(1, 11)], count=11)

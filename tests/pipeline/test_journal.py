@@ -1,8 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finished pieces of a run come back from the journal as they went in."""
 
-import numpy as np
+import os
+import subprocess
+import sys
 
+import numpy as np
+import pytest
+
+from vqjax.errors import VqjaxError
 from vqjax.pipeline import journal as journals
 from vqjax.pipeline.journal import Journal
 
@@ -28,11 +34,43 @@ def test_pieces_keep_shape_type_and_bits(tmp_path):
 
 def test_what_a_killed_process_had_begun_is_cleared_away(tmp_path):
     Journal.open(tmp_path / "run", {"fingerprint": "f"})
-    (tmp_path / "run" / ".model.123.part" / "params").mkdir(parents=True)
+    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], stdout=-1)
+    dead = int(gone.stdout)
+    (tmp_path / "run" / f".model.{dead}.part" / "params").mkdir(parents=True)
+    (tmp_path / "run" / f".model.{dead}.part.orbax-checkpoint-tmp").mkdir()
     (tmp_path / "run" / "work").mkdir()
-    (tmp_path / "run" / "work" / ".piece.123.part").write_text("half")
+    (tmp_path / "run" / "work" / f".piece.{dead}.part").write_text("half")
+    living = tmp_path / "run" / "work" / f".piece.{os.getppid()}.part"
+    living.write_text("half")
     Journal.open(tmp_path / "run", {"fingerprint": "f"})
-    assert not list(tmp_path.rglob("*.part"))
+    assert list(tmp_path.rglob("*.part*")) == [living]
+
+
+def test_a_folder_has_one_process_at_a_time(tmp_path):
+    folder = tmp_path / "run"
+    code = (
+        "import pathlib, sys; from vqjax.pipeline.journal import alone\n"
+        "with alone(pathlib.Path(sys.argv[1])): print('in', flush=True); input()"
+    )
+    words = [sys.executable, "-c", code, str(folder)]
+    with subprocess.Popen(words, stdin=-1, stdout=-1, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "in\n"
+        with pytest.raises(VqjaxError, match="another process works there"), journals.alone(folder):
+            pass
+        other.communicate("\n")
+    with journals.alone(folder):
+        pass
+    with journals.alone(folder):  # left again
+        pass
+
+
+def test_a_refusal_names_what_was_upgraded(tmp_path):
+    before = {"fingerprint": "f", "environment": {"numpy": "1.0", "device": "cpu", "cores": "2"}}
+    Journal.open(tmp_path / "run", before)
+    after = {"fingerprint": "g", "environment": {"numpy": "2.0", "device": "cpu", "cores": "4"}}
+    with pytest.raises(VqjaxError, match=r"other settings \(.*\), made with numpy 1.0, here 2.0; "):
+        Journal.open(tmp_path / "run", after)
 
 
 def test_a_continued_run_keeps_seconds_and_the_peak_of_memory(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ import pytest
 from tests.io import models as small
 from vqjax.core import grouping
 from vqjax.core.compress import Effort, compress_layer
-from vqjax.core.plan import LayerSpec, Plan, expected_distortion
+from vqjax.core.plan import LayerSpec, Plan, expected_distortion, make_plan
 from vqjax.core.shrinkage import DEFAULT
 from vqjax.errors import VqjaxError
 from vqjax.io import native
@@ -56,6 +56,16 @@ def test_a_users_plan_is_not_replaced(job, tmp_path):
     wanted = dataclasses.replace(job.settings, plan=path)
     given = dataclasses.replace(job, settings=wanted)
     assert planning.planned(given, *_measured(job, to_v=100.0)) is given
+
+
+def test_bits_of_an_edited_plan_are_those_that_it_stores(source, job, tmp_path):
+    """Rates of tuning and the baseline's codes follow them."""
+    rich = make_plan(job.shapes, bits=4.5, integer=True)
+    path = tmp_path / "plan.json"
+    path.write_text(Plan(dict(rich.items()), bits=2.0).to_json())
+    given = quantize.prepare(QuantizeSettings(source=str(source), plan=path))
+    assert given.bits == rich.bits_report(job.shapes).total.per_weight > 4
+    assert given.scalar_bits == 5
 
 
 def test_the_record_says_what_the_plan_was_made_from(job, capsys):

@@ -201,6 +201,8 @@ def test_a_record_is_repeated_and_compared(recorded, tmp_path, capsys):
     again = run_file.load(str(tmp_path / "fifth" / run_file.RECORD))
     assert again.quantize is not None
     assert again.quantize.seed == 1
+    record = json.loads((tmp_path / "fifth" / run_file.RECORD).read_text())
+    assert record["command"].endswith(f"{path} --seed 1")
 
 
 def test_a_run_is_not_repeated_in_its_own_folder(recorded):

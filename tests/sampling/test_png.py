@@ -58,6 +58,8 @@ def test_a_place_for_no_grid_is_refused_before_sampling(tmp_path, monkeypatch, c
     for out, message in ((tmp_path, "is a folder"), (tmp_path / "file" / "a.png", "is a file")):
         assert command.main(["digits", "--out", str(out)]) == 2
         assert message in capsys.readouterr().err
+    assert command.main(["digits", "--count", "20000", "--out", str(tmp_path / "a.png")]) == 2
+    assert "the grid would be 270 x 84998 pixels, the limit is 65535" in capsys.readouterr().err
 
 
 def test_messages(tmp_path):

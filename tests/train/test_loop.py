@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import pytest
 
+from vqjax.errors import VqjaxError
 from vqjax.train import loop
 
 OPTIMIZER = optax.adam(0.1)
@@ -125,3 +126,14 @@ def test_steps_see_their_inputs(tmp_path):
     start = {"sum": jnp.zeros(())}
     last = loop.train("run", start, adding, 4, tmp_path, inputs=lambda i: jnp.float32(10**i))
     assert float(last["sum"]) == 1111
+
+
+def test_a_checkpoint_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise ValueError("RESOURCE_EXHAUSTED: No space left on device\nand a thousand lines")
+
+    monkeypatch.setattr(loop.ocp.CheckpointManager, "save", full)
+    with pytest.raises(
+        VqjaxError, match=r"cannot write a checkpoint \(RESOURCE[^\n]*\); make room"
+    ):
+        loop.train("run", start(), step, 2, tmp_path)
