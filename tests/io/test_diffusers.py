@@ -151,6 +151,8 @@ def json_files(config: LatentDiffusionConfig) -> dict[str, dict]:
     }
     if stage.kind == "vq":
         stage_json["num_vq_embeddings"] = stage.n_embed
+    else:
+        stage_json["scaling_factor"] = config.scale_factor
     scheduler = {
         "beta_start": config.linear_start,
         "beta_end": config.linear_end,
@@ -216,6 +218,18 @@ def change(path, part: str, edit) -> None:
     tensors = safetensors_numpy.load_file(file)
     edit(tensors)
     safetensors_numpy.save_file(tensors, file)
+
+
+@pytest.mark.parametrize(
+    ("config", "factor"),
+    [(models.CLASSES, 1.0), (models.UPDOWN, 0.18215)],
+)
+def test_a_scale_that_is_absent_is_what_such_models_mean(config, factor, tmp_path):
+    write(tmp_path, config)
+    files = json_files(config)
+    files["vqvae"].pop("scaling_factor", None)
+    write_json(tmp_path, files)
+    assert load_model(tmp_path).config.scale_factor == factor
 
 
 def test_misfits_are_named_as_the_file_names_them(tmp_path):

@@ -313,7 +313,7 @@ def read_config(
             unet=_unet_config(found["unet"]),
             first_stage=_stage_config(found["first_stage"]),
             n_classes=0 if classes is None else classes.shape[0],
-            scale_factor=float(found["first_stage"].get("scaling_factor", 1.0)),
+            scale_factor=_scale_factor(found["first_stage"]),
             **_schedule(found.get("scheduler")),
         )
     except (KeyError, TypeError, ValueError, IndexError) as error:
@@ -386,6 +386,12 @@ def _unet_config(found: dict[str, Any]) -> UNetConfig:
         use_scale_shift_norm=found.get("resnet_time_scale_shift", "default") == "scale_shift",
         resblock_updown=found.get("downsample_type", "conv") == "resnet",
     )
+
+
+def _scale_factor(found: dict[str, Any]) -> float:
+    """Where it is absent, the library's default for Gaussian posteriors. Published codebook models
+    (CompVis/ldm-celebahq-256) are from before the field, and mean 1."""
+    return float(found.get("scaling_factor", 1.0 if "num_vq_embeddings" in found else 0.18215))
 
 
 def _stage_config(found: dict[str, Any]) -> AutoencoderConfig:
