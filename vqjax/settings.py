@@ -366,6 +366,8 @@ class BenchKernelsSettings:
     of 16 entries for every 8 weights or 3x3 kernel."""
     batch: tuple[int, ...] = (2,)
     """Latents that a layer sees; guidance doubles the images of a call."""
+    most_rows: int | None = None
+    """Only layers of at most so many rows, such as those that see a vector for each image."""
     dtype: Dtype = "float32"
     """Of activations."""
     path: Literal["auto", "xla", "pallas", "triton", "native", "lut"] = "auto"
