@@ -167,20 +167,25 @@ def ways_here(paths: Sequence[str] = ()) -> list[Way]:
     Raises:
       VqjaxError: if a path that was named does not run here, or not in a way of its own.
     """
-    found, absent = dict(WAYS), {}
-    on_cpu = not device.current().refuses("native")
-    missing = native_tables.missing() if on_cpu else device.current().refuses("native")
-    if missing:
-        absent["native"] = missing
-    with dispatch.asking("auto"):
-        if dispatch.keeps_none():
-            absent["auto"] = f"it decodes at load here, as load does ({tuned.COMMAND})"
-    if on_cpu:  # what was measured to be fastest is native code; all else is decoded at load
+    found, missing = dict(WAYS), absent()
+    if not device.current().refuses(
+        "native"
+    ):  # what was measured to be fastest is native code; all else is decoded at load
         found["auto"] = found["auto"]._replace(title="measured best")
-    reasons = [f"no {path}: {absent[path]}" for path in paths if path in absent]
+    reasons = [f"no {path}: {missing[path]}" for path in paths if path in missing]
     if reasons:
         raise VqjaxError(f"--paths {' '.join(paths)}: {'; '.join(reasons)}")
-    return [way for path, way in found.items() if path in (paths or found) and path not in absent]
+    return [way for path, way in found.items() if path in (paths or found) and path not in missing]
+
+
+def absent() -> dict[str, str]:
+    """Why paths do not run on this device, or not in a way of their own, by path."""
+    refused = device.current().refuses("native")
+    found = {"native": refused or native_tables.missing()}
+    with dispatch.asking("auto"):
+        if dispatch.keeps_none():
+            found["auto"] = f"it decodes at load here, as load does ({tuned.COMMAND})"
+    return {path: reason for path, reason in found.items() if reason}
 
 
 @contextlib.contextmanager
