@@ -137,12 +137,12 @@ def parts(wanted: BenchGpuSettings, found: Here) -> list[Part]:
     paths = ("--dtype", found.dtype, "--paths", found.path)
     scoring = ("--pictures", "2048", "--samples", "10000", "--reference", "50000", "--repeat", "1")
     every = {
-        "kernels": (130, (*layers, "--batch", "2", "1")),
-        "kernels_rows": (40, (*layers, *rows)),
-        "kernels_tuned": (110, (*layers, "--batch", "2", "32", "--tune")),
-        "sample": (130, ("sample", wanted.model, *images, *paths)),
+        "kernels": (125, (*layers, "--batch", "2", "1")),
+        "kernels_rows": (35, (*layers, *rows)),
+        "kernels_tuned": (115, (*layers, "--batch", "2", "32", "--tune")),
+        "sample": (150, ("sample", wanted.model, *images, *paths)),
         "evaluate": (60, ("evaluate", *scoring)),
-        "tune": (70, ("tune", "--model", wanted.model, "--tuning.batch", "8", "--repeat", "3")),
+        "tune": (55, ("tune", "--model", wanted.model, "--tuning.batch", "8", "--repeat", "3")),
     }
     module, seed = (sys.executable, "-m", "vqjax.bench"), ("--seed", str(wanted.seed))
     return [
