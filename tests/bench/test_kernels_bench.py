@@ -271,7 +271,8 @@ def test_the_dense_layer_is_what_sampling_runs(layer):
     assert not re.search(r"f32\[[^\]]*,", text)  # the bias alone is float32, until it is added
     found, packed = case.dense(case.dense_operands), case.packed(case.operands)
     assert found.shape == packed.shape
-    assert kernels.relative_rms(np.float64(packed), np.float64(found)) < 1e-2
+    numbers = (np.asarray(y, np.float64) for y in (packed, found))
+    assert kernels.relative_rms(*numbers) < 1e-2
 
 
 def test_a_weight_is_decoded_by_one_program():
@@ -280,7 +281,7 @@ def test_a_weight_is_decoded_by_one_program():
     operands = specs.random_operands(problem, IMAGE.operands_shape(2))
     made = []
 
-    def hear(event, seconds, **more):
+    def hear(event, duration_secs, **kwargs):
         if event == "/jax/core/compile/jaxpr_to_mlir_module_duration":
             made.append(event)
 

@@ -57,9 +57,10 @@ def test_each_kind_of_weight_is_compiled_once_before_any_is_updated(monkeypatch)
         ahead.append(arguments)
         real(*arguments, **more)
 
-    def hear(event, seconds, fun_name="", **more):
-        if event.endswith("jaxpr_to_mlir_module_duration") and "of_weight" in fun_name:
-            made.append(fun_name)
+    def hear(event, duration_secs, **kwargs):
+        name = str(kwargs.get("fun_name"))
+        if event.endswith("jaxpr_to_mlir_module_duration") and "of_weight" in name:
+            made.append(name)
 
     monkeypatch.setattr(pv, "compile_ahead", compile_ahead)
     jax.monitoring.register_event_duration_secs_listener(hear)

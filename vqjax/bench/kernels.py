@@ -350,8 +350,13 @@ def is_image(layer: specs.Layer) -> bool:
 @functools.partial(jax.jit, static_argnames=("problem", "image"))
 def decoded(operands: Operands, problem: Problem, *, image: bool) -> jax.Array:
     """The weight as the model holds a dense one: [H, W, I, O] of a convolution, else [I, O]."""
-    _, *stored, _ = operands
-    w_OP = decode.decode(*stored, groups=problem.groups)
+    w_OP = decode.decode(
+        operands.packed_OY,
+        operands.codebooks_MKG,
+        operands.scales_O,
+        operands.codebook_scale,
+        groups=problem.groups,
+    )
     w_ON = w_OP[:, : problem.fan_in].astype(problem.dtype)
     sides = (problem.window, problem.window) if image else ()
     return grouping.from_matrix(w_ON, (*sides, problem.inputs, problem.outputs))

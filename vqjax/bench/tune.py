@@ -102,14 +102,16 @@ def measure(
     )
     like = jax.eval_shape(lambda: first(teach(*lesson)))
     calls = (teach, lesson), (forward, (student.weights, like)), (both, (student, like))
-    teach, forward, both = together(lambda call: call[0].lower(*call[1]).compile(), calls)
-    taught = first(teach(*lesson))
+    taught_by, loss_of, gradients_of = together(
+        lambda call: call[0].lower(*call[1]).compile(), calls
+    )
+    taught = first(taught_by(*lesson))
     # Every pair that the teacher made is used once.
-    yield "teacher", median(teach, wanted.repeat, *lesson) / len(t_TP)
-    forward_seconds = median(forward, wanted.repeat, student.weights, taught)
+    yield "teacher", median(taught_by, wanted.repeat, *lesson) / len(t_TP)
+    forward_seconds = median(loss_of, wanted.repeat, student.weights, taught)
     yield "forward", forward_seconds
-    yield "backward", median(both, wanted.repeat, student, taught) - forward_seconds
-    gradients = both(student, taught)[1].weights
+    yield "backward", median(gradients_of, wanted.repeat, student, taught) - forward_seconds
+    gradients = gradients_of(student, taught)[1].weights
     plain = dataclasses.replace(pv.SEMI_PV, train_codes=False)
     p_step = _update_seconds(wanted, plain, gradients, student.weights)
     yield "P step", p_step
