@@ -370,6 +370,8 @@ class BenchKernelsSettings:
     of 16 entries for every 8 weights or 3x3 kernel."""
     batch: tuple[int, ...] = (2,)
     """Latents that a layer sees; guidance doubles the images of a call."""
+    most_rows: int | None = None
+    """Only layers of at most so many rows, such as those that see a vector for each image."""
     dtype: Dtype = "float32"
     """Of activations."""
     path: Literal["auto", "xla", "pallas", "triton", "native", "lut"] = "auto"
@@ -411,22 +413,30 @@ class BenchEvaluateSettings:
     """Of weights, pictures and features."""
 
 
-GpuPart = Literal["kernels", "sample", "tune", "evaluate", "kernels_tuned"]
+GpuPart = Literal["kernels", "kernels_rows", "kernels_tuned", "sample", "evaluate", "tune"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BenchGpuSettings:
-    """Times everything on a GPU: single layers, sampling, a step of tuning, scoring, and then
-    which kernel and schedule is fastest for each layer.
+    """Times everything on a GPU: single layers, those of few rows, which kernel and schedule is
+    fastest for each, then sampling, scoring, and a step of tuning.
 
-    Each part is a command of its own, in a process of its own. Also: python -m vqjax.bench --gpu"""
+    Each part is a command of its own, in a process of its own. What is fastest goes into the user's
+    own table, which sampling reads. Also: python -m vqjax.bench --gpu"""
 
     model: Preset = "cin256-v2"
     """Preset whose layers and U-Net are timed."""
     minutes: float = 9.0
-    """For all parts, of which each has up to twice its share of what is left: what takes longer is
-    ended, and what would begin later is left out."""
-    parts: tuple[GpuPart, ...] = ("kernels", "sample", "tune", "evaluate", "kernels_tuned")
+    """For all parts, of which each has its share of what is left: what takes longer is ended, and
+    what would begin later is left out."""
+    parts: tuple[GpuPart, ...] = (
+        "kernels",
+        "kernels_rows",
+        "kernels_tuned",
+        "sample",
+        "evaluate",
+        "tune",
+    )
     """Only these."""
     out: pathlib.Path = pathlib.Path("vqjax-gpu")
     """Folder of the results, one JSON file for each part, and of summary.json."""

@@ -12,13 +12,18 @@ import pytest
 
 from vqjax import settings
 from vqjax.bench import __main__ as bench
-from vqjax.bench import gpu
+from vqjax.bench import gpu, sample
 from vqjax.errors import VqjaxError
+from vqjax.kernels import device as devices
+from vqjax.kernels import dispatch, tuned
+from vqjax.kernels.device import Device
 from vqjax.settings import BenchGpuSettings
 
+HOPPER = gpu.Here("gpu", "bfloat16", "auto")
 
-def python(name: str, code: str) -> gpu.Part:
-    return gpu.Part(name, (sys.executable, "-c", code))
+
+def python(name: str, code: str, share: float = 1.0) -> gpu.Part:
+    return gpu.Part(name, share, (sys.executable, "-c", code))
 
 
 def test_without_a_gpu_nothing_starts(tmp_path, capsys):
@@ -31,27 +36,76 @@ def test_without_a_gpu_nothing_starts(tmp_path, capsys):
 def test_every_part_is_a_command_that_can_be_read(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(bench, "_work", seen.append)
-    parts = gpu.parts(BenchGpuSettings(out=tmp_path, seed=7))
+    parts = gpu.parts(BenchGpuSettings(out=tmp_path, seed=7), HOPPER)
     assert [part.name for part in parts] == list(BenchGpuSettings().parts)
     for part in parts:
         assert part.words[:3] == (sys.executable, "-m", "vqjax.bench")
         assert bench.main(list(part.words[3:])) == 0
         assert seen[-1].json == tmp_path / f"{part.name}.json"
         assert seen[-1].seed == 7
-    some = gpu.parts(BenchGpuSettings(parts=("evaluate", "kernels")))
+    some = gpu.parts(BenchGpuSettings(parts=("evaluate", "kernels")), HOPPER)
     assert [part.name for part in some] == ["kernels", "evaluate"]
 
 
-def test_layers_are_those_of_a_plan_and_the_table_is_what_sampling_asks_for(tmp_path, monkeypatch):
+def read(found: gpu.Here, tmp_path, monkeypatch) -> dict:
+    """Settings of all parts by name."""
     seen = {}
     monkeypatch.setattr(bench, "_work", lambda found: seen.update({found.json.stem: found}))
-    for part in gpu.parts(BenchGpuSettings(out=tmp_path)):
+    for part in gpu.parts(BenchGpuSettings(out=tmp_path), found):
         assert bench.main(list(part.words[3:])) == 0
-    layers, table, usual = seen["kernels"], seen["kernels_tuned"], settings.SampleSettings()
-    assert (layers.bits, table.bits) == (2.0, 2.0)
+    return seen
+
+
+def test_layers_come_first_and_are_those_that_sampling_has(tmp_path, monkeypatch):
+    seen, usual = read(HOPPER, tmp_path, monkeypatch), settings.SampleSettings()
+    layers = {name: found for name, found in seen.items() if name.startswith("kernels")}
+    assert list(seen)[: len(layers)] == list(layers)
+    shares = {part.name: part.share for part in gpu.parts(BenchGpuSettings(), HOPPER)}
+    assert sum(shares[name] for name in layers) > sum(shares.values()) / 2
+    for found in layers.values():
+        assert found.bits == 2.0
+        assert found.dtype == seen["sample"].dtype == "bfloat16"
+    assert layers["kernels"].batch == (2, 1)
+    rows = layers["kernels_rows"]
+    assert (rows.most_rows, max(rows.batch)) == (16, 16)
+    table = layers["kernels_tuned"]
     assert table.tune
-    assert table.dtype == usual.dtype
+    assert table.table is None  # what sampling reads
     assert table.batch == (2, 2 * usual.count)  # guidance doubles them
+    assert sorted(seen["sample"].batch) == [1, 4, 16, 64]
+
+
+T4, A100 = (
+    Device("gpu", "Tesla T4", (7, 5)),
+    Device("gpu", "NVIDIA A100-SXM4-40GB", (8, 0)),
+)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "path"), [(T4, "float16", "load"), (A100, "bfloat16", "auto")]
+)
+def test_what_does_not_run_on_a_gpu_is_not_asked_for(device, dtype, path, tmp_path, monkeypatch):
+    """A T4 imitates bfloat16, and has no kernels unless some were measured."""
+    for module in (devices, dispatch):
+        monkeypatch.setattr(module, "current", lambda: device)
+    monkeypatch.delenv(dispatch.VARIABLE, raising=False)
+    monkeypatch.setattr(tuned, "own_file", lambda: tmp_path / "none.json")
+    tuned._tables.cache_clear()
+    found = gpu.here()
+    assert found == ("gpu", dtype, path)
+    assert gpu.Here(*json.loads(json.dumps(found))) == found  # as it comes from a process
+    seen = read(found, tmp_path, monkeypatch)
+    assert seen["sample"].dtype == seen["kernels"].dtype == dtype
+    assert sample.ways_here(seen["sample"].paths) == [sample.WAYS[path]]
+    tuned._tables.cache_clear()
+
+
+def test_time_is_shared_as_was_planned(monkeypatch):
+    given = []
+    monkeypatch.setattr(gpu, "_exit_code", lambda words, seconds: given.append(seconds) or 0)
+    shares = (3.0, 1.0, 1.0)
+    list(gpu.each([python("a", "pass", share) for share in shares], 500.0))
+    assert given == pytest.approx([300, 250, 500], abs=1)  # what is not used is the others'
 
 
 def test_a_part_that_fails_or_takes_too_long_costs_the_others_nothing(tmp_path, monkeypatch):
@@ -83,7 +137,7 @@ def test_a_signal_ends_the_part_too(number):
 import sys
 from vqjax.bench import gpu
 with gpu._told_to_end():
-    list(gpu.each([gpu.Part("slow", (sys.executable, "-c", {slow!r}))], 60.0))
+    list(gpu.each([gpu.Part("slow", 1.0, (sys.executable, "-c", {slow!r}))], 60.0))
 """
     words = [sys.executable, "-c", code]
     pipe = subprocess.PIPE
@@ -98,9 +152,10 @@ with gpu._told_to_end():
 
 
 def test_the_summary_says_what_became_of_the_parts(tmp_path, monkeypatch, capsys):
-    there = types.SimpleNamespace(stdout="gpu\n")
+    there = types.SimpleNamespace(stdout=json.dumps(HOPPER))
     monkeypatch.setattr(gpu.subprocess, "run", lambda *words, **more: there)
-    monkeypatch.setattr(gpu, "parts", lambda wanted: [python("kernels", "raise SystemExit(1)")])
+    bad = python("kernels", "raise SystemExit(1)")
+    monkeypatch.setattr(gpu, "parts", lambda wanted, found: [bad])
     wanted = settings.BenchGpuSettings(out=tmp_path / "out")
     with pytest.raises(VqjaxError, match="kernels failed"):
         gpu.run(wanted)

@@ -4,9 +4,11 @@
 import dataclasses
 import json
 import re
+import threading
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from tests.io import models as small
@@ -24,6 +26,7 @@ from vqjax.settings import BenchKernelsSettings
 
 H200 = Device("gpu", "NVIDIA H200", (9, 0))
 T4 = Device("gpu", "Tesla T4", (7, 5))
+OPS = ("vq_conv", "vq_matmul")
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +44,7 @@ def test_layers_are_timed_and_there_may_be_nothing_to_tune(tmp_path, monkeypatch
     words = ["kernels", "--model", "digits", "--repeat", "1", "--json", str(file)]
     assert main([*words, "--path", "lut"]) == 0
     found = json.loads(file.read_text())
-    assert [record["op"] for record in found["records"]] == ["vq_matmul", "vq_conv"]
+    assert [record["op"] for record in found["records"]] == ["vq_conv", "vq_matmul"]
     assert found["environment"]["jax"] == jax.__version__
     for record in found["records"]:
         assert record["seconds"] > 0
@@ -63,7 +66,7 @@ def test_layers_are_timed_and_there_may_be_nothing_to_tune(tmp_path, monkeypatch
 
 
 def layers_of(wanted: BenchKernelsSettings) -> list[kernels.Case]:
-    return [kernels.case_of(layer, batch, wanted) for layer, batch in kernels.places(wanted)]
+    return [kernels.case_of(*place, wanted) for place in kernels.places(wanted)]
 
 
 @pytest.mark.skipif(native.missing() is not None, reason=f"no native code: {native.missing()}")
@@ -189,11 +192,11 @@ def test_what_was_measured_before_an_end_is_in_the_table_and_not_repeated(
     wanted = BenchKernelsSettings(model="digits", table=table, json=file)
     real, seen = kernels.trials, []
 
-    def ended(case, repeat):
+    def ended(case, programs, repeat):
         seen.append(case.problem.op)
         if len(seen) == 2:
             raise KeyboardInterrupt
-        return real(case, repeat)
+        return real(case, programs, repeat)
 
     monkeypatch.setattr(kernels, "trials", ended)
     with pytest.raises(KeyboardInterrupt):
@@ -224,30 +227,102 @@ def test_what_takes_most_of_the_network_is_tuned_first(monkeypatch):
     again = dataclasses.replace(few, count=10)  # the same key as the first
     monkeypatch.setattr(kernels, "layers", lambda wanted: [few, many, again])
     found = kernels.problems_of(BenchKernelsSettings(batch=(2, 32)))
-    assert list(found.values()) == [(few, 2), (many, 2), (few, 32), (many, 32)]
+    assert list(found.values()) == [(again, 2), (many, 2), (again, 32), (many, 32)]
     monkeypatch.setattr(kernels, "layers", lambda wanted: [few, many])
     found = kernels.problems_of(BenchKernelsSettings(batch=(2, 32)))
     assert list(found.values()) == [(many, 2), (few, 2), (many, 32), (few, 32)]
 
 
+def test_what_takes_most_of_the_network_is_timed_first():
+    """Convolutions among products: an ended run has both."""
+    every = {(layer.op, layer.outputs): layer for op in OPS for layer in specs.layers(op)}
+    wanted = BenchKernelsSettings(model="digits", batch=(2, 1))
+    found = kernels.places(wanted)
+    assert [batch for _, batch in found] == [2] * len(every) + [1] * len(every)
+    work = [kernels.operations_of(layer, batch, wanted) for layer, batch in found]
+    assert work[: len(every)] == sorted(work[: len(every)], reverse=True)
+    assert [layer.op for layer, _ in found][:2] == ["vq_conv", "vq_matmul"]
+
+
+def test_layers_of_few_rows_alone(capsys):
+    wanted = BenchKernelsSettings(model="digits", batch=(1, 4, 16), most_rows=4)
+    found = kernels.places(wanted)
+    assert [(layer.op, batch) for layer, batch in found] == [("vq_matmul", 1), ("vq_matmul", 4)]
+    assert main(["kernels", "--model", "digits", "--batch", "8", "--most-rows", "4"]) == 2
+    assert "--most-rows 4: no layer has so few" in capsys.readouterr().err
+
+
+IMAGE = specs.Layer("a", "vq_conv", (1, 4, 4, 8), 6, 3, 2, (0, 1), False, 1, (2, 16, 9, "int8"))
+POINTS = dataclasses.replace(IMAGE, op="vq_matmul", window=1, stride=1, padding=(0, 0))
+TOKENS = dataclasses.replace(POINTS, x_shape=(1, 5, 8))
+
+
+@pytest.mark.parametrize("layer", [IMAGE, POINTS, TOKENS])
+def test_the_dense_layer_is_what_sampling_runs(layer):
+    """The model's own kernel and bias: rows of a matrix would be another program on a GPU, with a
+    transposition for each convolution and a bias that is added apart."""
+    case = kernels.case_of(layer, 2, BenchKernelsSettings(dtype="bfloat16"))
+    image = len(layer.x_shape) == 4
+    assert case.kernel.shape == (layer.window,) * 2 * image + (8, 6)
+    text = str(jax.make_jaxpr(case.dense)(case.dense_operands))
+    assert "transpose" not in text
+    assert ("conv_general_dilated" in text) == image
+    assert "rhs_spec=(3, 2, 0, 1)" in text or not image  # height, width, inputs, outputs
+    assert not re.search(r"f32\[[^\]]*,", text)  # the bias alone is float32, until it is added
+    found, packed = case.dense(case.dense_operands), case.packed(case.operands)
+    assert found.shape == packed.shape
+    numbers = (np.asarray(y, np.float64) for y in (packed, found))
+    assert kernels.relative_rms(*numbers) < 1e-2
+
+
+def test_a_weight_is_decoded_by_one_program():
+    """Step by step there would be more than twenty, and a GPU takes a while for each."""
+    problem = dataclasses.replace(IMAGE, outputs=7).problem(2, "float16")  # of no other test
+    operands = specs.random_operands(problem, IMAGE.operands_shape(2))
+    made = []
+
+    def hear(event, duration_secs, **kwargs):
+        if event == "/jax/core/compile/jaxpr_to_mlir_module_duration":
+            made.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(hear)
+    kernels.decoded(operands, problem, image=True)
+    assert len(made) == 1
+
+
+def test_programs_are_compiled_side_by_side_and_nothing_beside_what_is_timed(monkeypatch):
+    monkeypatch.setattr(kernels.os, "cpu_count", lambda: 4)
+    both = threading.Barrier(2, timeout=60)
+
+    def one_of_two(operands):
+        both.wait()
+        return operands.x
+
+    def runs(case):
+        return {name: kernels.Run(one_of_two, case.operands) for name in "ab"}
+
+    wanted = BenchKernelsSettings(model="digits", batch=(1,))
+    seen = []
+    for case, programs in kernels.compiled(kernels.places(wanted), wanted, runs):
+        seen.append(case.layer.op)
+        assert all(not isinstance(program, Exception) for program in programs.values())
+    assert seen == ["vq_conv", "vq_matmul"]
+
+
 def test_inputs_go_past_the_cache_where_they_are_waited_for(monkeypatch):
     (layer,) = specs.layers("vq_matmul")
-    few, many = (
-        kernels.Case(layer, 1, problem, specs.random_operands(problem, (1, problem.inputs)))
-        for problem in (
-            layer.problem(1, "float32"),
-            dataclasses.replace(layer.problem(1, "float32"), rows=10**6),
-        )
-    )
+    few = kernels.case_of(layer, 1, BenchKernelsSettings(model="digits"))
+    many = few._replace(problem=dataclasses.replace(few.problem, rows=10**6))
     read = kernels.tree_bytes(few.operands)
-    assert kernels.copies(few, 9 * read) == 9
+    assert kernels.copies(few, 4 * read) == 8  # twice the cache
     assert kernels.copies(few, 10**9) == kernels.LIMITS["cpu"][0]
     assert kernels.copies(many, 10**9) == 1
     monkeypatch.setattr(device, "current", lambda: H200)
     cache = roofline.of(H200, "bfloat16").cache
-    large = dataclasses.replace(few.problem, inputs=2880, outputs=1920)
-    case = few._replace(problem=large, operands=specs.random_operands(large, (1, 2880)))
-    assert kernels.copies(case, cache) * kernels.tree_bytes(case.operands) >= cache
+    assert cache == 60 * 2**20
+    large = dataclasses.replace(few.problem, inputs=4096, outputs=2048)
+    case = few._replace(problem=large, operands=specs.random_operands(large, (1, 4096)))
+    assert kernels.copies(case, cache) * kernels.tree_bytes(case.operands) >= 2 * cache
 
 
 def test_copies_are_of_their_own_and_all_run():
@@ -258,9 +333,9 @@ def test_copies_are_of_their_own_and_all_run():
     traced = []
     several = kernels.in_places((jnp.ones((2, 3)), jnp.arange(3.0)), 3)
     assert len({x.unsafe_buffer_pointer() for x, _ in several}) == 3
-    ys = kernels.repeated(run, several, 1)()
+    ys = kernels.repeated(run, 1)(several)
     assert len(ys) == 3
-    for y in [*ys, kernels.repeated(run, several, 4)()[-1]]:
+    for y in [*ys, kernels.repeated(run, 4)(several)[-1]]:
         assert y.tolist() == [[0, 1, 2], [0, 1, 2]]
     assert len(traced) == 1  # not for each copy
 
@@ -270,8 +345,8 @@ def test_rounds_compute_everything_again():
     """XLA takes out of loops what does not change in them, unless it is kept from it."""
     case = layers_of(BenchKernelsSettings(model="digits"))[0]
     with kernels.asked("xla"):
-        program = kernels.repeated(case.packed, kernels.in_places(case.operands, 2), 3)
-        text = program.func.lower(*program.args).compile().as_text()
+        program = kernels.repeated(case.packed, 3)
+        text = program.lower(kernels.in_places(case.operands, 2)).compile().as_text()
     parts = {part.split(" ", 1)[0]: part for part in re.split(r"\n(?=%)|\nENTRY ", text)}
     found = re.findall(r"body=(%[\w.\-]+)", text)
     for name in found:  # and all that it calls

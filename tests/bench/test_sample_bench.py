@@ -3,8 +3,10 @@
 
 import dataclasses
 import json
+import threading
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from tests.io import models as small
@@ -46,6 +48,38 @@ def test_every_path_of_a_cpu(tmp_path, monkeypatch, capsys, caplog):
         assert record["latent_error"] < 1e-4
     assert "decoded in the step" in capsys.readouterr().out
     assert not caplog.messages  # no warning of what was asked for here
+
+
+def test_programs_of_several_batches_are_compiled_side_by_side(tmp_path, monkeypatch):
+    """Where there are cores; what is measured is written after each batch size."""
+    monkeypatch.setattr(sample.os, "cpu_count", lambda: 16)
+    monkeypatch.setitem(config_lib.PRESETS, "digits", lambda: CONFIG)
+    file, made, written = tmp_path / "sample.json", [], []
+    all_four = threading.Barrier(4, timeout=60)
+
+    def program_of(wanted, config, guidance, work):
+        made.append((work.batch, work.name))
+        all_four.wait()
+        zeros = jnp.ones((work.batch, 2))
+        return lambda: (zeros, zeros)
+
+    def costs(works, repeat):
+        written.append(json.loads(file.read_text())["records"] if file.exists() else [])
+        return dict.fromkeys(works, 1.0)
+
+    monkeypatch.setattr(sample, "program_of", program_of)
+    monkeypatch.setattr(sample, "medians_in_turn", costs)
+    words = ["sample", "--bits", "3.5", "--batch", "1", "4", "--paths", "load"]
+    assert main([*words, "--json", str(file)]) == 0
+    assert sorted(made) == [
+        (1, "decoded at load"),
+        (1, "dense"),
+        (4, "decoded at load"),
+        (4, "dense"),
+    ]
+    assert [[record["batch"] for record in records] for records in written] == [[], [1, 1]]
+    found = json.loads(file.read_text())["records"]
+    assert [record["images_per_second"] for record in found] == [1.0, 1.0, 4.0, 4.0]
 
 
 def test_kernels_are_a_path_where_a_gpu_is(monkeypatch):

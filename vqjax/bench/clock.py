@@ -1,14 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Time with compilation apart, and time by stage."""
 
+import os
 import statistics
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, TypeVar
 
 import jax
 
+from vqjax.core import cores
+
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 Name = TypeVar("Name", bound=Hashable)
 
@@ -53,6 +58,15 @@ def compiled_seconds(work: Callable[[], Result], clock: CompileClock) -> tuple[R
         seconds = time.perf_counter() - start
         if clock.seconds == before or attempt == _ATTEMPTS:
             return result, seconds
+
+
+def together(work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    """Calls `work`, which compiles, for all items side by side, whatever they are compiled for.
+
+    `cores.each` is for programs that run, and gives a GPU one at a time.
+    """
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(cores.as_here(work), items))
 
 
 class Cost(NamedTuple):

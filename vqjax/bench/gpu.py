@@ -25,13 +25,36 @@ from vqjax.io import native
 from vqjax.settings import BenchGpuSettings, command_line
 
 LEAST = 20.0  # seconds in which a part could show something
-_ASK = "import jax; print(jax.default_backend())"
+_ASK = "import json; from vqjax.bench import gpu; print(json.dumps(gpu.here()))"
+_FAST_BFLOAT16 = (8, 0)
+"""Compute capability from which GPUs have bfloat16; those before imitate it."""
+
+
+class Here(NamedTuple):
+    """What decides how this machine is measured.
+
+    Attributes:
+      platform: as JAX names it.
+      dtype: half precision that its GPU multiplies in.
+      path: how `bench sample` is asked for, beside dense weights.
+    """
+
+    platform: str
+    dtype: str
+    path: str
 
 
 class Part(NamedTuple):
-    """One process: the name of its results, and the command."""
+    """One process.
+
+    Attributes:
+      name: of its results.
+      share: of the time, relative to the other parts'.
+      words: the command.
+    """
 
     name: str
+    share: float
     words: tuple[str, ...]
 
 
@@ -43,22 +66,19 @@ def run(wanted: BenchGpuSettings) -> None:
     """
     if not wanted.minutes > 0:
         raise VqjaxError(f"--minutes {wanted.minutes:g}: expected a number above 0")
-    asked = subprocess.run(
-        [sys.executable, "-c", _ASK], capture_output=True, text=True, check=False
-    )
-    backend = asked.stdout.strip() or "none"
-    if backend != "gpu":
+    found = _asked()
+    if found.platform != "gpu":
         raise VqjaxError(
-            f"bench --gpu: expected a GPU, found JAX's backend {backend!r}; install the extra "
-            "cuda12 or cuda13, and see python -m vqjax.doctor"
+            f"bench --gpu: expected a GPU, found JAX's backend {found.platform!r}; install the "
+            "extra cuda12 or cuda13, and see python -m vqjax.doctor"
         )
     wanted.out.mkdir(parents=True, exist_ok=True)
     records = []
     with _told_to_end():
-        for record in each(parts(wanted), wanted.minutes * 60):
+        for record in each(parts(wanted, found), wanted.minutes * 60):
             records.append(record)
-            found = {"command": command_line("vqjax.bench", wanted, "gpu"), "parts": records}
-            text = json.dumps(found, indent=2) + "\n"
+            content = {"command": command_line("vqjax.bench", wanted, "gpu"), "parts": records}
+            text = json.dumps(content, indent=2) + "\n"
             native.write_atomically(wanted.out / "summary.json", text.encode())
     show(records, wanted.out)
     failed = [record["part"] for record in records if record["state"] == "failed"]
@@ -81,37 +101,53 @@ def _told_to_end() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def parts(wanted: BenchGpuSettings) -> list[Part]:
+def here() -> Here:
+    """Asks this process's JAX."""
+    from vqjax.bench import sample
+    from vqjax.kernels import device
+
+    found = device.current()
+    halves = found.capability is None or found.capability >= _FAST_BFLOAT16
+    # What is decoded at load runs the program of dense weights.
+    path = "load" if "auto" in sample.absent() else "auto"
+    return Here(found.platform, "bfloat16" if halves else "float16", path)
+
+
+def _asked() -> Here:
+    """The same in a process of its own, or no backend where that cannot tell."""
+    words = [sys.executable, "-c", _ASK]
+    asked = subprocess.run(words, capture_output=True, text=True, check=False)
+    try:
+        return Here(*json.loads(asked.stdout))
+    except (ValueError, TypeError):
+        return Here("none", "", "")
+
+
+def parts(wanted: BenchGpuSettings, found: Here) -> list[Part]:
     """Commands of this package, each with a file of its own in `wanted.out`.
 
-    Layers have the codes of the model's plan at two bits. The table of choices is of what `sample`
-    asks for without options, one image and sixteen, both branches of guidance counted.
+    Layers have the codes of the model's plan at two bits. One image under guidance is two latents,
+    of which the embedding's layers see a row each; what `sample` then takes is what was tuned. The
+    seconds are of nine minutes on an H200 that has compiled nothing before, most of them for
+    layers; those of sampling and tuning are programs that take a minute to compile.
     """
-    shapes = ("kernels", "--model", wanted.model, "--bits", "2")
-    table = str(wanted.out / "tuned.json")
-    scoring = ("--pictures", "2048", "--samples", "10000", "--reference", "50000")
-    paths = ("--paths", "load", "auto")
+    layers = ("kernels", "--model", wanted.model, "--bits", "2", "--dtype", found.dtype)
+    rows = ("--batch", "1", "2", "4", "8", "16", "--most-rows", "16")
+    images = ("--batch", "1", "16", "4", "64", "--repeat", "3")
+    paths = ("--dtype", found.dtype, "--paths", found.path)
+    scoring = ("--pictures", "2048", "--samples", "10000", "--reference", "50000", "--repeat", "1")
     every = {
-        "kernels": (*shapes, "--dtype", "bfloat16", "--batch", "1", "2"),
-        "sample": (
-            "sample",
-            wanted.model,
-            "--dtype",
-            "bfloat16",
-            "--batch",
-            "1",
-            "4",
-            "16",
-            *paths,
-        ),
-        "tune": ("tune", "--model", wanted.model, "--tuning.batch", "8"),
-        "evaluate": ("evaluate", *scoring),
-        "kernels_tuned": (*shapes, "--batch", "2", "32", "--tune", "--table", table),
+        "kernels": (125, (*layers, "--batch", "2", "1")),
+        "kernels_rows": (35, (*layers, *rows)),
+        "kernels_tuned": (115, (*layers, "--batch", "2", "32", "--tune")),
+        "sample": (150, ("sample", wanted.model, *images, *paths)),
+        "evaluate": (60, ("evaluate", *scoring)),
+        "tune": (55, ("tune", "--model", wanted.model, "--tuning.batch", "8", "--repeat", "3")),
     }
     module, seed = (sys.executable, "-m", "vqjax.bench"), ("--seed", str(wanted.seed))
     return [
-        Part(name, (*module, *words, *seed, "--json", str(wanted.out / f"{name}.json")))
-        for name, words in every.items()
+        Part(name, share, (*module, *words, *seed, "--json", str(wanted.out / f"{name}.json")))
+        for name, (share, words) in every.items()
         if name in wanted.parts
     ]
 
@@ -119,9 +155,9 @@ def parts(wanted: BenchGpuSettings) -> list[Part]:
 def each(parts: Sequence[Part], seconds: float) -> Iterator[dict[str, Any]]:
     """Runs parts one after the other, all within `seconds`; yields what became of each.
 
-    A part has at most twice its share of the time that is left, so that one which is slow leaves
-    some to the others; what it does not use is theirs. "state" is "done", "failed", "ended" (it had
-    no more time; what it had measured is in its file) or "left out".
+    A part has its share of the time that is left; what it does not use is the others'. "state" is
+    "done", "failed", "ended" (it had no more time; what it had measured is in its file) or "left
+    out".
     """
     end = time.monotonic() + seconds
     for place, part in enumerate(parts):
@@ -131,7 +167,7 @@ def each(parts: Sequence[Part], seconds: float) -> Iterator[dict[str, Any]]:
         if left < min(LEAST, seconds):
             yield record | {"state": "left out", "seconds": 0.0}
             continue
-        share = 2 * left / (len(parts) - place + 1)
+        share = left * part.share / sum(other.share for other in parts[place:])
         code = _exit_code(part.words, min(left, max(share, LEAST)))
         state = {None: "ended", 0: "done"}.get(code, "failed")
         taken = round(time.monotonic() - begun, 1)

@@ -9,6 +9,7 @@ import functools
 import json
 import logging
 import math
+import os
 import pathlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,9 +24,10 @@ import vqjax.kernels
 from vqjax import config as config_lib
 from vqjax import progress
 from vqjax.bench import random_weights, results, roofline, tables
-from vqjax.bench.clock import medians_in_turn
+from vqjax.bench.clock import medians_in_turn, together
 from vqjax.bench.layers import layers_of
 from vqjax.bench.sample import BITS, asked, quantized_model, relative_rms
+from vqjax.core import grouping
 from vqjax.errors import DoesNotFitError, VqjaxError
 from vqjax.io import native
 from vqjax.kernels import decode, device, lut_matmul, specs, tuned, vq_conv, vq_matmul
@@ -35,10 +37,9 @@ from vqjax.kernels.lut_matmul import native as native_tables
 from vqjax.kernels.problem import Operands, Problem
 from vqjax.kernels.schedule import Schedule, candidates
 from vqjax.kernels.vq_conv import api as conv
-from vqjax.kernels.vq_conv import ref as conv_ref
 from vqjax.kernels.vq_conv.window import Window
 from vqjax.kernels.vq_matmul import api as matmul
-from vqjax.kernels.vq_matmul import ref as matmul_ref
+from vqjax.models import layers as model_layers
 from vqjax.pipeline import environment
 from vqjax.pipeline.journal import fingerprint
 from vqjax.settings import BenchKernelsSettings, command_line
@@ -50,7 +51,8 @@ class Limits(NamedTuple):
     Attributes:
       copies: of a layer, in turn, until what they read exceeds the cache.
       rounds: of all copies. To hand over the arrays of a copy takes the host up to 12 us, longer
-        than a GPU needs for many a layer: rounds inside the program share that.
+        than a GPU needs for many a layer: rounds inside the program share that, and also what XLA
+        takes out of their loop, as it does in a sampler's: a dense weight in another layout.
       operations: of all rounds; a layer of much arithmetic waits neither for memory nor the host.
     """
 
@@ -59,17 +61,19 @@ class Limits(NamedTuple):
     operations: float
 
 
-LIMITS = {"cpu": Limits(16, 1, 2e9), "gpu": Limits(64, 64, 2e12)}
-"""More copies take long to compile. What stays in a GPU's cache with 64 of them, less than 1 MB a
+LIMITS = {"cpu": Limits(16, 1, 2e9), "gpu": Limits(64, 64, 1e13)}
+"""More copies take long to compile. What stays in a GPU's cache with 64 of them, less than 2 MB a
 copy, is read from its memory in a fraction of the time that it takes to start a kernel."""
+
+CACHES = 2
+"""How many times the cache all copies are: of what is a little larger than a cache, much stays."""
 
 TOLERANCES = {"float32": 1e-4, "float16": 3e-3, "bfloat16": 2e-2}
 """Most relative RMS of a kernel's result to that of a decoded weight. float32: what convolutions by
 transforms differ by, less than what ten bits of mantissa (TF32) would."""
 
-OPS = ("vq_matmul", "vq_conv")
-
-Program = Callable[[], list[jax.Array]]
+Program = Callable[[list[Any]], list[jax.Array]]
+"""Takes operands in several places."""
 
 _SOURCES = (vqjax.kernels, vq_matmul, vq_conv, lut_matmul)
 
@@ -77,12 +81,17 @@ _log = logging.getLogger("vqjax.bench")
 
 
 class Case(NamedTuple):
-    """One layer shape at one batch size."""
+    """One layer shape at one batch size.
+
+    Attributes:
+      kernel: the decoded weight, as the model holds a dense one (`decoded`).
+    """
 
     layer: specs.Layer
     batch: int
     problem: Problem
     operands: Operands
+    kernel: jax.Array
 
     @property
     def window(self) -> Window:
@@ -108,17 +117,38 @@ class Case(NamedTuple):
             return matmul.ways(self.problem)
         return conv.ways(self.problem, self.window)
 
-    def dense(self, operands: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        """The operation with a decoded weight [O, N]: operands are x, weight and bias."""
-        if self.layer.op == "vq_matmul":
-            return matmul_ref.product(*operands)
-        return conv_ref.convolve(*operands, self.window)
+    def dense(self, operands: tuple[jax.Array, Any, jax.Array]) -> jax.Array:
+        """The model's own dense layer, which is what sampling runs: of x, kernel and bias."""
+        x, kernel, bias_O = operands
+        of = self.layer
+        module = (
+            model_layers.Conv(of.outputs, of.window, of.stride, of.padding)
+            if is_image(of)
+            else model_layers.Dense(of.outputs)
+        )
+        params = {"kernel": kernel, "bias": bias_O}
+        y = module.apply({"params": params}, x.reshape(self.batch, *of.x_shape[1:]))
+        assert isinstance(y, jax.Array)  # nothing else is asked of the module
+        return y if of.op == "vq_conv" else y.reshape(len(x), -1)
+
+    @property
+    def dense_operands(self) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """What `dense` takes."""
+        assert self.operands.bias_O is not None  # all of them have one
+        return self.operands.x, self.kernel, self.operands.bias_O
 
     def choice(self) -> Choice:
         """The path that would be taken."""
         if self.layer.op == "vq_matmul":
             return matmul.choice(self.operands)
         return conv.choice(self.operands, self.window)
+
+
+class Run(NamedTuple):
+    """One way to compute a case: the operation, and its operands."""
+
+    function: Callable[[Any], jax.Array]
+    operands: Any
 
 
 class Trial(NamedTuple):
@@ -146,10 +176,11 @@ def run(wanted: BenchKernelsSettings) -> None:
         return
     records: list[dict[str, Any]] = []
     found = about(wanted) | {"records": records}
-    for layer, batch in places(wanted):
-        records.append(measure(case_of(layer, batch, wanted), wanted))
-        if wanted.json is not None:  # after each: whoever ends the process keeps what was measured
-            native.write_atomically(wanted.json, (json.dumps(found, indent=2) + "\n").encode())
+    with asked(wanted.path):
+        for case, programs in compiled(places(wanted), wanted, measured_runs):
+            records.append(measure(case, programs, wanted))
+            if wanted.json is not None:  # after each: whoever ends the process keeps the others
+                native.write_atomically(wanted.json, (json.dumps(found, indent=2) + "\n").encode())
     show(found)
 
 
@@ -165,7 +196,7 @@ def about(wanted: BenchKernelsSettings) -> dict[str, Any]:
 
 
 def layers(wanted: BenchKernelsSettings) -> list[specs.Layer]:
-    """The distinct layers of the model, products first.
+    """The distinct layers of the model.
 
     Raises:
       VqjaxError: if it is no preset and cannot be loaded, or has no quantized weight.
@@ -175,43 +206,98 @@ def layers(wanted: BenchKernelsSettings) -> list[specs.Layer]:
         model = quantized_model(wanted.model, wanted.bits, wanted.seed)
         found = layers_of(wanted.model, model.config, model.params)
     else:
-        every = [layer for op in OPS for layer in specs.layers(op)]
+        every = [layer for op in ("vq_matmul", "vq_conv") for layer in specs.layers(op)]
         found = [layer for layer in every if layer.model == wanted.model]
         if wanted.bits is not None or not found:
             bits = BITS if wanted.bits is None else wanted.bits
             shapes = random_weights.quantized_shapes(preset(), bits)
             found = layers_of(wanted.model, preset(), shapes)
-    return sorted(found, key=lambda layer: OPS.index(layer.op))
+    return found
 
 
 def places(wanted: BenchKernelsSettings) -> list[tuple[specs.Layer, int]]:
-    """All layer shapes at all batch sizes."""
-    return [(layer, batch) for layer in layers(wanted) for batch in wanted.batch]
+    """All layer shapes at all batch sizes: for each of these, what takes most of the network's
+    operations first, so that whoever ends it has what counts.
+
+    Raises:
+      VqjaxError: if there is none of so few rows.
+    """
+    most = math.inf if wanted.most_rows is None else wanted.most_rows
+    every = sorted(layers(wanted), key=lambda layer: -operations_of(layer, 1, wanted))
+    pairs = [(layer, batch) for batch in wanted.batch for layer in every]
+    found = [pair for pair in pairs if pair[0].problem(pair[1], wanted.dtype).rows <= most]
+    if not found:
+        raise VqjaxError(f"--most-rows {wanted.most_rows}: no layer has so few at this --batch")
+    return found
+
+
+def operations_of(layer: specs.Layer, batch: int, wanted: BenchKernelsSettings) -> int:
+    """Of all layers of the network that are like this one."""
+    return layer.count * counts.operations(layer.problem(batch, wanted.dtype))[0]
 
 
 def case_of(layer: specs.Layer, batch: int, wanted: BenchKernelsSettings) -> Case:
     """A layer with random arrays, which exist while it is looked at."""
     problem = layer.problem(batch, wanted.dtype)
     operands = specs.random_operands(problem, layer.operands_shape(batch), seed=wanted.seed)
-    return Case(layer, batch, problem, operands)
+    return Case(layer, batch, problem, operands, decoded(operands, problem, image=is_image(layer)))
 
 
-def measure(case: Case, wanted: BenchKernelsSettings) -> dict[str, Any]:
-    """Times one case on the path that is asked for, in turn with the dense layer."""
+def compiled(
+    chosen: Sequence[tuple[specs.Layer, int]],
+    wanted: BenchKernelsSettings,
+    runs_of: Callable[[Case], Mapping[Any, Run]],
+) -> Iterator[tuple[Case, dict[Any, Program | Exception]]]:
+    """Yields cases in their order with programs of all their runs, or what a compiler said.
+
+    As many cases at a time as keep all cores busy: on a GPU nearly all time is compilation, which
+    takes one core for each program. Nothing is compiled while the caller measures.
+    """
+    size = max(1, (os.cpu_count() or 1) // 2)  # each has two programs at least
+    for start in range(0, len(chosen), size):
+        cases = together(lambda place: case_of(*place, wanted), chosen[start : start + size])
+        runs = [runs_of(case) for case in cases]
+        pairs = [(case, run) for case, own in zip(cases, runs) for run in own.values()]
+        programs = iter(together(lambda pair: _compiled(*pair), pairs))
+        for case, own in zip(cases, runs):
+            yield case, {name: next(programs) for name in own}
+
+
+def _compiled(case: Case, run: Run) -> Program | Exception:
+    """From shapes: copies of what many cases read would not fit the memory together."""
+    one = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), run.operands)
+    count, rounds = shares(case)
+    in_places(run.operands, 1)  # what copies them is compiled here, too
+    try:
+        return repeated(run.function, rounds).lower([one] * count).compile()
+    except Exception as raised:  # whatever a compiler says, there may be other programs
+        return raised
+
+
+def measured_runs(case: Case) -> dict[str, Run]:
+    """The dense layer and the packed one."""
+    return {
+        "dense": Run(case.dense, case.dense_operands),
+        "packed": Run(case.packed, case.operands),
+    }
+
+
+def measure(
+    case: Case, programs: Mapping[str, Program | Exception], wanted: BenchKernelsSettings
+) -> dict[str, Any]:
+    """Times one case on the path that was asked for, in turn with the dense layer."""
     machine = roofline.of(device.current(), wanted.dtype)
-    count = copies(case, machine.cache)
-    rounds = rounds_of(case, count)
-    with asked(wanted.path):
-        choice = case.choice()
-        weight_ON = decoded(case)
-        dense = (case.operands.x, weight_ON, case.operands.bias_O)
-        works = {
-            "dense": repeated(case.dense, in_places(dense, count), rounds),
-            "packed": repeated(case.packed, in_places(case.operands, count), rounds),
-        }
-        ys = {name: work()[-1] for name, work in works.items()}
-        error = relative_rms(*(np.asarray(ys[name], np.float64) for name in ("packed", "dense")))
-        medians = medians_in_turn(works, wanted.repeat)
+    count, rounds = shares(case)
+    choice = case.choice()
+    works = {}
+    for name, run in measured_runs(case).items():
+        program = programs[name]
+        if isinstance(program, Exception):
+            raise program
+        works[name] = functools.partial(program, in_places(run.operands, count))
+    ys = {name: work()[-1] for name, work in works.items()}
+    error = relative_rms(*(np.asarray(ys[name], np.float64) for name in ("packed", "dense")))
+    medians = medians_in_turn(works, wanted.repeat)
     seconds = {name: median / (count * rounds) for name, median in medians.items()}
     fields = dataclasses.asdict(case.layer)
     products, lookups = counts.operations(case.problem)
@@ -220,11 +306,11 @@ def measure(case: Case, wanted: BenchKernelsSettings) -> dict[str, Any]:
         "packed": lookups if choice.path in ("lut", "native") else products,
     }
     moved = {
-        "dense": tree_bytes(dense) + ys["dense"].nbytes,
+        "dense": tree_bytes(case.dense_operands) + ys["dense"].nbytes,
         "packed": tree_bytes(case.operands) + ys["packed"].nbytes,
     }
     least = {name: machine.least_seconds(moved[name], operations[name]) for name in works}
-    shares = {name: None if t is None else t / seconds[name] for name, t in least.items()}
+    reached = {name: None if t is None else t / seconds[name] for name, t in least.items()}
     return {name: fields[name] for name in ("op", "outputs", "window", "stride", "count")} | {
         "x": [case.batch, *case.layer.x_shape[1:]],
         "batch": case.batch,
@@ -237,16 +323,16 @@ def measure(case: Case, wanted: BenchKernelsSettings) -> dict[str, Any]:
         "dense_seconds": seconds["dense"],
         "ratio_to_dense": seconds["dense"] / seconds["packed"],
         "packed_bytes": packed_bytes(case),
-        "dense_bytes": weight_ON.nbytes,
+        "dense_bytes": case.kernel.nbytes,
         "moved_bytes": moved["packed"],
         "dense_moved_bytes": moved["dense"],
         "operations": operations["packed"],
         "dense_operations": operations["dense"],
-        "roofline_share": shares["packed"],
-        "dense_roofline_share": shares["dense"],
+        "roofline_share": reached["packed"],
+        "dense_roofline_share": reached["dense"],
         "copies": count,
         "rounds": rounds,
-        "past_cache": count * tree_bytes(case.operands) >= machine.cache,
+        "past_cache": count * tree_bytes(case.operands) >= CACHES * machine.cache,
         "error": error,
     }
 
@@ -256,17 +342,24 @@ def tree_bytes(arrays: Any) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
 
 
-def decoded(case: Case) -> jax.Array:
-    """The weight as it is stored for a dense layer, [O, N]."""
-    stored = case.operands
+def is_image(layer: specs.Layer) -> bool:
+    """Whether the layer is a convolution, of one pixel perhaps."""
+    return len(layer.x_shape) == 4
+
+
+@functools.partial(jax.jit, static_argnames=("problem", "image"))
+def decoded(operands: Operands, problem: Problem, *, image: bool) -> jax.Array:
+    """The weight as the model holds a dense one: [H, W, I, O] of a convolution, else [I, O]."""
     w_OP = decode.decode(
-        stored.packed_OY,
-        stored.codebooks_MKG,
-        stored.scales_O,
-        stored.codebook_scale,
-        groups=case.problem.groups,
+        operands.packed_OY,
+        operands.codebooks_MKG,
+        operands.scales_O,
+        operands.codebook_scale,
+        groups=problem.groups,
     )
-    return w_OP[:, : case.problem.fan_in].astype(case.problem.dtype)
+    w_ON = w_OP[:, : problem.fan_in].astype(problem.dtype)
+    sides = (problem.window, problem.window) if image else ()
+    return grouping.from_matrix(w_ON, (*sides, problem.inputs, problem.outputs))
 
 
 def packed_bytes(case: Case) -> int:
@@ -282,7 +375,7 @@ def _limits() -> Limits:
 def copies(case: Case, cache: int) -> int:
     """How many layers one program runs, one after the other, of inputs and weights of their own."""
     limits, (products, _) = _limits(), counts.operations(case.problem)
-    past_cache = math.ceil(cache / tree_bytes(case.operands))
+    past_cache = math.ceil(CACHES * cache / tree_bytes(case.operands))
     return max(1, min(past_cache, limits.copies, int(limits.operations / products)))
 
 
@@ -292,13 +385,19 @@ def rounds_of(case: Case, count: int) -> int:
     return max(1, min(limits.rounds, int(limits.operations / (count * products))))
 
 
+def shares(case: Case) -> tuple[int, int]:
+    """Copies and rounds of a case on this device."""
+    count = copies(case, roofline.of(device.current(), case.problem.dtype).cache)
+    return count, rounds_of(case, count)
+
+
 def in_places(operands: Any, count: int) -> list[Any]:
     """Copies of operands in several places in memory."""
     return [jax.tree.map(jnp.copy, operands) for _ in range(count)]
 
 
-def repeated(run: Callable[[Any], jax.Array], several: list[Any], rounds: int) -> Program:
-    """A program that runs an operation on several operands in turn, in rounds.
+def repeated(run: Callable[[Any], jax.Array], rounds: int) -> Any:
+    """A jitted `Program` that runs an operation on several operands in turn, in rounds.
 
     All that an operation reads waits for the operation before it: nothing is computed once for all
     rounds, as a decoded weight could be. For the same reason all results are given, those of the
@@ -322,7 +421,7 @@ def repeated(run: Callable[[Any], jax.Array], several: list[Any], rounds: int) -
         ys = [jnp.zeros(y.shape, y.dtype) for y in shapes]
         return jax.lax.fori_loop(0, rounds, lambda _, ys: in_turn(several, ys), ys)
 
-    return functools.partial(program, several)
+    return program
 
 
 def tune(wanted: BenchKernelsSettings) -> None:
@@ -345,12 +444,11 @@ def tune(wanted: BenchKernelsSettings) -> None:
     kept = results.Results(wanted.json, about(wanted), prints.values())
     known = tuned.read(_text(table))
     finished = {name for name in prints if kept.get(prints[name]) and (here.kind, *name) in known}
-    with progress.stage("layers", len(problems), done=len(finished)) as advance:
-        for name, (layer, batch) in problems.items():
-            if name in finished:
-                continue
-            case = case_of(layer, batch, wanted)
-            tried = trials(case, wanted.repeat)
+    places_left = [place for name, place in problems.items() if name not in finished]
+    with asked("xla"), progress.stage("layers", len(problems), done=len(finished)) as advance:
+        for case, programs in compiled(places_left, wanted, tried_runs):
+            name = case.problem.op, tuned.key(case.problem)
+            tried = trials(case, programs, wanted.repeat)
             chosen = best(tried)
             text = _text(table)
             native.write_atomically(table, tuned.merged(text, here.kind, {name: chosen}).encode())
@@ -373,7 +471,7 @@ def problems_of(wanted: BenchKernelsSettings) -> dict[tuple[str, str], tuple[spe
         problem = layer.problem(batch, wanted.dtype)
         name = problem.op, tuned.key(problem)
         first.setdefault(name, (layer, batch))
-        work[name] += layer.count * counts.operations(problem)[0]
+        work[name] += operations_of(layer, batch, wanted)
     order = sorted(first, key=lambda name: (wanted.batch.index(first[name][1]), -work[name]))
     return {name: first[name] for name in order}
 
@@ -396,48 +494,64 @@ def _trial_record(case: Case, tried: Sequence[Trial], chosen: tuned.Entry) -> di
     }
 
 
-def trials(case: Case, repeat: int) -> list[Trial]:
+def tried_runs(case: Case) -> dict[tuned.Entry, Run]:
+    """A decoded weight, and every path and schedule that runs here."""
+    scheduled = {
+        (path, schedule): functools.partial(case.scheduled, path=path, schedule=schedule)
+        for path, schedule in _entries(case, device.current())
+    }
+    runs = {entry: Run(function, case.operands) for entry, function in scheduled.items()}
+    return {tuned.DECODED: Run(case.dense, case.dense_operands)} | runs
+
+
+def trials(
+    case: Case, programs: Mapping[tuned.Entry, Program | Exception], repeat: int
+) -> list[Trial]:
     """Times a decoded weight, and every path and schedule that runs here.
 
     What does not compile, or has another result than a decoded weight, is passed over.
+
+    Args:
+      programs: of `tried_runs`.
 
     Raises:
       DoesNotFitError: if memory does not suffice, which says nothing about a schedule.
     """
     here, key = device.current(), tuned.key(case.problem)
-    count = copies(case, roofline.of(here, case.problem.dtype).cache)
-    rounds = rounds_of(case, count)
-    works: dict[tuned.Entry, Program] = {}
+    count, rounds = shares(case)
+    dense = in_places(case.dense_operands, count)
+    packed = in_places(case.operands, count)
+    works: dict[tuned.Entry, Callable[[], list[jax.Array]]] = {}
     errors: dict[tuned.Entry, float] = {}
     passed: list[Trial] = []
-    with asked("xla"):
-        dense = (case.operands.x, decoded(case), case.operands.bias_O)
-        works[tuned.DECODED] = repeated(case.dense, in_places(dense, count), rounds)
-        expected, errors[tuned.DECODED] = np.asarray(works[tuned.DECODED]()[-1], np.float64), 0.0
-        several = in_places(case.operands, count)
-        for path, schedule in _entries(case, here):
-            entry = path, schedule
-            run = functools.partial(case.scheduled, path=path, schedule=schedule)
-            work = repeated(run, several, rounds)
-            try:
-                error = relative_rms(np.asarray(work()[-1], np.float64), expected)
-            except Exception as raised:  # whatever a compiler says, there are others
-                if "out of memory" in str(raised).lower():
-                    raise DoesNotFitError(
-                        f"--tune: {count} copies of {case.problem.op} {key} do not fit the memory "
-                        f"of {here}: {raised}; what was measured before is in the table"
-                    ) from raised
-                why = f"{type(raised).__name__}: {raised}"
-                _log.info("%s: %s, %s is passed over: %s", key, *entry, why)
-                passed.append(Trial(entry, None, None, why))
-                continue
-            if not error <= (limit := TOLERANCES[case.problem.dtype]):
-                why = f"result differs from a decoded weight's by {error:.2g}, limit {limit:g}"
-                _log.warning("%s: %s, %s is passed over: %s", key, *entry, why)
-                passed.append(Trial(entry, None, error, why))
-                continue
-            works[entry], errors[entry] = work, error
-        medians = medians_in_turn(works, repeat)
+    expected = None
+    for entry, program in programs.items():
+        try:
+            if isinstance(program, Exception):
+                raise program
+            work = functools.partial(program, dense if entry == tuned.DECODED else packed)
+            y = np.asarray(work()[-1], np.float64)
+        except Exception as raised:  # whatever it is, there are others
+            if "out of memory" in str(raised).lower():
+                raise DoesNotFitError(
+                    f"--tune: {count} copies of {case.problem.op} {key} do not fit the memory "
+                    f"of {here}: {raised}; what was measured before is in the table"
+                ) from raised
+            if expected is None:  # a decoded weight, which all are compared with
+                raise
+            why = f"{type(raised).__name__}: {raised}"
+            _log.info("%s: %s, %s is passed over: %s", key, *entry, why)
+            passed.append(Trial(entry, None, None, why))
+            continue
+        expected = y if expected is None else expected
+        error = relative_rms(y, expected)
+        if not error <= (limit := TOLERANCES[case.problem.dtype]):
+            why = f"result differs from a decoded weight's by {error:.2g}, limit {limit:g}"
+            _log.warning("%s: %s, %s is passed over: %s", key, *entry, why)
+            passed.append(Trial(entry, None, error, why))
+            continue
+        works[entry], errors[entry] = work, error
+    medians = medians_in_turn(works, repeat)
     each = {entry: median / (count * rounds) for entry, median in medians.items()}
     return [*(Trial(entry, each[entry], errors[entry], None) for entry in works), *passed]
 
@@ -508,8 +622,8 @@ def show(found: Mapping[str, Any]) -> None:
     warm = sum(not record["past_cache"] for record in found["records"])
     if warm:
         console.print(
-            f"{warm} of {len(found['records'])} rows read less than the cache holds in a round, "
-            "which may flatter them",
+            f"{warm} of {len(found['records'])} rows read less than {CACHES} times the cache in a "
+            "round, which may flatter them",
             style="dim",
         )
     for batch in dict.fromkeys(record["batch"] for record in found["records"]):

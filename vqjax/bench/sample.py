@@ -8,8 +8,9 @@ Dimension key:  B images of a call   O outputs   J vectors of a row   M codebook
 import contextlib
 import functools
 import json
+import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +21,8 @@ from rich.table import Table
 from vqjax import config as config_lib
 from vqjax import io, sampling
 from vqjax.bench import random_weights, tables
-from vqjax.bench.clock import medians_in_turn
+from vqjax.bench.clock import medians_in_turn, together
+from vqjax.config import LatentDiffusionConfig
 from vqjax.core import tree
 from vqjax.core.model import Model
 from vqjax.core.tensor import VQTensor, densify
@@ -36,6 +38,8 @@ from vqjax.settings import BenchSampleSettings, command_line
 DENSE = "dense"
 """The path that others are compared with: weights that were never packed."""
 
+CORES = 4
+"""That compiling a whole network keeps busy."""
 
 BITS = 2.0
 """Of a preset's weights where nothing else is asked for."""
@@ -65,6 +69,27 @@ WAYS = {
 """Named as in `BenchSampleSettings.paths`."""
 
 
+class Work(NamedTuple):
+    """One path at one batch size.
+
+    Attributes:
+      name: for people.
+      batch: images.
+      kernels: as `VQJAX_KERNELS`.
+      placed, load_seconds: weights, and what it took to decode them.
+    """
+
+    name: str
+    batch: int
+    kernels: str
+    placed: Placed
+    load_seconds: float
+
+
+Program = Callable[[], tuple[jax.Array, jax.Array]]
+"""Images and latents."""
+
+
 def run(wanted: BenchSampleSettings) -> None:
     """Measures, prints and writes."""
     if min(*wanted.batch, wanted.repeat, 1) < 1:
@@ -84,12 +109,62 @@ def run(wanted: BenchSampleSettings) -> None:
         "dtype": wanted.dtype,
         "records": records,
     }
-    for batch in wanted.batch:
-        records += measure(wanted, model, batch, guidance)
+    for works, programs in compiled(wanted, model, guidance):
+        records += measure(works, programs, wanted.repeat)
         found["peak_memory_bytes"] = peak_memory_bytes()
         if wanted.json is not None:  # after each: whoever ends the process keeps what was measured
             native.write_atomically(wanted.json, (json.dumps(found, indent=2) + "\n").encode())
     show(found)
+
+
+def compiled(
+    wanted: BenchSampleSettings, model: Model, guidance: float
+) -> Iterator[tuple[list[Work], list[Program]]]:
+    """Yields all paths of each batch size, the dense one first, and their programs.
+
+    These are compiled side by side, on many cores those of several batch sizes; nothing is while
+    the caller measures.
+    """
+    ways = ways_here(wanted.paths)
+    weights = jax.jit(densify, static_argnames="dtype")(model.params, dtype=wanted.dtype)
+    dense = Placed(weights, {})
+    size = max(1, (os.cpu_count() or 1) // (CORES * (1 + len(ways))))
+    for start in range(0, len(wanted.batch), size):
+        several = [
+            [
+                Work(DENSE, batch, "xla", dense, 0.0),
+                *(loaded(wanted, model, batch, guidance, way) for way in ways),
+            ]
+            for batch in wanted.batch[start : start + size]
+        ]
+        make = functools.partial(program_of, wanted, model.config, guidance)
+        programs = iter(together(make, [work for works in several for work in works]))
+        for works in several:
+            yield works, [next(programs) for _ in works]
+
+
+def loaded(
+    wanted: BenchSampleSettings, model: Model, batch: int, guidance: float, way: Way
+) -> Work:
+    """The weights of a path, decoded as far as it decodes any at load."""
+    start, rows = time.perf_counter(), sampling.rows(model.config, batch, guidance)
+    with dispatch.asking(way.kernels):
+        placed = place(model.config, model.params, rows=rows, dtype=wanted.dtype, limit=way.limit)
+    jax.block_until_ready(placed.params)
+    return Work(way.title, batch, way.kernels, placed, time.perf_counter() - start)
+
+
+def program_of(
+    wanted: BenchSampleSettings, config: LatentDiffusionConfig, guidance: float, work: Work
+) -> Program:
+    """Compiles the sampler of one path, for images of numbered classes."""
+    index_B = jnp.arange(work.batch, dtype=jnp.uint32)
+    ids_B = jnp.arange(work.batch, dtype=jnp.int32) % max(config.null_class, 1)
+    arguments = (ids_B if config.n_classes else None, index_B, jnp.uint32(wanted.seed))
+    how = sampling.Run(wanted.steps, guidance, 0.0, wanted.dtype, work.kernels)
+    with asked(work.kernels):
+        lowered = sampling.sample_batch.lower(config, work.placed.params, *arguments, run=how)
+    return functools.partial(lowered.compile(), work.placed.params, *arguments)
 
 
 def quantized_model(source: str, bits: float | None, seed: int) -> Model:
@@ -116,45 +191,25 @@ def quantized_model(source: str, bits: float | None, seed: int) -> Model:
 
 
 def measure(
-    wanted: BenchSampleSettings, model: Model, batch: int, guidance: float
+    works: Sequence[Work], programs: Sequence[Program], repeat: int
 ) -> list[dict[str, Any]]:
-    """One record for each path, the dense one first."""
-    config, dtype = model.config, wanted.dtype
-    rows = sampling.rows(config, batch, guidance)
-    index_B = jnp.arange(batch, dtype=jnp.uint32)
-    ids_B = jnp.arange(batch, dtype=jnp.int32) % max(config.null_class, 1)
-    arguments = (ids_B if config.n_classes else None, index_B, jnp.uint32(wanted.seed))
-    dense = Placed(jax.jit(densify, static_argnames="dtype")(model.params, dtype=dtype), {})
-    ready, loading, works = {DENSE: dense}, {DENSE: 0.0}, {}
-
-    def sample(placed: Placed, kernels: str) -> tuple[jax.Array, jax.Array]:
-        run = sampling.Run(wanted.steps, guidance, 0.0, dtype, kernels)
-        with asked(kernels):
-            return sampling.sample_batch(config, placed.params, *arguments, run=run)
-
-    works[DENSE] = functools.partial(sample, dense, "xla")
-    for way in ways_here(wanted.paths):
-        name, start = way.title, time.perf_counter()
-        with dispatch.asking(way.kernels):
-            placed = place(config, model.params, rows=rows, dtype=dtype, limit=way.limit)
-        jax.block_until_ready(placed.params)
-        ready[name], loading[name] = placed, time.perf_counter() - start
-        works[name] = functools.partial(sample, placed, way.kernels)
-    latents = {name: np.asarray(work()[1]) for name, work in works.items()}
-    seconds = medians_in_turn(works, wanted.repeat)
+    """One record for each path of a batch size."""
+    ready = {work.name: program for work, program in zip(works, programs)}
+    latents = {name: np.asarray(program()[1]) for name, program in ready.items()}
+    seconds = medians_in_turn(ready, repeat)
     return [
         {
-            "path": name,
-            "batch": batch,
-            "images_per_second": batch / seconds[name],
-            "seconds": seconds[name],
-            "ratio_to_dense": seconds[DENSE] / seconds[name],
-            "weight_bytes": placed.nbytes,
-            "load_seconds": loading[name],
-            "layers": placed.counts(),
-            "latent_error": relative_rms(latents[name], latents[DENSE]),
+            "path": work.name,
+            "batch": work.batch,
+            "images_per_second": work.batch / seconds[work.name],
+            "seconds": seconds[work.name],
+            "ratio_to_dense": seconds[DENSE] / seconds[work.name],
+            "weight_bytes": work.placed.nbytes,
+            "load_seconds": work.load_seconds,
+            "layers": work.placed.counts(),
+            "latent_error": relative_rms(latents[work.name], latents[DENSE]),
         }
-        for name, placed in ready.items()
+        for work in works
     ]
 
 
@@ -167,20 +222,25 @@ def ways_here(paths: Sequence[str] = ()) -> list[Way]:
     Raises:
       VqjaxError: if a path that was named does not run here, or not in a way of its own.
     """
-    found, absent = dict(WAYS), {}
-    on_cpu = not device.current().refuses("native")
-    missing = native_tables.missing() if on_cpu else device.current().refuses("native")
-    if missing:
-        absent["native"] = missing
-    with dispatch.asking("auto"):
-        if dispatch.keeps_none():
-            absent["auto"] = f"it decodes at load here, as load does ({tuned.COMMAND})"
-    if on_cpu:  # what was measured to be fastest is native code; all else is decoded at load
+    found, missing = dict(WAYS), absent()
+    if not device.current().refuses(
+        "native"
+    ):  # what was measured to be fastest is native code; all else is decoded at load
         found["auto"] = found["auto"]._replace(title="measured best")
-    reasons = [f"no {path}: {absent[path]}" for path in paths if path in absent]
+    reasons = [f"no {path}: {missing[path]}" for path in paths if path in missing]
     if reasons:
         raise VqjaxError(f"--paths {' '.join(paths)}: {'; '.join(reasons)}")
-    return [way for path, way in found.items() if path in (paths or found) and path not in absent]
+    return [way for path, way in found.items() if path in (paths or found) and path not in missing]
+
+
+def absent() -> dict[str, str]:
+    """Why paths do not run on this device, or not in a way of their own, by path."""
+    refused = device.current().refuses("native")
+    found = {"native": refused or native_tables.missing()}
+    with dispatch.asking("auto"):
+        if dispatch.keeps_none():
+            found["auto"] = f"it decodes at load here, as load does ({tuned.COMMAND})"
+    return {path: reason for path, reason in found.items() if reason}
 
 
 @contextlib.contextmanager

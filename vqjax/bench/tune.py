@@ -11,7 +11,7 @@ import functools
 import json
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -22,7 +22,9 @@ from rich.table import Table
 
 from vqjax import config as config_lib
 from vqjax.bench import random_weights
+from vqjax.bench.clock import together
 from vqjax.core import tree
+from vqjax.core.coded import CodedWeight
 from vqjax.core.model import Model
 from vqjax.io import native
 from vqjax.pipeline import environment, memory, tuning
@@ -41,23 +43,29 @@ def run(wanted: BenchTuneSettings) -> None:
     quantized = random_weights.quantized_model(config, wanted.bits, wanted.seed)
     student = tuning.student_of(quantized)
     del quantized
+    seconds: dict[str, float] = {}
     found = {
         "command": command_line("vqjax.bench", wanted, "tune"),
         "environment": environment.describe(),
         "model": wanted.model,
         "weights": sum(leaf.size for leaf in jax.tree.leaves(model.params["unet"])),
         "batch": wanted.tuning.batch,
-        "seconds": measure(wanted, model, student),
-        "peak_memory_bytes": peak_memory_bytes(),
+        "seconds": seconds,
     }
-    found["v_step_share"] = share_of_v_step(found["seconds"])
-    if wanted.json is not None:
-        native.write_atomically(wanted.json, (json.dumps(found, indent=2) + "\n").encode())
+    for part, median_seconds in measure(wanted, model, student):
+        seconds[part] = median_seconds
+        found["peak_memory_bytes"] = peak_memory_bytes()
+        if part == PARTS[-1]:
+            found["v_step_share"] = share_of_v_step(seconds)
+        if wanted.json is not None:  # after each: the last takes longest to compile
+            native.write_atomically(wanted.json, (json.dumps(found, indent=2) + "\n").encode())
     show(found)
 
 
-def measure(wanted: BenchTuneSettings, model: Model, student: distill.Student) -> dict[str, float]:
-    """Median seconds of each part of a step, compilation apart."""
+def measure(
+    wanted: BenchTuneSettings, model: Model, student: distill.Student
+) -> Iterator[tuple[str, float]]:
+    """Yields each part of a step with its median seconds, compilation apart."""
     shapes = {path: tuple(leaf.shape) for path, leaf in tree.flatten(model.params).items()}
     recipe = distill.Recipe(
         steps=_STEPS,
@@ -70,11 +78,14 @@ def measure(wanted: BenchTuneSettings, model: Model, student: distill.Student) -
     t_TP = np.repeat(distill.grid(model.config, recipe)[:, None], recipe.batch, axis=1)
     ids = jnp.zeros(recipe.batch, jnp.int32) if model.config.n_classes else None
     noise = jax.random.normal(jax.random.key(0), (recipe.batch, *model.config.latent_shape))
-    taught = jax.tree.map(lambda rows: rows[0], teach(model.params, ids, noise, t_TP))
+    lesson = model.params, ids, noise, t_TP
     weight_T = jnp.ones(model.config.timesteps)
 
+    def first(pairs: Any) -> Any:
+        return jax.tree.map(lambda rows: rows[0], pairs)
+
     @jax.jit
-    def forward(weights):
+    def forward(weights, taught):
         dense = distill.decoded(weights)
         error = distill.guided_error(model.config, dense, taught, recipe.guidance)
         return jnp.mean(error**2)
@@ -89,32 +100,54 @@ def measure(wanted: BenchTuneSettings, model: Model, student: distill.Student) -
             remat=recipe.remat,
         )
     )
-    gradients = both(student, taught)[1].weights
-    seconds = {
-        # Every pair that the teacher made is used once.
-        "teacher": median(teach, wanted.repeat, model.params, ids, noise, t_TP) / len(t_TP),
-        "forward": median(forward, wanted.repeat, student.weights),
-    }
-    seconds["backward"] = median(both, wanted.repeat, student, taught) - seconds["forward"]
+    like = jax.eval_shape(lambda: first(teach(*lesson)))
+    calls = (teach, lesson), (forward, (student.weights, like)), (both, (student, like))
+    taught_by, loss_of, gradients_of = together(
+        lambda call: call[0].lower(*call[1]).compile(), calls
+    )
+    taught = first(taught_by(*lesson))
+    # Every pair that the teacher made is used once.
+    yield "teacher", median(taught_by, wanted.repeat, *lesson) / len(t_TP)
+    forward_seconds = median(loss_of, wanted.repeat, student.weights, taught)
+    yield "forward", forward_seconds
+    yield "backward", median(gradients_of, wanted.repeat, student, taught) - forward_seconds
+    gradients = gradients_of(student, taught)[1].weights
     plain = dataclasses.replace(pv.SEMI_PV, train_codes=False)
-    seconds["P step"] = _update_seconds(wanted, plain, gradients, student.weights)
-    whole = _update_seconds(wanted, pv.SEMI_PV, gradients, student.weights)
-    seconds["V step"] = whole - seconds["P step"]
-    return seconds
+    p_step = _update_seconds(wanted, plain, gradients, student.weights)
+    yield "P step", p_step
+    yield "V step", _update_seconds(wanted, pv.SEMI_PV, gradients, student.weights) - p_step
 
 
 def _update_seconds(wanted: BenchTuneSettings, variant: pv.PVConfig, gradients, weights) -> float:
     optimizer = tuning.weights_optimizer(
         _STEPS, tuning.rate_of(wanted.tuning, wanted.bits), variant
     )
-    state = jax.jit(optimizer.init)(weights)
+    place = jax.local_devices()[0]
+    arrays = weights, gradients, jax.jit(optimizer.init)(weights)
+    weights, gradients, state = jax.device_put(arrays, place)
 
     def update() -> Any:
         nonlocal state  # an updated one is gone
         updates, state = optimizer.update(gradients, state, weights)
         return updates, state
 
-    return median(update, wanted.repeat)
+    with jax.default_device(place):  # as threads have it: other settings are other programs
+        _compile(variant, weights, state)
+        return median(update, wanted.repeat)
+
+
+def _compile(variant: pv.PVConfig, weights: Any, state: pv.PVState) -> None:
+    """Compiles the updates of all kinds of weights side by side; `update` would one by one."""
+    leaves, structure = jax.tree.flatten(weights, is_leaf=_is_coded)
+    pairs = zip(leaves, structure.flatten_up_to(state.leaves), strict=True)
+    coded = [pair for pair in pairs if _is_coded(pair[0])]
+    kinds = {repr(jax.tree.map(jax.typeof, pair)): pair for pair in coded}
+    ahead = tuning.compile_ahead(variant)
+    together(lambda pair: ahead([pair[0]], state._replace(leaves=[pair[1]])), [*kinds.values()])
+
+
+def _is_coded(leaf: Any) -> bool:
+    return isinstance(leaf, CodedWeight)
 
 
 def median(work: Callable[..., Any], repeat: int, *arguments: Any) -> float:
