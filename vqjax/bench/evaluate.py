@@ -76,18 +76,20 @@ def run(wanted: BenchEvaluateSettings) -> None:
         else weights_io.load(wanted.inception)
     )
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    records = [measure(part, wanted.repeat) for part in parts(wanted, weights)]
+    records: list[dict[str, Any]] = []
     found = {
         "command": command_line("vqjax.bench", wanted, "evaluate"),
         "environment": environment.describe() | {"cores": str(os.cpu_count())},
         "tensorflow": tensorflow_version(),
         "network": "random weights" if wanted.inception is None else weights.sha256,
         "load_before": load,
-        "peak_memory_bytes": peak_memory_bytes(),
         "records": records,
     }
-    if wanted.json is not None:
-        native.write_atomically(wanted.json, (json.dumps(found, indent=2) + "\n").encode())
+    for part in parts(wanted, weights):
+        records.append(measure(part, wanted.repeat))
+        found["peak_memory_bytes"] = peak_memory_bytes()
+        if wanted.json is not None:  # after each: whoever ends it keeps what was measured
+            native.write_atomically(wanted.json, (json.dumps(found, indent=2) + "\n").encode())
     show(found)
 
 
