@@ -105,7 +105,7 @@ def product(x_RD: jax.Array, w_TD: jax.Array) -> jax.Array:
 def read_codes(
     packed_ref: Any, rows_T: jax.Array, vectors_V: jax.Array, problem: Problem
 ) -> list[jax.Array]:
-    """Returns row numbers of `gpu_arrays.flat_books`, int32 [T, V] for each codebook.
+    """Returns row numbers of the codebooks below each other, int32 [T, V] for each codebook.
 
     Beyond the last row and vector, codes are 0: a finite weight, which meets an input of 0 or is
     not stored.
@@ -145,17 +145,18 @@ def read_codes(
 
 
 def sum_entries(
-    books_ref: Any, rows_M: list[jax.Array], columns: jax.Array, problem: Problem
+    books_ref: Any, rows_M: list[jax.Array], columns: jax.Array, dtype: str
 ) -> jax.Array:
-    """Returns the sum of the chosen entries at some places of a vector, in `problem.sums`.
+    """Returns the sum of the chosen entries at some places of a vector.
 
     Args:
       rows_M: as `read_codes` gives them, with the axes of the result.
       columns: places, broadcast against them.
+      dtype: in which entries are added up.
     """
-    total = books_ref[rows_M[0], columns].astype(problem.sums)
+    total = books_ref[rows_M[0], columns].astype(dtype)
     for rows in rows_M[1:]:
-        total += books_ref[rows, columns].astype(problem.sums)
+        total += books_ref[rows, columns].astype(dtype)
     return total
 
 

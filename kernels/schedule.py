@@ -12,7 +12,7 @@ No rule here was measured; a tuned table (`kernels.dispatch`) replaces them by d
 
 import dataclasses
 
-from vqjax.kernels.problem import Problem
+from vqjax.kernels.problem import Problem, power_of_two
 
 FUSED_ROWS = 256
 """Most rows that the rules give to the fused schedule: its tiles then decode a weight twice."""
@@ -34,8 +34,9 @@ class Tiles:
     Attributes:
       rows: output rows or pixels, 16 or more.
       outputs: output channels, 16 or more.
-      depth: length of each inner product that is added up, 16 or more: weights of a row, or
-        vectors of it where each place of a vector is multiplied by itself.
+      depth: length of each inner product that is added up, 16 or more: weights of a row and the
+        padding of their vectors, or vectors of it where each place of a vector is multiplied by
+        itself.
       splits: programs that share one tile of the output, each for a part of the inputs.
       warps, stages: as the Triton compiler takes them.
     """
@@ -83,9 +84,9 @@ SMALLEST = (
 """Both schedules with the least work for a compiler."""
 
 
-def power_of_two(number: int) -> int:
-    """Returns the least power of two that is not below a positive number."""
-    return 1 << (number - 1).bit_length()
+def vectors_of(depth: int, problem: Problem) -> int:
+    """Returns how many vectors lie side by side in a depth, each filled up to a power of two."""
+    return max(depth // power_of_two(problem.group), 1)
 
 
 def by_rule(problem: Problem) -> Schedule:
@@ -97,8 +98,7 @@ def by_rule(problem: Problem) -> Schedule:
 
 def _depth(problem: Problem) -> int:
     """Registers hold half as much in float32, and of vectors that are read place by place."""
-    side_by_side = problem.window == 1 and power_of_two(problem.group) == problem.group
-    return 64 if side_by_side and problem.dtype != "float32" else 32
+    return 64 if problem.window == 1 and problem.dtype != "float32" else 32
 
 
 def _fused(problem: Problem, outputs: int, depth: int) -> Schedule:

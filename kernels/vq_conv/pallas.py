@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from vqjax.kernels import gpu_arrays, pallas_decode
 from vqjax.kernels import pallas_gpu as gpu
+from vqjax.kernels.books import flat_books
 from vqjax.kernels.problem import AnyOperands, IntegerOperands, Problem, Scaling
 from vqjax.kernels.schedule import Schedule, Tiles
 from vqjax.kernels.vq_conv import ref
@@ -72,7 +73,7 @@ def _fused(
         (
             operands.x.reshape(-1, inputs),
             operands.packed_OY,
-            gpu_arrays.flat_books(operands.codebooks_MKG),
+            flat_books(operands.codebooks_MKG),
             *(array for array in scaling if array is not None),
         ),
         **gpu_arrays.frame(problem, tiles),
@@ -116,7 +117,7 @@ def _kernel(x_ref, packed_ref, books_ref, *refs, problem, tiles, image, window, 
 
             def add_place(place, total_RT, codes_M=codes_M, vector=vector):
                 at = jnp.full((1, 1), place, jnp.int32)
-                w_TC = gpu.sum_entries(books_ref, codes_M, at, problem)
+                w_TC = gpu.sum_entries(books_ref, codes_M, at, problem.sums)
                 x_RC = x_tile(vector * problem.group + place, channels_C)
                 return total_RT + gpu.product(x_RC, w_TC)
 

@@ -13,6 +13,7 @@ import jax
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 
 from vqjax.kernels import gpu_arrays, triton_decode, triton_gpu
+from vqjax.kernels.books import flat_books
 from vqjax.kernels.problem import Operands, Problem
 from vqjax.kernels.schedule import Schedule, Tiles
 from vqjax.kernels.triton_decode import add_product, finish, jit, read_codes, sum_places
@@ -58,7 +59,7 @@ def _fused(
         (
             operands.x,
             operands.packed_OY,
-            gpu_arrays.flat_books(operands.codebooks_MKG),
+            flat_books(operands.codebooks_MKG),
             scaling.factors_O,
             scaling.biases_O,
         ),

@@ -43,7 +43,8 @@ def test_float32_is_fused_for_few_rows_in_tiles_that_registers_hold():
 
 def test_vectors_that_are_read_place_by_place_are_fewer():
     """64x64x64 of them spill 600 bytes of each thread, in half precision too."""
-    half = dataclasses.replace(LINEAR, dtype="bfloat16")
-    assert by_rule(half).tiles.depth == 32
-    assert by_rule(dataclasses.replace(half, group=8)).tiles.depth == 64
-    assert max(one.tiles.depth for one in candidates(half)) == 32
+    product = dataclasses.replace(LINEAR, dtype="bfloat16")
+    assert by_rule(product).tiles.depth == 64
+    convolution = dataclasses.replace(product, op="vq_conv", group=9, window=3)
+    assert by_rule(convolution).tiles.depth == 32
+    assert max(one.tiles.depth for one in candidates(convolution)) == 32
