@@ -20,7 +20,8 @@ def decode(
 ) -> jax.Array:
     """Returns the weight matrix [O, N] in the type of x: `decode` of the definition, rounded.
 
-    For integer products these are sums of entries, which are scaled later.
+    For integer products these are sums of entries, which are scaled later. Columns of a convolution
+    are ordered (ky, kx, input channel), which is what libraries of GPUs take without a copy.
 
     Args:
       tiles: outputs and vectors (depth over the size of a vector) of a program.
@@ -60,6 +61,10 @@ def _kernel(packed_ref, books_ref, factors_ref, w_ref, *, problem, outputs, vect
         w_TVP = w_TVP * gpu.load(factors_ref, (rows_T,), stored_T)[:, None, None]
     columns_VP = vectors_V[:, None] * problem.group + places_P[None]
     real_VP = (columns_VP < problem.fan_in) & (places_P < problem.group)[None]
+    if problem.window > 1:
+        channels_V, parts_V = gpu.divide(vectors_V, problem.window**2 // problem.group)
+        places_VP = parts_V[:, None] * problem.group + places_P[None]
+        columns_VP = places_VP * problem.inputs + channels_V[:, None]
     gpu.store(
         w_ref,
         (rows_T[:, None, None], columns_VP[None]),

@@ -77,6 +77,13 @@ def indices(first: jax.Array | int, count: int) -> jax.Array:
     return first + jnp.arange(count, dtype=jnp.int32)
 
 
+def divide(number: jax.Array, by: int) -> tuple[jax.Array, jax.Array]:
+    """Returns quotient and rest. `//` and `%` would treat signs, which are not there, and on a
+    scalar they do not lower on this backend."""
+    divisor = jnp.full(number.shape, by, jnp.int32)
+    return jax.lax.div(number, divisor), jax.lax.rem(number, divisor)
+
+
 def load(ref: Any, at: tuple[jax.Array, ...], mask: jax.Array) -> jax.Array:
     """Gathers from an array in memory; 0 where the mask is false."""
     return backend.load(ref.at[at], mask=mask, other=0)

@@ -120,7 +120,8 @@ def decode_kernel(
     packed_ptr, books_ptr, factors_ptr, w_ptr,
     OUTPUTS: tl.constexpr, GROUPS: tl.constexpr, BYTES: tl.constexpr, BOOKS: tl.constexpr,
     ENTRIES: tl.constexpr, BITS: tl.constexpr, PADDED: tl.constexpr,
-    FAN_IN: tl.constexpr, GROUP: tl.constexpr, TILE_T: tl.constexpr, TILE_V: tl.constexpr,
+    FAN_IN: tl.constexpr, GROUP: tl.constexpr, PLACES: tl.constexpr,
+    TILE_T: tl.constexpr, TILE_V: tl.constexpr,
 ):  # fmt: skip
     outputs_T = tl.program_id(0) * TILE_T + tl.arange(0, TILE_T)
     vectors_V = tl.program_id(1) * TILE_V + tl.arange(0, TILE_V)
@@ -133,6 +134,10 @@ def decode_kernel(
     factors_T = tl.load(factors_ptr + outputs_T, mask=stored_T, other=0)
     columns_VP = vectors_V[:, None] * GROUP + places_P[None, :]
     real_VP = (columns_VP < FAN_IN) & (places_P < GROUP)[None, :]
+    if PLACES > 1:
+        IN_CHANNEL: tl.constexpr = PLACES // GROUP  # vectors that read one channel
+        at_VP = (vectors_V % IN_CHANNEL * GROUP)[:, None] + places_P[None, :]
+        columns_VP = at_VP * (FAN_IN // PLACES) + (vectors_V // IN_CHANNEL)[:, None]
     tl.store(
         w_ptr + outputs_T[:, None, None] * FAN_IN + columns_VP[None, :, :],
         (w_TVP * factors_T[:, None, None]).to(w_ptr.dtype.element_ty),
@@ -144,6 +149,9 @@ def decode(
     operands: Operands, problem: Problem, tiles: Tiles, *, capability: int | None = None
 ) -> jax.Array:
     """Returns the weight matrix [O, N] in the type of x: `decode` of the definition, rounded.
+
+    Columns of a convolution are ordered (ky, kx, input channel), which is what libraries of GPUs
+    take without a copy.
 
     Args:
       tiles: outputs and vectors (depth over the size of a vector) of a program.
@@ -162,6 +170,7 @@ def decode(
         | {
             "FAN_IN": problem.fan_in,
             "GROUP": problem.group,
+            "PLACES": problem.window**2,
             "TILE_T": tiles.outputs,
             "TILE_V": vectors,
         },

@@ -43,9 +43,10 @@ def vq_conv(
     """
     if schedule.kind == "staged":
         w_ON = pallas_decode.decode(operands, problem, schedule.tiles, interpret=interpret)
+        w_OHWI = w_ON.reshape(-1, window.size, window.size, problem.inputs)
         if isinstance(operands, IntegerOperands):
-            return ref.scaled_sums(operands, w_ON, window)
-        return ref.convolve(operands.x, w_ON, operands.bias_O, window)
+            return ref.scaled_sums(operands, w_OHWI, window)
+        return ref.convolve_places(operands.x, w_OHWI, operands.bias_O, window)
     return _fused(operands, problem, schedule.tiles, window, interpret)
 
 
@@ -91,8 +92,8 @@ def _kernel(x_ref, packed_ref, books_ref, *refs, problem, tiles, image, window, 
     outputs_T = gpu.indices(gpu.pl.program_id(1) * tiles.outputs, tiles.outputs)
     split = gpu.pl.program_id(2)
     height, width = window.outputs(image)
-    line_R, x_R = _divide(pixels_R, width)
-    image_R, y_R = _divide(line_R, height)
+    line_R, x_R = gpu.divide(pixels_R, width)
+    image_R, y_R = gpu.divide(line_R, height)
     first_R = image_R * image[0]  # line of the batch where an image begins
     top_R = y_R * window.strides[0] - window.padding[0][0]
     left_R = x_R * window.strides[1] - window.padding[1][0]
@@ -100,7 +101,7 @@ def _kernel(x_ref, packed_ref, books_ref, *refs, problem, tiles, image, window, 
 
     def x_tile(place, channels_C):
         """What the pixels see at one place of the window, zeros outside the image."""
-        down, right = _divide(place, problem.window)
+        down, right = gpu.divide(place, problem.window)
         y_R, x_R = top_R + down, left_R + right
         seen_R = (pixels_R < problem.rows) & (y_R >= 0) & (y_R < image[0])
         seen_R &= (x_R >= 0) & (x_R < image[1])
@@ -129,10 +130,3 @@ def _kernel(x_ref, packed_ref, books_ref, *refs, problem, tiles, image, window, 
     )
     scaling = Scaling(*scaling_refs)
     gpu.finish(y_ref, total_RT, pixels_R, outputs_T, split, scaling, problem, tiles)
-
-
-def _divide(number: jax.Array, by: int) -> tuple[jax.Array, jax.Array]:
-    """Returns quotient and rest. `//` and `%` would treat signs, which are not there, and on a
-    scalar they do not lower on this backend."""
-    divisor = jnp.full(number.shape, by, jnp.int32)
-    return jax.lax.div(number, divisor), jax.lax.rem(number, divisor)

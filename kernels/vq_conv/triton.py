@@ -36,7 +36,8 @@ def vq_conv(
     """
     if schedule.kind == "staged":
         w_ON = triton_decode.decode(operands, problem, schedule.tiles, capability=capability)
-        return ref.convolve(operands.x, w_ON, operands.bias_O, window)
+        w_OHWI = w_ON.reshape(-1, window.size, window.size, problem.inputs)
+        return ref.convolve_places(operands.x, w_OHWI, operands.bias_O, window)
     return _fused(operands, problem, schedule.tiles, window, capability)
 
 
