@@ -12,6 +12,7 @@ No rule here was measured; a tuned table (`kernels.dispatch`) replaces them by d
 
 import dataclasses
 
+from vqjax.kernels.books import books_of
 from vqjax.kernels.problem import Problem, power_of_two
 
 FUSED_ROWS = 256
@@ -105,8 +106,24 @@ def _fused(problem: Problem, outputs: int, depth: int) -> Schedule:
     """Tiles as tall as they can be: each tile of rows decodes the weight again."""
     rows = min(max(power_of_two(problem.rows), _LEAST), _MOST_ROWS)
     programs = -(-problem.rows // rows) * -(-problem.outputs // outputs)
-    splits = min(_MOST_SPLITS, -(-_PROGRAMS // programs), -(-problem.inputs // depth))
-    return Schedule("fused", Tiles(rows, outputs, depth, splits, warps=8 if rows > 64 else 4))
+    wanted = min(_MOST_SPLITS, -(-_PROGRAMS // programs))
+    steps = -(-_tiles_of_inputs(problem, depth) // wanted)  # of a program
+    splits = -(-_tiles_of_inputs(problem, depth) // steps)  # all that these leave work for
+    warps = 8 if rows > 64 else 4
+    return Schedule("fused", Tiles(rows, outputs, depth, splits, warps, _stages(problem)))
+
+
+def _tiles_of_inputs(problem: Problem, depth: int) -> int:
+    if problem.window > 1:
+        return -(-problem.inputs // depth)
+    return -(-problem.groups // vectors_of(depth, problem))
+
+
+def _stages(problem: Problem) -> int:
+    """What a loop prefetches it copies by `cp.async`, and 16 bytes or more of a row by a variant
+    that passes over a multiprocessor's first cache, where codebooks should stay."""
+    whole_vectors = problem.window == 1
+    return 1 if whole_vectors and books_of(problem, rounded=True).row_bytes >= 16 else 2
 
 
 def candidates(problem: Problem) -> tuple[Schedule, ...]:
@@ -125,6 +142,6 @@ def candidates(problem: Problem) -> tuple[Schedule, ...]:
         for depth in (_depth(problem) // 2, _depth(problem))
         for tiles in [_fused(problem, outputs, depth).tiles]
         for splits in (tiles.splits, 1)  # with one, nothing is added up afterwards
-        for stages in (2, 3)
+        for stages in (1, 2)
     ]
     return tuple(dict.fromkeys([rule, *(Schedule("fused", tiles) for tiles in made)]))
