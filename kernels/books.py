@@ -69,11 +69,12 @@ class Books(NamedTuple):
         return flat_books(sums_BKG.astype(dtype))
 
 
-def books_of(problem: Problem, *, rounded: bool) -> Books:
+def books_of(problem: Problem, *, rounded: bool, most: int = 4096) -> Books:
     """Returns how kernels look the vectors of a problem up: with the fewest codes.
 
     Args:
       rounded: weights are the sums in the type of x, not something that is computed from them.
+      most: entries that a merged codebook may have.
     """
     unmerged = Books(problem, 1, problem.sums)
     if problem.codebook_dtype != "int8":
@@ -81,7 +82,7 @@ def books_of(problem: Problem, *, rounded: bool) -> Books:
     size = 1 if problem.integer else 2
     for count in range(problem.books, 0, -1):
         books, bits = problem.books // count, problem.code_bits * count
-        if problem.books % count or bits not in CODE_BITS:
+        if problem.books % count or bits not in CODE_BITS or (count > 1 and 1 << bits > most):
             continue
         if (books * power_of_two(problem.group) << bits) * size <= _MOST_BYTES:
             dtype, sums = _types(problem, books, count, rounded)

@@ -53,9 +53,8 @@ def _kernel(packed_ref, books_ref, factors_ref, w_ref, *, problem, outputs, vect
     vectors_V = gpu.indices(gpu.pl.program_id(1) * vectors, vectors)
     places_P = gpu.indices(0, power_of_two(problem.group))
     codes_M = gpu.read_codes(packed_ref, rows_T, vectors_V, problem)
-    w_TVP = gpu.sum_entries(
-        books_ref, [code_TV[:, :, None] for code_TV in codes_M], places_P[None, None], sums
-    )
+    at_M = [(code_TV[:, :, None], places_P[None, None]) for code_TV in codes_M]
+    w_TVP = gpu.sum_entries(books_ref, at_M, sums)
     stored_T = rows_T < problem.outputs
     if not problem.integer:
         w_TVP = w_TVP * gpu.load(factors_ref, (rows_T,), stored_T)[:, None, None]

@@ -151,19 +151,11 @@ def read_codes(
     return codes_M
 
 
-def sum_entries(
-    books_ref: Any, rows_M: list[jax.Array], columns: jax.Array, dtype: str
-) -> jax.Array:
-    """Returns the sum of the chosen entries at some places of a vector.
-
-    Args:
-      rows_M: as `read_codes` gives them, with the axes of the result.
-      columns: places, broadcast against them.
-      dtype: in which entries are added up.
-    """
-    total = books_ref[rows_M[0], columns].astype(dtype)
-    for rows in rows_M[1:]:
-        total += books_ref[rows, columns].astype(dtype)
+def sum_entries(books_ref: Any, at_M: list[tuple[jax.Array, jax.Array]], dtype: str) -> jax.Array:
+    """Returns the sum over codebooks of the entries at some indices, added up in `dtype`."""
+    total = books_ref[at_M[0]].astype(dtype)
+    for at in at_M[1:]:
+        total += books_ref[at].astype(dtype)
     return total
 
 

@@ -82,11 +82,17 @@ def sum_vectors(books_ptr, codes_M, BOOKS: tl.constexpr, PADDED: tl.constexpr, S
 
 
 @jit
-def sum_places(books_ptr, codes_M, place, BOOKS: tl.constexpr, PADDED: tl.constexpr):
-    """The sums of the chosen entries at one place of the vectors, float32 [T, V]."""
-    total_TV = tl.load(books_ptr + codes_M[0] * PADDED + place).to(tl.float32)
+def sum_places(
+    books_ptr, codes_M, place, BOOKS: tl.constexpr, ENTRIES: tl.constexpr, SUMS: tl.constexpr
+):
+    """The sums of the chosen entries at one place of the vectors in the type SUMS, [T, V].
+
+    Entries of a place lie side by side.
+    """
+    place_ptr = books_ptr + place * BOOKS * ENTRIES
+    total_TV = tl.load(place_ptr + codes_M[0]).to(SUMS)
     for book in tl.static_range(1, BOOKS):
-        total_TV += tl.load(books_ptr + codes_M[book] * PADDED + place).to(tl.float32)
+        total_TV += tl.load(place_ptr + codes_M[book]).to(SUMS)
     return total_TV
 
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from vqjax.kernels import gpu_arrays, pallas_decode
 from vqjax.kernels import pallas_gpu as gpu
-from vqjax.kernels.books import flat_books
+from vqjax.kernels.books import books_of
 from vqjax.kernels.problem import AnyOperands, IntegerOperands, Problem, Scaling
 from vqjax.kernels.schedule import Schedule, Tiles
 from vqjax.kernels.vq_conv import ref
@@ -65,8 +65,16 @@ def _fused(
     image = (height, width)
     depth = gpu.depth(tiles, problem)
     steps = -(-inputs // (depth * tiles.splits))
+    books = books_of(problem, rounded=True, most=256)  # of which a warp gathers from few lines
     kernel = functools.partial(
-        _kernel, problem=problem, tiles=tiles, image=image, window=window, depth=depth, steps=steps
+        _kernel,
+        problem=books.problem,
+        tiles=tiles,
+        image=image,
+        window=window,
+        depth=depth,
+        steps=steps,
+        sums=books.sums,
     )
     scaling = operands.scaling()
     y = gpu.launch(
@@ -74,7 +82,7 @@ def _fused(
         (
             operands.x.reshape(-1, inputs),
             operands.packed_OY,
-            flat_books(operands.codebooks_MKG),
+            books.table(operands.codebooks_MKG).T,  # entries of one place are read together
             *(array for array in scaling if array is not None),
         ),
         **gpu_arrays.frame(problem, tiles),
@@ -86,7 +94,7 @@ def _fused(
     return y.reshape(batch, *window.outputs(image), problem.outputs)
 
 
-def _kernel(x_ref, packed_ref, books_ref, *refs, problem, tiles, image, window, depth, steps):
+def _kernel(x_ref, packed_ref, books_ref, *refs, problem, tiles, image, window, depth, steps, sums):
     *scaling_refs, y_ref = refs
     pixels_R = gpu.indices(gpu.pl.program_id(0) * tiles.rows, tiles.rows)
     outputs_T = gpu.indices(gpu.pl.program_id(1) * tiles.outputs, tiles.outputs)
@@ -118,7 +126,7 @@ def _kernel(x_ref, packed_ref, books_ref, *refs, problem, tiles, image, window, 
 
             def add_place(place, total_RT, codes_M=codes_M, vector=vector):
                 at = jnp.full((1, 1), place, jnp.int32)
-                w_TC = gpu.sum_entries(books_ref, codes_M, at, problem.sums)
+                w_TC = gpu.sum_entries(books_ref, [(at, code_TC) for code_TC in codes_M], sums)
                 x_RC = x_tile(vector * problem.group + place, channels_C)
                 return total_RT + gpu.product(x_RC, w_TC)
 

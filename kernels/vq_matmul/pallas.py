@@ -91,8 +91,8 @@ def _kernel(x_ref, packed_ref, books_ref, *refs, problem, tiles, vectors, steps,
     def add_tile(step, total_RT):
         first = (split * steps + step) * vectors
         codes_M = gpu.read_codes(packed_ref, outputs_T, gpu.indices(first, vectors), problem)
-        rows_M = [code_TV[:, :, None] for code_TV in codes_M]
-        w_TVP = gpu.sum_entries(books_ref, rows_M, places_P[None, None], sums)
+        at_M = [(code_TV[:, :, None], places_P[None, None]) for code_TV in codes_M]
+        w_TVP = gpu.sum_entries(books_ref, at_M, sums)
         columns_D, weights_D = columns_of(first)
         read_RD = (rows_R < problem.rows)[:, None] & weights_D[None]
         x_RD = gpu.load(x_ref, (rows_R[:, None], columns_D[None]), read_RD)

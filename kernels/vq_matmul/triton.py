@@ -86,8 +86,7 @@ def matmul_kernel(
     split = tl.program_id(2)
     total_RT = tl.zeros((TILE_R, TILE_T), tl.float32)
     within_D = tl.arange(0, TILE_V * PADDED)
-    # Sums that are rounded to the type of x in the end may be summed in it where `Books` says so.
-    sums: tl.constexpr = x_ptr.dtype.element_ty if ROUNDED else tl.float32
+    sums: tl.constexpr = x_ptr.dtype.element_ty if ROUNDED else tl.float32  # as in `Books`
     for step in range(STEPS):
         first = (split * STEPS + step) * TILE_V
         codes_M = read_codes(

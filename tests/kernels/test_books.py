@@ -68,6 +68,13 @@ def test_merged_codebooks_hold_the_sums(code, merged, dtype):
         np.testing.assert_array_equal(found_OJG, expected_OJG)
 
 
+def test_a_merged_codebook_may_have_to_be_small():
+    """Where places are read one at a time, entries of all of a warp lie in as few lines."""
+    for code, merged in (((3, 16), (3, 16)), ((4, 16), (2, 256)), ((1, 4096), (1, 4096))):
+        found = books_of(product(*code, 8, "bfloat16"), rounded=True, most=256).problem
+        assert (found.books, found.entries) == merged
+
+
 def test_other_codebooks_are_read_as_they_are():
     """Sums of them would be rounded; tables of large ones would not fit."""
     for problem in (
