@@ -14,7 +14,8 @@ from vqjax.kernels.vq_matmul import pallas
 EXTREMES = {4: -128, 5: 127}  # of all codebooks: the largest sums of every sign
 
 
-def product(books: int, entries: int, group: int, dtype: str, stored: str = "int8") -> Problem:
+def product(code: tuple[int, int], group: int, dtype: str, stored: str = "int8") -> Problem:
+    books, entries = code
     return Problem("vq_matmul", 3, 40, 20, books, entries, group, dtype, stored)
 
 
@@ -43,8 +44,8 @@ def extreme_operands(problem: Problem) -> Operands:
 )
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8"])
 def test_merged_codebooks_hold_the_sums(code, merged, dtype):
-    problem = product(*code, 8, dtype)
-    operands = extreme_operands(product(*code, 8, "float32"))
+    problem = product(code, 8, dtype)
+    operands = extreme_operands(product(code, 8, "float32"))
     packed_OY, books_MKG = np.asarray(operands.packed_OY), np.asarray(operands.codebooks_MKG)
 
     def summed(books_MKG: np.ndarray) -> np.ndarray:
@@ -71,15 +72,15 @@ def test_merged_codebooks_hold_the_sums(code, merged, dtype):
 def test_a_merged_codebook_may_have_to_be_small():
     """Where places are read one at a time, entries of all of a warp lie in as few lines."""
     for code, merged in (((3, 16), (3, 16)), ((4, 16), (2, 256)), ((1, 4096), (1, 4096))):
-        found = books_of(product(*code, 8, "bfloat16"), rounded=True, most=256).problem
+        found = books_of(product(code, 8, "bfloat16"), rounded=True, most=256).problem
         assert (found.books, found.entries) == merged
 
 
 def test_other_codebooks_are_read_as_they_are():
     """Sums of them would be rounded; tables of large ones would not fit."""
     for problem in (
-        product(4, 16, 8, "bfloat16", "float16"),
-        product(2, 4096, 16, "bfloat16"),
+        product((4, 16), 8, "bfloat16", "float16"),
+        product((2, 4096), 16, "bfloat16"),
     ):
         books = books_of(problem, rounded=True)
         assert books.problem == problem
@@ -89,7 +90,7 @@ def test_other_codebooks_are_read_as_they_are():
 @pytest.mark.parametrize("group", [8, 6])
 def test_weights_of_products_are_sums_rounded_once(group):
     """In bfloat16, which holds no sum of four such entries: to the last bit."""
-    problem = product(4, 16, group, "bfloat16")
+    problem = product((4, 16), group, "bfloat16")
     operands = extreme_operands(problem)
     operands = operands._replace(
         x=jnp.eye(3, 40, k=3, dtype=jnp.bfloat16),
