@@ -1,9 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stands around a GPU kernel, whatever it is written in: its limits and its arrays.
-
-Dimension key:  O outputs   E entries of all codebooks (M * K)   P weights of a vector, up to a
-                power of two
-"""
+"""What stands around a GPU kernel, whatever it is written in: its limits and its arrays."""
 
 import functools
 from collections.abc import Callable
@@ -13,11 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vqjax.kernels.books import CODE_BITS
 from vqjax.kernels.problem import Problem, Scaling
-from vqjax.kernels.schedule import SMALLEST, Tiles, power_of_two
-
-CODE_BITS = (*range(1, 11), 12)
-"""Of codes that lie within two bytes wherever they begin: 11 bits can take three."""
+from vqjax.kernels.schedule import SMALLEST, Tiles
 
 _MOST_BOOKS = 8
 _MOST_ELEMENTS = 2**31 - 1  # indices are 32 bits
@@ -55,17 +49,6 @@ def unsupported(problem: Problem, dtypes: tuple[str, ...]) -> list[str]:
     if largest > _MOST_ELEMENTS:
         found.append(f"an array of {largest} elements, kernels count with 32 bits")
     return found
-
-
-def flat_books(codebooks_MKG: jax.Array) -> jax.Array:
-    """Returns the codebooks below each other with rows of a power of two, [E, P].
-
-    Rows that begin at multiples of their size are read whole; values of a kernel need sizes of a
-    power of two.
-    """
-    books, entries, group = codebooks_MKG.shape
-    books_EG = codebooks_MKG.reshape(books * entries, group)
-    return jnp.pad(books_EG, ((0, 0), (0, power_of_two(group) - group)))
 
 
 def frame(problem: Problem, tiles: Tiles) -> dict[str, Any]:

@@ -9,10 +9,10 @@ import functools
 
 import jax
 
-from vqjax.kernels import gpu_arrays
 from vqjax.kernels import pallas_gpu as gpu
-from vqjax.kernels.problem import AnyOperands, Problem
-from vqjax.kernels.schedule import Tiles, power_of_two
+from vqjax.kernels.books import books_of
+from vqjax.kernels.problem import AnyOperands, Problem, power_of_two
+from vqjax.kernels.schedule import Tiles, vectors_of
 
 
 def decode(
@@ -20,19 +20,23 @@ def decode(
 ) -> jax.Array:
     """Returns the weight matrix [O, N] in the type of x: `decode` of the definition, rounded.
 
-    For integer products these are sums of entries, which are scaled later.
+    For integer products these are sums of entries, which are scaled later. Columns of a convolution
+    are ordered (ky, kx, input channel), which is what libraries of GPUs take without a copy.
 
     Args:
       tiles: outputs and vectors (depth over the size of a vector) of a program.
     """
-    vectors = max(tiles.depth // power_of_two(problem.group), 1)
+    books = books_of(problem, rounded=problem.integer)
+    vectors = vectors_of(tiles.depth, problem)
     grid = (-(-problem.outputs // tiles.outputs), -(-problem.groups // vectors))
-    kernel = functools.partial(_kernel, problem=problem, outputs=tiles.outputs, vectors=vectors)
+    kernel = functools.partial(
+        _kernel, problem=books.problem, outputs=tiles.outputs, vectors=vectors, sums=books.sums
+    )
     return gpu.launch(
         kernel,
         (
             operands.packed_OY,
-            gpu_arrays.flat_books(operands.codebooks_MKG),
+            books.table(operands.codebooks_MKG),
             operands.scaling().factors_O,
         ),
         grid=grid,
@@ -44,19 +48,22 @@ def decode(
     )
 
 
-def _kernel(packed_ref, books_ref, factors_ref, w_ref, *, problem, outputs, vectors):
+def _kernel(packed_ref, books_ref, factors_ref, w_ref, *, problem, outputs, vectors, sums):
     rows_T = gpu.indices(gpu.pl.program_id(0) * outputs, outputs)
     vectors_V = gpu.indices(gpu.pl.program_id(1) * vectors, vectors)
     places_P = gpu.indices(0, power_of_two(problem.group))
     codes_M = gpu.read_codes(packed_ref, rows_T, vectors_V, problem)
-    w_TVP = gpu.sum_entries(
-        books_ref, [code_TV[:, :, None] for code_TV in codes_M], places_P[None, None], problem
-    )
+    at_M = [(code_TV[:, :, None], places_P[None, None]) for code_TV in codes_M]
+    w_TVP = gpu.sum_entries(books_ref, at_M, sums)
     stored_T = rows_T < problem.outputs
     if not problem.integer:
         w_TVP = w_TVP * gpu.load(factors_ref, (rows_T,), stored_T)[:, None, None]
     columns_VP = vectors_V[:, None] * problem.group + places_P[None]
     real_VP = (columns_VP < problem.fan_in) & (places_P < problem.group)[None]
+    if problem.window > 1:
+        channels_V, parts_V = gpu.divide(vectors_V, problem.window**2 // problem.group)
+        places_VP = parts_V[:, None] * problem.group + places_P[None]
+        columns_VP = places_VP * problem.inputs + channels_V[:, None]
     gpu.store(
         w_ref,
         (rows_T[:, None, None], columns_VP[None]),

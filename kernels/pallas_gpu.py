@@ -77,6 +77,13 @@ def indices(first: jax.Array | int, count: int) -> jax.Array:
     return first + jnp.arange(count, dtype=jnp.int32)
 
 
+def divide(number: jax.Array, by: int) -> tuple[jax.Array, jax.Array]:
+    """Returns quotient and rest. `//` and `%` would treat signs, which are not there, and on a
+    scalar they do not lower on this backend."""
+    divisor = jnp.full(number.shape, by, jnp.int32)
+    return jax.lax.div(number, divisor), jax.lax.rem(number, divisor)
+
+
 def load(ref: Any, at: tuple[jax.Array, ...], mask: jax.Array) -> jax.Array:
     """Gathers from an array in memory; 0 where the mask is false."""
     return backend.load(ref.at[at], mask=mask, other=0)
@@ -105,7 +112,7 @@ def product(x_RD: jax.Array, w_TD: jax.Array) -> jax.Array:
 def read_codes(
     packed_ref: Any, rows_T: jax.Array, vectors_V: jax.Array, problem: Problem
 ) -> list[jax.Array]:
-    """Returns row numbers of `gpu_arrays.flat_books`, int32 [T, V] for each codebook.
+    """Returns row numbers of the codebooks below each other, int32 [T, V] for each codebook.
 
     Beyond the last row and vector, codes are 0: a finite weight, which meets an input of 0 or is
     not stored.
@@ -144,18 +151,11 @@ def read_codes(
     return codes_M
 
 
-def sum_entries(
-    books_ref: Any, rows_M: list[jax.Array], columns: jax.Array, problem: Problem
-) -> jax.Array:
-    """Returns the sum of the chosen entries at some places of a vector, in `problem.sums`.
-
-    Args:
-      rows_M: as `read_codes` gives them, with the axes of the result.
-      columns: places, broadcast against them.
-    """
-    total = books_ref[rows_M[0], columns].astype(problem.sums)
-    for rows in rows_M[1:]:
-        total += books_ref[rows, columns].astype(problem.sums)
+def sum_entries(books_ref: Any, at_M: list[tuple[jax.Array, jax.Array]], dtype: str) -> jax.Array:
+    """Returns the sum over codebooks of the entries at some indices, added up in `dtype`."""
+    total = books_ref[at_M[0]].astype(dtype)
+    for at in at_M[1:]:
+        total += books_ref[at].astype(dtype)
     return total
 
 

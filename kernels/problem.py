@@ -18,6 +18,11 @@ INTEGER = "int8"
 """Type of activations in integer products."""
 
 
+def power_of_two(number: int) -> int:
+    """Returns the least power of two that is not below a positive number."""
+    return 1 << (number - 1).bit_length()
+
+
 class Scaling(NamedTuple):
     """What turns sums of products into outputs.
 

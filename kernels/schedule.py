@@ -12,7 +12,8 @@ No rule here was measured; a tuned table (`kernels.dispatch`) replaces them by d
 
 import dataclasses
 
-from vqjax.kernels.problem import Problem
+from vqjax.kernels.books import books_of
+from vqjax.kernels.problem import Problem, power_of_two
 
 FUSED_ROWS = 256
 """Most rows that the rules give to the fused schedule: its tiles then decode a weight twice."""
@@ -34,8 +35,9 @@ class Tiles:
     Attributes:
       rows: output rows or pixels, 16 or more.
       outputs: output channels, 16 or more.
-      depth: length of each inner product that is added up, 16 or more: weights of a row, or
-        vectors of it where each place of a vector is multiplied by itself.
+      depth: length of each inner product that is added up, 16 or more: weights of a row and the
+        padding of their vectors, or vectors of it where each place of a vector is multiplied by
+        itself.
       splits: programs that share one tile of the output, each for a part of the inputs.
       warps, stages: as the Triton compiler takes them.
     """
@@ -83,9 +85,9 @@ SMALLEST = (
 """Both schedules with the least work for a compiler."""
 
 
-def power_of_two(number: int) -> int:
-    """Returns the least power of two that is not below a positive number."""
-    return 1 << (number - 1).bit_length()
+def vectors_of(depth: int, problem: Problem) -> int:
+    """Returns how many vectors lie side by side in a depth, each filled up to a power of two."""
+    return max(depth // power_of_two(problem.group), 1)
 
 
 def by_rule(problem: Problem) -> Schedule:
@@ -97,16 +99,31 @@ def by_rule(problem: Problem) -> Schedule:
 
 def _depth(problem: Problem) -> int:
     """Registers hold half as much in float32, and of vectors that are read place by place."""
-    side_by_side = problem.window == 1 and power_of_two(problem.group) == problem.group
-    return 64 if side_by_side and problem.dtype != "float32" else 32
+    return 64 if problem.window == 1 and problem.dtype != "float32" else 32
 
 
 def _fused(problem: Problem, outputs: int, depth: int) -> Schedule:
     """Tiles as tall as they can be: each tile of rows decodes the weight again."""
     rows = min(max(power_of_two(problem.rows), _LEAST), _MOST_ROWS)
     programs = -(-problem.rows // rows) * -(-problem.outputs // outputs)
-    splits = min(_MOST_SPLITS, -(-_PROGRAMS // programs), -(-problem.inputs // depth))
-    return Schedule("fused", Tiles(rows, outputs, depth, splits, warps=8 if rows > 64 else 4))
+    wanted = min(_MOST_SPLITS, -(-_PROGRAMS // programs))
+    steps = -(-_tiles_of_inputs(problem, depth) // wanted)  # of a program
+    splits = -(-_tiles_of_inputs(problem, depth) // steps)  # all that these leave work for
+    warps = 8 if rows > 64 else 4
+    return Schedule("fused", Tiles(rows, outputs, depth, splits, warps, _stages(problem)))
+
+
+def _tiles_of_inputs(problem: Problem, depth: int) -> int:
+    if problem.window > 1:
+        return -(-problem.inputs // depth)
+    return -(-problem.groups // vectors_of(depth, problem))
+
+
+def _stages(problem: Problem) -> int:
+    """What a loop prefetches it copies by `cp.async`, and 16 bytes or more of a row by a variant
+    that passes over a multiprocessor's first cache, where codebooks should stay."""
+    whole_vectors = problem.window == 1
+    return 1 if whole_vectors and books_of(problem, rounded=True).row_bytes >= 16 else 2
 
 
 def candidates(problem: Problem) -> tuple[Schedule, ...]:
@@ -125,6 +142,6 @@ def candidates(problem: Problem) -> tuple[Schedule, ...]:
         for depth in (_depth(problem) // 2, _depth(problem))
         for tiles in [_fused(problem, outputs, depth).tiles]
         for splits in (tiles.splits, 1)  # with one, nothing is added up afterwards
-        for stages in (2, 3)
+        for stages in (1, 2)
     ]
     return tuple(dict.fromkeys([rule, *(Schedule("fused", tiles) for tiles in made)]))

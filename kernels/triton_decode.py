@@ -11,9 +11,10 @@ import jax
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 
-from vqjax.kernels import gpu_arrays, triton_gpu
-from vqjax.kernels.problem import Operands, Problem
-from vqjax.kernels.schedule import Tiles, power_of_two
+from vqjax.kernels import triton_gpu
+from vqjax.kernels.books import books_of
+from vqjax.kernels.problem import Operands, Problem, power_of_two
+from vqjax.kernels.schedule import Tiles, vectors_of
 
 jit = triton.jit
 """For modules named triton.py, in which type checkers take the package for the module itself."""
@@ -38,7 +39,7 @@ def read_codes(
     OUTPUTS: tl.constexpr, GROUPS: tl.constexpr, BYTES: tl.constexpr, BOOKS: tl.constexpr,
     ENTRIES: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
-    """Row numbers of `gpu_arrays.flat_books`, int32 [T, V] for each codebook.
+    """Row numbers of the codebooks below each other, int32 [T, V] for each codebook.
 
     Beyond the last row and vector, codes are 0: a finite weight, which meets an input of 0 or is
     not stored.
@@ -70,22 +71,28 @@ def read_codes(
 
 
 @jit
-def sum_vectors(books_ptr, codes_M, BOOKS: tl.constexpr, PADDED: tl.constexpr):
-    """The sums of the chosen entries, whole vectors, float32 [T, V, P]."""
+def sum_vectors(books_ptr, codes_M, BOOKS: tl.constexpr, PADDED: tl.constexpr, SUMS: tl.constexpr):
+    """The sums of the chosen entries in the type SUMS, whole vectors, [T, V, P]."""
     places_P = tl.arange(0, PADDED)[None, None, :]
-    total_TVP = tl.load(books_ptr + codes_M[0][:, :, None] * PADDED + places_P).to(tl.float32)
+    total_TVP = tl.load(books_ptr + codes_M[0][:, :, None] * PADDED + places_P).to(SUMS)
     for book in tl.static_range(1, BOOKS):
         at_TVP = books_ptr + codes_M[book][:, :, None] * PADDED + places_P
-        total_TVP += tl.load(at_TVP).to(tl.float32)
+        total_TVP += tl.load(at_TVP).to(SUMS)
     return total_TVP
 
 
 @jit
-def sum_places(books_ptr, codes_M, place, BOOKS: tl.constexpr, PADDED: tl.constexpr):
-    """The sums of the chosen entries at one place of the vectors, float32 [T, V]."""
-    total_TV = tl.load(books_ptr + codes_M[0] * PADDED + place).to(tl.float32)
+def sum_places(
+    books_ptr, codes_M, place, BOOKS: tl.constexpr, ENTRIES: tl.constexpr, SUMS: tl.constexpr
+):
+    """The sums of the chosen entries at one place of the vectors in the type SUMS, [T, V].
+
+    Entries of a place lie side by side.
+    """
+    place_ptr = books_ptr + place * BOOKS * ENTRIES
+    total_TV = tl.load(place_ptr + codes_M[0]).to(SUMS)
     for book in tl.static_range(1, BOOKS):
-        total_TV += tl.load(books_ptr + codes_M[book] * PADDED + place).to(tl.float32)
+        total_TV += tl.load(place_ptr + codes_M[book]).to(SUMS)
     return total_TV
 
 
@@ -119,7 +126,8 @@ def decode_kernel(
     packed_ptr, books_ptr, factors_ptr, w_ptr,
     OUTPUTS: tl.constexpr, GROUPS: tl.constexpr, BYTES: tl.constexpr, BOOKS: tl.constexpr,
     ENTRIES: tl.constexpr, BITS: tl.constexpr, PADDED: tl.constexpr,
-    FAN_IN: tl.constexpr, GROUP: tl.constexpr, TILE_T: tl.constexpr, TILE_V: tl.constexpr,
+    FAN_IN: tl.constexpr, GROUP: tl.constexpr, PLACES: tl.constexpr,
+    TILE_T: tl.constexpr, TILE_V: tl.constexpr,
 ):  # fmt: skip
     outputs_T = tl.program_id(0) * TILE_T + tl.arange(0, TILE_T)
     vectors_V = tl.program_id(1) * TILE_V + tl.arange(0, TILE_V)
@@ -127,11 +135,15 @@ def decode_kernel(
     codes_M = read_codes(
         packed_ptr, outputs_T, vectors_V, OUTPUTS, GROUPS, BYTES, BOOKS, ENTRIES, BITS
     )
-    w_TVP = sum_vectors(books_ptr, codes_M, BOOKS, PADDED)
+    w_TVP = sum_vectors(books_ptr, codes_M, BOOKS, PADDED, tl.float32)
     stored_T = outputs_T < OUTPUTS
     factors_T = tl.load(factors_ptr + outputs_T, mask=stored_T, other=0)
     columns_VP = vectors_V[:, None] * GROUP + places_P[None, :]
     real_VP = (columns_VP < FAN_IN) & (places_P < GROUP)[None, :]
+    if PLACES > 1:
+        IN_CHANNEL: tl.constexpr = PLACES // GROUP  # vectors that read one channel
+        at_VP = (vectors_V % IN_CHANNEL * GROUP)[:, None] + places_P[None, :]
+        columns_VP = at_VP * (FAN_IN // PLACES) + (vectors_V // IN_CHANNEL)[:, None]
     tl.store(
         w_ptr + outputs_T[:, None, None] * FAN_IN + columns_VP[None, :, :],
         (w_TVP * factors_T[:, None, None]).to(w_ptr.dtype.element_ty),
@@ -144,22 +156,27 @@ def decode(
 ) -> jax.Array:
     """Returns the weight matrix [O, N] in the type of x: `decode` of the definition, rounded.
 
+    Columns of a convolution are ordered (ky, kx, input channel), which is what libraries of GPUs
+    take without a copy.
+
     Args:
       tiles: outputs and vectors (depth over the size of a vector) of a program.
     """
-    vectors = max(tiles.depth // power_of_two(problem.group), 1)
+    books = books_of(problem, rounded=False)
+    vectors = vectors_of(tiles.depth, problem)
     return triton_gpu.launch(
         decode_kernel,
-        (operands.packed_OY, gpu_arrays.flat_books(operands.codebooks_MKG), operands.factors()),
+        (operands.packed_OY, books.table(operands.codebooks_MKG), operands.factors()),
         grid=(-(-problem.outputs // tiles.outputs), -(-problem.groups // vectors)),
         shape=(problem.outputs, problem.fan_in),
         dtype=operands.x.dtype,
         tiles=tiles,
         name="vq_decode",
-        constants=code_constants(problem)
+        constants=code_constants(books.problem)
         | {
             "FAN_IN": problem.fan_in,
             "GROUP": problem.group,
+            "PLACES": problem.window**2,
             "TILE_T": tiles.outputs,
             "TILE_V": vectors,
         },

@@ -22,8 +22,8 @@ from typing import Any
 import platformdirs
 
 from vqjax.errors import VqjaxError, gathered
-from vqjax.kernels.problem import Problem
-from vqjax.kernels.schedule import Schedule, Tiles, power_of_two
+from vqjax.kernels.problem import Problem, power_of_two
+from vqjax.kernels.schedule import Schedule, Tiles
 
 VERSION = 1
 COMMAND = "python -m vqjax.bench kernels --tune"

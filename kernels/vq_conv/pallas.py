@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from vqjax.kernels import gpu_arrays, pallas_decode
 from vqjax.kernels import pallas_gpu as gpu
+from vqjax.kernels.books import books_of
 from vqjax.kernels.problem import AnyOperands, IntegerOperands, Problem, Scaling
 from vqjax.kernels.schedule import Schedule, Tiles
 from vqjax.kernels.vq_conv import ref
@@ -42,9 +43,10 @@ def vq_conv(
     """
     if schedule.kind == "staged":
         w_ON = pallas_decode.decode(operands, problem, schedule.tiles, interpret=interpret)
+        w_OHWI = w_ON.reshape(-1, window.size, window.size, problem.inputs)
         if isinstance(operands, IntegerOperands):
-            return ref.scaled_sums(operands, w_ON, window)
-        return ref.convolve(operands.x, w_ON, operands.bias_O, window)
+            return ref.scaled_sums(operands, w_OHWI, window)
+        return ref.convolve_places(operands.x, w_OHWI, operands.bias_O, window)
     return _fused(operands, problem, schedule.tiles, window, interpret)
 
 
@@ -63,8 +65,16 @@ def _fused(
     image = (height, width)
     depth = gpu.depth(tiles, problem)
     steps = -(-inputs // (depth * tiles.splits))
+    books = books_of(problem, rounded=True, most=256)  # of which a warp gathers from few lines
     kernel = functools.partial(
-        _kernel, problem=problem, tiles=tiles, image=image, window=window, depth=depth, steps=steps
+        _kernel,
+        problem=books.problem,
+        tiles=tiles,
+        image=image,
+        window=window,
+        depth=depth,
+        steps=steps,
+        sums=books.sums,
     )
     scaling = operands.scaling()
     y = gpu.launch(
@@ -72,7 +82,7 @@ def _fused(
         (
             operands.x.reshape(-1, inputs),
             operands.packed_OY,
-            gpu_arrays.flat_books(operands.codebooks_MKG),
+            books.table(operands.codebooks_MKG).T,  # entries of one place are read together
             *(array for array in scaling if array is not None),
         ),
         **gpu_arrays.frame(problem, tiles),
@@ -84,14 +94,14 @@ def _fused(
     return y.reshape(batch, *window.outputs(image), problem.outputs)
 
 
-def _kernel(x_ref, packed_ref, books_ref, *refs, problem, tiles, image, window, depth, steps):
+def _kernel(x_ref, packed_ref, books_ref, *refs, problem, tiles, image, window, depth, steps, sums):
     *scaling_refs, y_ref = refs
     pixels_R = gpu.indices(gpu.pl.program_id(0) * tiles.rows, tiles.rows)
     outputs_T = gpu.indices(gpu.pl.program_id(1) * tiles.outputs, tiles.outputs)
     split = gpu.pl.program_id(2)
     height, width = window.outputs(image)
-    line_R, x_R = _divide(pixels_R, width)
-    image_R, y_R = _divide(line_R, height)
+    line_R, x_R = gpu.divide(pixels_R, width)
+    image_R, y_R = gpu.divide(line_R, height)
     first_R = image_R * image[0]  # line of the batch where an image begins
     top_R = y_R * window.strides[0] - window.padding[0][0]
     left_R = x_R * window.strides[1] - window.padding[1][0]
@@ -99,7 +109,7 @@ def _kernel(x_ref, packed_ref, books_ref, *refs, problem, tiles, image, window, 
 
     def x_tile(place, channels_C):
         """What the pixels see at one place of the window, zeros outside the image."""
-        down, right = _divide(place, problem.window)
+        down, right = gpu.divide(place, problem.window)
         y_R, x_R = top_R + down, left_R + right
         seen_R = (pixels_R < problem.rows) & (y_R >= 0) & (y_R < image[0])
         seen_R &= (x_R >= 0) & (x_R < image[1])
@@ -116,7 +126,7 @@ def _kernel(x_ref, packed_ref, books_ref, *refs, problem, tiles, image, window, 
 
             def add_place(place, total_RT, codes_M=codes_M, vector=vector):
                 at = jnp.full((1, 1), place, jnp.int32)
-                w_TC = gpu.sum_entries(books_ref, codes_M, at, problem)
+                w_TC = gpu.sum_entries(books_ref, [(at, code_TC) for code_TC in codes_M], sums)
                 x_RC = x_tile(vector * problem.group + place, channels_C)
                 return total_RT + gpu.product(x_RC, w_TC)
 
@@ -128,10 +138,3 @@ def _kernel(x_ref, packed_ref, books_ref, *refs, problem, tiles, image, window, 
     )
     scaling = Scaling(*scaling_refs)
     gpu.finish(y_ref, total_RT, pixels_R, outputs_T, split, scaling, problem, tiles)
-
-
-def _divide(number: jax.Array, by: int) -> tuple[jax.Array, jax.Array]:
-    """Returns quotient and rest. `//` and `%` would treat signs, which are not there, and on a
-    scalar they do not lower on this backend."""
-    divisor = jnp.full(number.shape, by, jnp.int32)
-    return jax.lax.div(number, divisor), jax.lax.rem(number, divisor)

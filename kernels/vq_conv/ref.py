@@ -53,20 +53,34 @@ def convolve(
     x_BHWI: jax.Array, w_ON: jax.Array, bias_O: jax.Array | None, window: Window
 ) -> jax.Array:
     """Returns the convolution with a decoded weight in the type of x."""
+    return convolve_places(x_BHWI, by_places(w_ON, window), bias_O, window)
+
+
+def by_places(w_ON: jax.Array, window: Window) -> jax.Array:
+    """Returns a weight whose columns are ordered (input channel, ky, kx) as [O, ky, kx, I]."""
+    return w_ON.reshape(len(w_ON), -1, window.size, window.size).transpose(0, 2, 3, 1)
+
+
+def convolve_places(
+    x_BHWI: jax.Array, w_OHWI: jax.Array, bias_O: jax.Array | None, window: Window
+) -> jax.Array:
+    """Returns the convolution with a decoded weight [O, ky, kx, I] in the type of x.
+
+    On GPUs XLA makes one call of it and its bias: of this layout, with all arrays of one type.
+    """
     # Products of half precision are asked for in half precision, since a float32 result would
     # have no derivative in JAX; libraries of GPUs add up in float32 all the same.
     y_BHWO = jax.lax.conv_general_dilated(
         x_BHWI,
-        w_ON.reshape(w_ON.shape[0], x_BHWI.shape[-1], window.size, window.size),
+        w_OHWI,
         window_strides=window.strides,
         padding=window.padding,
-        dimension_numbers=("NHWC", "OIHW", "NHWC"),
+        dimension_numbers=("NHWC", "OHWI", "NHWC"),
         precision=precision_of(x_BHWI),
     )
     if bias_O is None:
         return y_BHWO
-    y_BHWO = y_BHWO.astype(jnp.float32) + bias_O.astype(jnp.float32)[None, None, None]
-    return y_BHWO.astype(x_BHWI.dtype)
+    return y_BHWO + bias_O.astype(y_BHWO.dtype)[None, None, None]
 
 
 def definition(problem: Problem, window: Window) -> Callable[[Any], jax.Array]:
@@ -86,40 +100,39 @@ def vq_conv_int8(operands: IntegerOperands, window: Window) -> jax.Array:
     fan_in = operands.x.shape[-1] * window.size**2
     groups = -(-fan_in // operands.codebooks_MKG.shape[-1])
     w_OP = decode_integers(operands.packed_OY, operands.codebooks_MKG, groups=groups)
-    return scaled_sums(operands, w_OP[:, :fan_in].astype(jnp.int8), window)
+    w_OHWI = by_places(w_OP[:, :fan_in].astype(jnp.int8), window)
+    return scaled_sums(operands, w_OHWI, window)
 
 
-def scaled_sums(operands: IntegerOperands, w_ON: jax.Array, window: Window) -> jax.Array:
-    """The same with a decoded weight, int8."""
-    outputs, inputs = w_ON.shape[0], operands.x.shape[-1]
-    w_HWIO = w_ON.reshape(outputs, inputs, window.size, window.size).transpose(2, 3, 1, 0)
-    sums = integer_sums(operands.x, w_HWIO, window.strides)
-    y_PO = operands.scaling().apply(sums.reshape(-1, outputs))
+def scaled_sums(operands: IntegerOperands, w_OHWI: jax.Array, window: Window) -> jax.Array:
+    """The same with a decoded weight, int8 [O, ky, kx, I]."""
+    sums = integer_sums(operands.x, w_OHWI.transpose(1, 2, 3, 0), window.strides)
+    y_PO = operands.scaling().apply(sums.reshape(-1, sums.shape[-1]))
     return y_PO.reshape(sums.shape)
 
 
 def integer_sums(q_BHWI: jax.Array, w_HWIO: jax.Array, strides: tuple[int, int]) -> jax.Array:
     """Convolution without padding, int8 * int8 -> int32 [B, H', W', O].
 
-    It is a sum over the window of products: XLA has fast products of int8 on more devices than
-    convolutions of int8.
+    It is one product with what each pixel sees, side by side: XLA has fast products of int8 on more
+    devices than convolutions of int8. These patches are bytes; a product for each place of the
+    window would pass its sums, of 32 bits, through memory.
     """
     batch, *sides, inputs = q_BHWI.shape
     window = w_HWIO.shape[:2]
     # Where the last window of each axis begins.
     last = [(side - size) // step * step for side, size, step in zip(sides, window, strides)]
-    sums = None
-    for y, x in np.ndindex(*window):
-        part_BHWI = jax.lax.slice(
+    places = [
+        jax.lax.slice(
             q_BHWI,
             (0, y, x, 0),
             (batch, y + last[0] + 1, x + last[1] + 1, inputs),
             (1, *strides, 1),
         )
-        product_BHWO = integer_product(part_BHWI, w_HWIO[y, x])
-        sums = product_BHWO if sums is None else sums + product_BHWO
-    assert sums is not None  # a window has a first place
-    return sums
+        for y, x in np.ndindex(*window)
+    ]
+    patches_BHWN = jnp.concatenate(places, axis=-1)
+    return integer_product(patches_BHWN, w_HWIO.reshape(-1, w_HWIO.shape[-1]))
 
 
 def pad_levels(

@@ -13,6 +13,7 @@ import jax
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 
 from vqjax.kernels import gpu_arrays, triton_decode, triton_gpu
+from vqjax.kernels.books import books_of
 from vqjax.kernels.problem import Operands, Problem
 from vqjax.kernels.schedule import Schedule, Tiles
 from vqjax.kernels.triton_decode import add_product, finish, jit, read_codes, sum_places
@@ -35,7 +36,8 @@ def vq_conv(
     """
     if schedule.kind == "staged":
         w_ON = triton_decode.decode(operands, problem, schedule.tiles, capability=capability)
-        return ref.convolve(operands.x, w_ON, operands.bias_O, window)
+        w_OHWI = w_ON.reshape(-1, window.size, window.size, problem.inputs)
+        return ref.convolve_places(operands.x, w_OHWI, operands.bias_O, window)
     return _fused(operands, problem, schedule.tiles, window, capability)
 
 
@@ -53,25 +55,27 @@ def _fused(
     batch, height, width, inputs = operands.x.shape
     lines, columns = window.outputs((height, width))
     scaling = operands.scaling()
+    books = books_of(problem, rounded=True, most=256)  # of which a warp gathers from few lines
     y = triton_gpu.launch(
         conv_kernel,
         (
             operands.x,
             operands.packed_OY,
-            gpu_arrays.flat_books(operands.codebooks_MKG),
+            books.table(operands.codebooks_MKG).T,  # entries of one place are read together
             scaling.factors_O,
             scaling.biases_O,
         ),
         **gpu_arrays.frame(problem, tiles),
         tiles=tiles,
         name="vq_conv",
-        constants=triton_decode.code_constants(problem)
+        constants=triton_decode.code_constants(books.problem)
         | {
             "ROWS": problem.rows,
             "INPUTS": inputs,
             "GROUP": problem.group,
             "SPLITS": tiles.splits,
             "STEPS": -(-inputs // (tiles.depth * tiles.splits)),
+            "ROUNDED": books.sums != "float32",
             "WINDOW": window.size,
             "HEIGHT": height,
             "WIDTH": width,
@@ -97,9 +101,9 @@ def conv_kernel(
     OUTPUTS: tl.constexpr, GROUPS: tl.constexpr, BYTES: tl.constexpr, BOOKS: tl.constexpr,
     ENTRIES: tl.constexpr, BITS: tl.constexpr, PADDED: tl.constexpr,
     ROWS: tl.constexpr, INPUTS: tl.constexpr, GROUP: tl.constexpr, SPLITS: tl.constexpr,
-    STEPS: tl.constexpr, WINDOW: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
-    LINES: tl.constexpr, COLUMNS: tl.constexpr, DOWN: tl.constexpr, RIGHT: tl.constexpr,
-    ABOVE: tl.constexpr, BEFORE: tl.constexpr,
+    STEPS: tl.constexpr, ROUNDED: tl.constexpr, WINDOW: tl.constexpr, HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr, LINES: tl.constexpr, COLUMNS: tl.constexpr, DOWN: tl.constexpr,
+    RIGHT: tl.constexpr, ABOVE: tl.constexpr, BEFORE: tl.constexpr,
     TILE_R: tl.constexpr, TILE_T: tl.constexpr, TILE_C: tl.constexpr,
 ):  # fmt: skip
     pixels_R = tl.program_id(0) * TILE_R + tl.arange(0, TILE_R)
@@ -111,6 +115,7 @@ def conv_kernel(
     left_R = pixels_R % COLUMNS * RIGHT - BEFORE
     IN_CHANNEL: tl.constexpr = WINDOW * WINDOW // GROUP  # vectors that read one channel
     total_RT = tl.zeros((TILE_R, TILE_T), tl.float32)
+    sums: tl.constexpr = x_ptr.dtype.element_ty if ROUNDED else tl.float32  # as in `Books`
     for step in range(STEPS):
         channels_C = (split * STEPS + step) * TILE_C + tl.arange(0, TILE_C)
         for vector in tl.static_range(IN_CHANNEL):
@@ -119,7 +124,7 @@ def conv_kernel(
                 OUTPUTS, GROUPS, BYTES, BOOKS, ENTRIES, BITS,
             )  # fmt: skip
             for place in range(GROUP):
-                w_TC = sum_places(books_ptr, codes_M, place, BOOKS, PADDED)
+                w_TC = sum_places(books_ptr, codes_M, place, BOOKS, ENTRIES, sums)
                 at = vector * GROUP + place
                 y_R = top_R + at // WINDOW
                 x_R = left_R + at % WINDOW

@@ -2,7 +2,8 @@
 """`vq_matmul` on a GPU: weights are decoded where they are multiplied, or once for all rows.
 
 Dimension key:  B rows of x   I inputs   O outputs   R rows of a tile   T outputs of a tile
-                D depth of a tile   V vectors of a tile   G weights of a vector   S splits
+                D depth of a tile   V vectors of a tile   G weights of a vector   P the same, up
+                to a power of two   S splits
 """
 
 import functools
@@ -12,8 +13,9 @@ import jax.numpy as jnp
 
 from vqjax.kernels import gpu_arrays, pallas_decode
 from vqjax.kernels import pallas_gpu as gpu
-from vqjax.kernels.problem import AnyOperands, IntegerOperands, Problem, Scaling
-from vqjax.kernels.schedule import Schedule, Tiles, power_of_two
+from vqjax.kernels.books import books_of
+from vqjax.kernels.problem import AnyOperands, IntegerOperands, Problem, Scaling, power_of_two
+from vqjax.kernels.schedule import Schedule, Tiles, vectors_of
 from vqjax.kernels.vq_matmul import ref
 
 
@@ -45,12 +47,11 @@ def try_small(problem: Problem) -> None:
 
 
 def _fused(operands: AnyOperands, problem: Problem, tiles: Tiles, interpret: bool) -> jax.Array:
-    whole = power_of_two(problem.group) == problem.group
-    depth = gpu.depth(tiles, problem)
-    vectors = max(depth // problem.group, 1) if whole else depth
+    books = books_of(problem, rounded=True)
+    vectors = vectors_of(gpu.depth(tiles, problem), problem)
     steps = -(-problem.groups // (vectors * tiles.splits))
     kernel = functools.partial(
-        _kernel, problem=problem, tiles=tiles, vectors=vectors, steps=steps, whole=whole
+        _kernel, problem=books.problem, tiles=tiles, vectors=vectors, steps=steps, sums=books.sums
     )
     scaling = operands.scaling()
     y = gpu.launch(
@@ -58,7 +59,7 @@ def _fused(operands: AnyOperands, problem: Problem, tiles: Tiles, interpret: boo
         (
             operands.x,
             operands.packed_OY,
-            gpu_arrays.flat_books(operands.codebooks_MKG),
+            books.table(operands.codebooks_MKG),
             *(array for array in scaling if array is not None),
         ),
         **gpu_arrays.frame(problem, tiles),
@@ -69,38 +70,33 @@ def _fused(operands: AnyOperands, problem: Problem, tiles: Tiles, interpret: boo
     return gpu_arrays.add_splits(y, tiles.splits, scaling, problem.result)
 
 
-def _kernel(x_ref, packed_ref, books_ref, *refs, problem, tiles, vectors, steps, whole):
+def _kernel(x_ref, packed_ref, books_ref, *refs, problem, tiles, vectors, steps, sums):
     *scaling_refs, y_ref = refs
     rows_R = gpu.indices(gpu.pl.program_id(0) * tiles.rows, tiles.rows)
     outputs_T = gpu.indices(gpu.pl.program_id(1) * tiles.outputs, tiles.outputs)
     split = gpu.pl.program_id(2)
-    group = problem.group
+    group, padded = problem.group, power_of_two(problem.group)
+    places_P = gpu.indices(0, padded)
 
-    def x_tile(columns_D):
-        inside_RD = (rows_R < problem.rows)[:, None] & (columns_D < problem.inputs)[None]
-        return gpu.load(x_ref, (rows_R[:, None], columns_D[None]), inside_RD)
+    def columns_of(first):
+        """Inputs that a tile of vectors meets, and where weights are: padding meets none."""
+        within_D = gpu.indices(0, vectors * padded)
+        if padded == group:  # vectors lie side by side in the tile as they do in x
+            columns_D = first * group + within_D
+            return columns_D, columns_D < problem.inputs
+        place_D = within_D & (padded - 1)
+        columns_D = (first + (within_D >> padded.bit_length() - 1)) * group + place_D
+        return columns_D, (columns_D < problem.inputs) & (place_D < group)
 
     def add_tile(step, total_RT):
         first = (split * steps + step) * vectors
-        vectors_V = gpu.indices(first, vectors)
-        codes_M = gpu.read_codes(packed_ref, outputs_T, vectors_V, problem)
-        if whole:  # vectors lie side by side in the tile as they do in x
-            w_TVG = gpu.sum_entries(
-                books_ref,
-                [code_TV[:, :, None] for code_TV in codes_M],
-                gpu.indices(0, group)[None, None],
-                problem,
-            )
-            w_TD = w_TVG.reshape(tiles.outputs, vectors * group)
-            return total_RT + gpu.product(x_tile(gpu.indices(first * group, vectors * group)), w_TD)
-
-        def add_place(place, total_RT):
-            at = jnp.full((1, 1), place, jnp.int32)
-            w_TV = gpu.sum_entries(books_ref, codes_M, at, problem)
-            return total_RT + gpu.product(x_tile(vectors_V * group + place), w_TV)
-
-        # No side of a value may be 6 or 9: one place of all vectors at a time.
-        return jax.lax.fori_loop(0, group, add_place, total_RT)
+        codes_M = gpu.read_codes(packed_ref, outputs_T, gpu.indices(first, vectors), problem)
+        at_M = [(code_TV[:, :, None], places_P[None, None]) for code_TV in codes_M]
+        w_TVP = gpu.sum_entries(books_ref, at_M, sums)
+        columns_D, weights_D = columns_of(first)
+        read_RD = (rows_R < problem.rows)[:, None] & weights_D[None]
+        x_RD = gpu.load(x_ref, (rows_R[:, None], columns_D[None]), read_RD)
+        return total_RT + gpu.product(x_RD, w_TVP.reshape(tiles.outputs, vectors * padded))
 
     total_RT = jax.lax.fori_loop(
         0, steps, add_tile, jnp.zeros((tiles.rows, tiles.outputs), problem.sums)

@@ -4,23 +4,18 @@
 Importing this needs triton (`triton_gpu.missing`).
 
 Dimension key:  B rows of x   I inputs   O outputs   R rows of a tile   T outputs of a tile
-                D depth of a tile   V vectors of a tile   G weights of a vector   S splits
+                D depth of a tile   V vectors of a tile   G weights of a vector   P the same, up
+                to a power of two   S splits
 """
 
 import jax
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 
 from vqjax.kernels import gpu_arrays, triton_decode, triton_gpu
+from vqjax.kernels.books import books_of
 from vqjax.kernels.problem import Operands, Problem
-from vqjax.kernels.schedule import Schedule, Tiles, power_of_two
-from vqjax.kernels.triton_decode import (
-    add_product,
-    finish,
-    jit,
-    read_codes,
-    sum_places,
-    sum_vectors,
-)
+from vqjax.kernels.schedule import Schedule, Tiles, vectors_of
+from vqjax.kernels.triton_decode import add_product, finish, jit, read_codes, sum_vectors
 from vqjax.kernels.vq_matmul import ref
 
 
@@ -45,29 +40,29 @@ def try_small(problem: Problem) -> None:
 
 
 def _fused(operands: Operands, problem: Problem, tiles: Tiles, capability: int | None) -> jax.Array:
-    whole = power_of_two(problem.group) == problem.group
-    vectors = max(tiles.depth // problem.group, 1) if whole else tiles.depth
+    books = books_of(problem, rounded=True)
+    vectors = vectors_of(tiles.depth, problem)
     scaling = operands.scaling()
     y = triton_gpu.launch(
         matmul_kernel,
         (
             operands.x,
             operands.packed_OY,
-            gpu_arrays.flat_books(operands.codebooks_MKG),
+            books.table(operands.codebooks_MKG),
             scaling.factors_O,
             scaling.biases_O,
         ),
         **gpu_arrays.frame(problem, tiles),
         tiles=tiles,
         name="vq_matmul",
-        constants=triton_decode.code_constants(problem)
+        constants=triton_decode.code_constants(books.problem)
         | {
             "ROWS": problem.rows,
             "INPUTS": problem.inputs,
             "GROUP": problem.group,
             "SPLITS": tiles.splits,
             "STEPS": -(-problem.groups // (vectors * tiles.splits)),
-            "WHOLE": whole,
+            "ROUNDED": books.sums != "float32",
             "TILE_R": tiles.rows,
             "TILE_T": tiles.outputs,
             "TILE_V": vectors,
@@ -78,42 +73,37 @@ def _fused(operands: Operands, problem: Problem, tiles: Tiles, capability: int |
 
 
 @jit
-def _inputs(x_ptr, rows_R, columns_D, ROWS: tl.constexpr, INPUTS: tl.constexpr):
-    inside_RD = (rows_R < ROWS)[:, None] & (columns_D < INPUTS)[None, :]
-    at_RD = x_ptr + rows_R[:, None] * INPUTS + columns_D[None, :]
-    return tl.load(at_RD, mask=inside_RD, other=0)
-
-
-@jit
 def matmul_kernel(
     x_ptr, packed_ptr, books_ptr, factors_ptr, biases_ptr, y_ptr,
     OUTPUTS: tl.constexpr, GROUPS: tl.constexpr, BYTES: tl.constexpr, BOOKS: tl.constexpr,
     ENTRIES: tl.constexpr, BITS: tl.constexpr, PADDED: tl.constexpr,
     ROWS: tl.constexpr, INPUTS: tl.constexpr, GROUP: tl.constexpr, SPLITS: tl.constexpr,
-    STEPS: tl.constexpr, WHOLE: tl.constexpr,
+    STEPS: tl.constexpr, ROUNDED: tl.constexpr,
     TILE_R: tl.constexpr, TILE_T: tl.constexpr, TILE_V: tl.constexpr,
 ):  # fmt: skip
     rows_R = tl.program_id(0) * TILE_R + tl.arange(0, TILE_R)
     outputs_T = tl.program_id(1) * TILE_T + tl.arange(0, TILE_T)
     split = tl.program_id(2)
     total_RT = tl.zeros((TILE_R, TILE_T), tl.float32)
+    within_D = tl.arange(0, TILE_V * PADDED)
+    sums: tl.constexpr = x_ptr.dtype.element_ty if ROUNDED else tl.float32  # as in `Books`
     for step in range(STEPS):
         first = (split * STEPS + step) * TILE_V
-        vectors_V = first + tl.arange(0, TILE_V)
         codes_M = read_codes(
-            packed_ptr, outputs_T, vectors_V, OUTPUTS, GROUPS, BYTES, BOOKS, ENTRIES, BITS
-        )
-        if WHOLE:  # vectors lie side by side in the tile as they do in x
-            w_TVG = sum_vectors(books_ptr, codes_M, BOOKS, PADDED)
-            w_TD = tl.reshape(w_TVG, (TILE_T, TILE_V * GROUP))
-            columns_D = first * GROUP + tl.arange(0, TILE_V * GROUP)
-            x_RD = _inputs(x_ptr, rows_R, columns_D, ROWS, INPUTS)
-            total_RT = add_product(x_RD, w_TD, total_RT)
-        else:  # no side of a value may be 6 or 9: one place of all vectors at a time
-            for place in range(GROUP):
-                w_TV = sum_places(books_ptr, codes_M, place, BOOKS, PADDED)
-                x_RV = _inputs(x_ptr, rows_R, vectors_V * GROUP + place, ROWS, INPUTS)
-                total_RT = add_product(x_RV, w_TV, total_RT)
+            packed_ptr, outputs_T, first + tl.arange(0, TILE_V),
+            OUTPUTS, GROUPS, BYTES, BOOKS, ENTRIES, BITS,
+        )  # fmt: skip
+        w_TVP = sum_vectors(books_ptr, codes_M, BOOKS, PADDED, sums)
+        if PADDED == GROUP:  # vectors lie side by side in the tile as they do in x
+            columns_D = first * GROUP + within_D
+            weights_D = columns_D < INPUTS
+        else:  # padding meets no input
+            columns_D = (first + within_D // PADDED) * GROUP + within_D % PADDED
+            weights_D = (columns_D < INPUTS) & (within_D % PADDED < GROUP)
+        at_RD = x_ptr + rows_R[:, None] * INPUTS + columns_D[None, :]
+        x_RD = tl.load(at_RD, mask=(rows_R < ROWS)[:, None] & weights_D[None, :], other=0)
+        w_TD = tl.reshape(w_TVP, (TILE_T, TILE_V * PADDED))
+        total_RT = add_product(x_RD, w_TD, total_RT)
     finish(
         y_ptr, factors_ptr, biases_ptr, total_RT, rows_R, outputs_T, split, ROWS, OUTPUTS, SPLITS
     )

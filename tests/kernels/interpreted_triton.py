@@ -124,12 +124,15 @@ def launch(kernel, operands, *, grid, shape, dtype, constants, **unused) -> jax.
     return jnp.asarray(y.array)
 
 
-def multiply_bfloat16() -> None:
-    """The interpreter keeps bfloat16 as integers of the same bits, and multiplies those as such."""
+def compute_bfloat16() -> None:
+    """The interpreter keeps bfloat16 as integers of the same bits, and computes with those as such.
+
+    Corrected are the operations of our kernels.
+    """
     import triton.language as tl  # pyright: ignore[reportMissingImports]
     from triton.runtime import interpreter  # pyright: ignore[reportMissingImports]
 
-    original = interpreter.InterpreterBuilder.create_dot
+    dot, add = interpreter.InterpreterBuilder.create_dot, interpreter.InterpreterBuilder.create_fadd
 
     def wide(handle):
         if handle.dtype.scalar != tl.bfloat16:
@@ -138,14 +141,21 @@ def multiply_bfloat16() -> None:
         return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
 
     def create_dot(self, a, b, *rest):
-        return original(self, wide(a), wide(b), *rest)
+        return dot(self, wide(a), wide(b), *rest)
+
+    def create_fadd(self, a, b):
+        if a.dtype.scalar != tl.bfloat16:
+            return add(self, a, b)
+        sums = (wide(a).data + wide(b).data).astype(jnp.bfloat16)
+        return interpreter.TensorHandle(sums.view(np.uint16), tl.bfloat16)
 
     interpreter.InterpreterBuilder.create_dot = create_dot
+    interpreter.InterpreterBuilder.create_fadd = create_fadd
 
 
 def main() -> None:
     assert os.environ["TRITON_INTERPRET"] == "1"
-    multiply_bfloat16()
+    compute_bfloat16()
     triton_gpu.launch = launch
     cases = [Case.of(plain) for plain in json.load(sys.stdin)]
     # NumPy's files do not know bfloat16; float32 holds all that it can be.

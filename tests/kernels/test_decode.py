@@ -94,3 +94,13 @@ def test_float32_is_never_shortened(dtype, precise):
         products = str(jax.make_jaxpr(lambda: product(x_BI, w_OI, None))())
         patches = str(jax.make_jaxpr(lambda: convolve(x_BHWI, w_ON, None, window))())
     assert ("HIGHEST" in products) == ("HIGHEST" in patches) == precise
+
+
+def test_convolutions_add_their_bias_in_the_type_of_x():
+    """As dense layers do, and as libraries of GPUs do in the same call: 1 + 2^-8 is 1 there."""
+    x_BHWI, w_ON = jnp.ones((1, 3, 3, 1), jnp.bfloat16), jnp.eye(1, 9, 4, dtype=jnp.bfloat16)
+    window = Window.of(3, (1, 1), "SAME", (3, 3))
+    bias_O = jnp.array([2**-8 + 2**-20], jnp.float32)
+    y_BHWO = convolve(x_BHWI, w_ON, bias_O, window)
+    assert y_BHWO.dtype == jnp.bfloat16
+    assert float(y_BHWO[0, 1, 1, 0]) == 1

@@ -4,6 +4,7 @@
 import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -140,6 +141,13 @@ def test_convolutions_are_exact(interpret, image, sizes, code, group, stride, sc
     x_shape = (*image, sizes[0])
     assert_exact(run, problem, x_shape, window)
     assert_exact(functools.partial(conv_ref.vq_conv_int8, window=window), problem, x_shape, window)
+
+
+def test_a_convolution_of_integers_is_one_product():
+    """Nine would pass nine sets of sums through memory."""
+    q_BHWI, w_HWIO = jnp.ones((1, 5, 5, 4), jnp.int8), jnp.ones((3, 3, 4, 6), jnp.int8)
+    program = str(jax.make_jaxpr(lambda: conv_ref.integer_sums(q_BHWI, w_HWIO, (2, 2)))())
+    assert program.count("dot_general[") == 1
 
 
 LAYERS: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vqjax.kernels import books as code_books
 from vqjax.kernels import decode, device, gpu_arrays, pallas_decode, specs
 from vqjax.kernels.problem import Operands, Problem
 from vqjax.kernels.schedule import Schedule, Tiles, by_rule
@@ -51,6 +52,7 @@ CODES = st.sampled_from(
         (3, 16, "int8"),
         (3, 4096, "bfloat16"),
         (4, 16, "float16"),
+        (4, 16, "int8"),
         (8, 16, "float32"),
     ]
 )
@@ -119,7 +121,7 @@ def test_convolutions_agree(interpret, image, sizes, code, group, moves, dtype, 
 
 @INTERPRET
 @pytest.mark.parametrize(
-    ("bits", "books"), [(bits, (4, 3, 1)[bits % 3]) for bits in gpu_arrays.CODE_BITS]
+    ("bits", "books"), [(bits, (4, 3, 1)[bits % 3]) for bits in code_books.CODE_BITS]
 )
 def test_codes_of_every_width_are_read(interpret, bits, books):
     """Exactly; the last code of a row ends where its bytes end, or within them."""

@@ -7,7 +7,7 @@ import pytest
 
 from vqjax.kernels import specs
 from vqjax.kernels.problem import Problem
-from vqjax.kernels.schedule import FUSED_ROWS_FLOAT32, by_rule, candidates
+from vqjax.kernels.schedule import FUSED_ROWS_FLOAT32, by_rule, candidates, vectors_of
 
 LINEAR = Problem("vq_matmul", 64, 960, 960, 4, 16, 6, "float32", "int8")
 TYPES = ("float32", "float16", "bfloat16")
@@ -43,7 +43,30 @@ def test_float32_is_fused_for_few_rows_in_tiles_that_registers_hold():
 
 def test_vectors_that_are_read_place_by_place_are_fewer():
     """64x64x64 of them spill 600 bytes of each thread, in half precision too."""
+    product = dataclasses.replace(LINEAR, dtype="bfloat16")
+    assert by_rule(product).tiles.depth == 64
+    convolution = dataclasses.replace(product, op="vq_conv", group=9, window=3)
+    assert by_rule(convolution).tiles.depth == 32
+    assert max(one.tiles.depth for one in candidates(convolution)) == 32
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_every_split_has_work(dtype):
+    for op in ("vq_matmul", "vq_conv"):
+        for layer in specs.layers(op):
+            problem = layer.problem(2, dtype)
+            for tiles in (one.tiles for one in candidates(problem) if one.kind == "fused"):
+                units = problem.inputs if op == "vq_conv" else problem.groups
+                of_step = tiles.depth if op == "vq_conv" else vectors_of(tiles.depth, problem)
+                steps = -(-units // (of_step * tiles.splits))
+                assert (tiles.splits - 1) * steps * of_step < units
+
+
+def test_rows_of_sixteen_bytes_are_not_prefetched():
+    """Triton copies them ahead by `cp.async.cg`, which has no use of the first cache."""
     half = dataclasses.replace(LINEAR, dtype="bfloat16")
-    assert by_rule(half).tiles.depth == 32
-    assert by_rule(dataclasses.replace(half, group=8)).tiles.depth == 64
-    assert max(one.tiles.depth for one in candidates(half)) == 32
+    assert by_rule(half).tiles.stages == 1
+    assert by_rule(dataclasses.replace(half, group=4)).tiles.stages == 2
+    assert by_rule(dataclasses.replace(half, group=9, window=3)).tiles.stages == 2
+    for problem in (half, dataclasses.replace(half, group=4)):
+        assert {one.tiles.stages for one in candidates(problem)} == {1, 2}

@@ -58,6 +58,8 @@ def cases() -> list[Case]:
         (8, 16, "float32"),
         (1, 64, "int8"),
         (3, 32, "float16"),
+        (6, 16, "int8"),
+        (4, 16, "int8"),
     ]
     found = []
     for index, (books, entries, stored) in enumerate(codes):
