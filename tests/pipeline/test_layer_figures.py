@@ -164,7 +164,7 @@ def test_figures_of_a_search_survive_an_interruption(job, journal, monkeypatch):
     path = PATHS[0]
     rows_IRN = np.random.default_rng(1).normal(size=(4, 50, job.sizes[path].fan_in)) + 0.5
     moment = of_images(rows_IRN)
-    outlooks = {path: planning.Outlook(DEFAULT, True, 0.3, 1.0, {})}
+    outlooks = {path: planning.Outlook(DEFAULT, True, 0.3, 0.3, 1.0, {})}
 
     def compress(kernel, moment_NN, spec, *, key, metric):
         tensor = round_to_grid(grouping.to_matrix(np.asarray(kernel)), kernel.shape, 256)
