@@ -3,6 +3,7 @@
 
 import pathlib
 import shlex
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -53,7 +54,7 @@ def test_arguments_that_do_not_fit_are_named_at_once():
     with pytest.raises(
         VqjaxError, match=r"(?s)^vqjax.quantize: arguments .*bit: unknown"
     ) as caught:
-        vqjax.quantize(object(), bits="2", bit=3)
+        vqjax.quantize(cast(Any, object()), bits="2", bit=3)
     assert 'bits: found "2", expected a number' in str(caught.value)
     assert "source: found " in str(caught.value)
 

@@ -73,7 +73,7 @@ def test_ranges_of_layers_that_see_the_class_alone_are_of_all_classes(visited, b
     assert OF_CLASS
     inputs = _inputs(np.zeros((3, *config.latent_shape), np.float32), 1, jnp.arange(3))
     one_class = [(x_TBHWC, t_T, jnp.zeros(2, jnp.int32)) for x_TBHWC, t_T, _ in visited]
-    ranges = activations.observe(MODEL, one_class, bits).at(TIMESTEPS)
+    ranges = activations.observe(MODEL, one_class, bits).at(jnp.asarray(TIMESTEPS))
     for path in OF_CLASS:
         for step, zero in zip(ranges[path].step_B, ranges[path].zero_B):
             _assert_least(np.asarray(inputs[path]), step, zero, bits, path)
