@@ -138,7 +138,7 @@ def test_tuning_is_a_stage_of_a_run(tmp_path, monkeypatch, quick_search):
         out=tmp_path / "out",
         samples=4,
         calibration=Calibration(images=2, steps=3, batch=2),
-        tuning=Tuning(batch=2, trajectories=2),
+        tuning=Tuning(batch=2, trajectories=2, rate=1.0),  # that of eight bits moves no float16
         tune_steps=2,
     )
     assert run.report["tuning"] == {"steps": 2}
