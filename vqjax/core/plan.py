@@ -310,10 +310,10 @@ a third of the time. Larger codebooks reach no less error at the same stored bit
 """
 
 _SCALAR_BITS = (6, 7, 8)
-_UNIFORM = 2.0
-"""Error of a uniform grid over 2^(-2 bits), whose ends are near a row's largest weight: the median
-of the embedded model's layers is 1.9."""
 """Bits of a single weight that plans choose from: codes of vectors end at five bits."""
+
+_UNIFORM = 2.0
+"""Error over 2^(-2 bits) of a uniform grid whose ends are near a row's largest weight, about."""
 
 
 def candidates(
@@ -387,6 +387,17 @@ def expected_distortion(spec: LayerSpec, input_gain: float = 1.0) -> float:
     return left * input_gain if spec.input_scales else left
 
 
+def expected_error(spec: LayerSpec, gain: float, scalar_gain: float, input_gain: float) -> float:
+    """Returns the relative output error that a layer's code is expected to leave, at most 1.
+
+    Args:
+      gain, scalar_gain: as in `typical_error.TypicalError`.
+      input_gain: as in `expected_distortion`.
+    """
+    factor = scalar_gain if spec.grouping == "scalar" else gain
+    return min(1.0, factor * expected_distortion(spec, input_gain))
+
+
 def make_plan(
     shapes: Mapping[str, tuple[int, ...]],
     *,
@@ -442,17 +453,9 @@ def make_plan(
         choices[path] = candidates(kind, shape, input_scales=scaled < 1, integer=integer)
         weight = (sensitivity or {}).get(path, math.sqrt(math.prod(shape)))
         factor = (gain or {}).get(path, 1.0)
-        alone = (scalar_gain or {}).get(path, factor)
+        gains = factor, (scalar_gain or {}).get(path, factor)
         options[path] = [
-            Option(
-                spec.stored(shape).total,
-                weight
-                * min(
-                    1.0,
-                    (alone if spec.grouping == "scalar" else factor)
-                    * expected_distortion(spec, scaled),
-                ),
-            )
+            Option(spec.stored(shape).total, weight * expected_error(spec, *gains, scaled))
             for spec in choices[path]
         ]
     least = sum(min(option.bits for option in found) for found in options.values())

@@ -17,7 +17,7 @@ from vqjax.config import LatentDiffusionConfig
 from vqjax.core import shrinkage, tree
 from vqjax.core.granularity import input_scale_gain
 from vqjax.core.moments import Moment
-from vqjax.core.plan import Plan, expected_distortion, make_plan
+from vqjax.core.plan import Plan, expected_error, make_plan
 from vqjax.core.shrinkage import Shrinkage
 from vqjax.pipeline import activations, sensitivity
 from vqjax.pipeline.journal import Journal
@@ -163,17 +163,17 @@ def record(
 
     Returns:
       By layer: "sensitivity" (mean squared change of the guided noise prediction for a relative
-      output error of 1), "gain", "input_gain", "expected_output_mse", "expected_cost" (the product
-      of sensitivity and expected error) and "bits_per_weight".
+      output error of 1), "gain", "scalar_gain", "input_gain", "expected_output_mse",
+      "expected_cost" (the product of sensitivity and expected error) and "bits_per_weight".
     """
     rows = {}
     for path, spec in plan.items():
         known = outlooks[path]
-        gain = known.scalar_gain if spec.grouping == "scalar" else known.gain
-        error = min(1.0, gain * expected_distortion(spec, known.input_gain))
+        error = expected_error(spec, known.gain, known.scalar_gain, known.input_gain)
         rows[path] = {
             "sensitivity": costs[path],
-            "gain": gain,
+            "gain": known.gain,
+            "scalar_gain": known.scalar_gain,
             "input_gain": outlooks[path].input_gain,
             "expected_output_mse": error,
             "expected_cost": costs[path] * error,
