@@ -472,11 +472,7 @@ def from_plain(settings: type[Settings], values: dict[str, Any], where: str) -> 
       VqjaxError: naming every field that these settings do not have, and every value of another
         kind than its field has.
     """
-    problems: list[str] = []
-    made = _nested(settings, values, "", problems)
-    if problems:
-        raise gathered(problems, f"{where}: settings that do not fit; correct the file:")
-    return made
+    return _made(settings, values, f"{where}: settings that do not fit; correct the file:")
 
 
 def of_call(settings: type[Settings], values: dict[str, Any], where: str) -> Settings:
@@ -486,11 +482,15 @@ def of_call(settings: type[Settings], values: dict[str, Any], where: str) -> Set
     Raises:
       VqjaxError: as `from_plain`.
     """
-    problems: list[str] = []
     given = {name: _plain(value) for name, value in values.items()}
-    made = _nested(settings, given, "", problems)
+    return _made(settings, given, f"{where}: arguments that do not fit:")
+
+
+def _made(settings: type[Settings], values: dict[str, Any], heading: str) -> Settings:
+    problems: list[str] = []
+    made = _nested(settings, values, "", problems)
     if problems:
-        raise gathered(problems, f"{where}: arguments that do not fit:")
+        raise gathered(problems, heading)
     return made
 
 
