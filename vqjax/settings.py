@@ -66,8 +66,8 @@ class Tuning:
     trajectories: int = 128
     """Sampling trajectories of the full-precision model that steps draw from together."""
     rate: float | None = None
-    """Multiplies all learning rates; default: 1 up to two bits per weight, half of it for every bit
-    more, as errors of codes do."""
+    """Multiplies all learning rates; default: 1 up to two bits per weight, an eighth at four, in
+    powers between and beyond."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

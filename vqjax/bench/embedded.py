@@ -27,7 +27,15 @@ from vqjax.eval import fidelity
 from vqjax.eval.judge import SCORES
 from vqjax.eval.judges import DIGITS
 from vqjax.io import native
-from vqjax.pipeline import quantize, timesteps, tuning
+from vqjax.pipeline import (
+    activations,
+    calibrate,
+    planning,
+    quantize,
+    sensitivity,
+    timesteps,
+    tuning,
+)
 from vqjax.pipeline.journal import Journal, fingerprint
 from vqjax.settings import QuantizeSettings, Tuning
 from vqjax.train import distill, pv, scalar
@@ -80,8 +88,10 @@ class Compressed(NamedTuple):
 
 
 def identity() -> list[Any]:
-    """What every result depends on: versions, device, the source of search and tuning."""
-    return [results.here(), results.source_digest(core, vqjax.train)]
+    """What every result depends on: versions, device, the source of calibration, plans, search and
+    tuning."""
+    stages = activations, calibrate, planning, sensitivity, timesteps, tuning
+    return [results.here(), results.source_digest(core, vqjax.train, *stages)]
 
 
 def folder(work: pathlib.Path) -> pathlib.Path:

@@ -38,12 +38,13 @@ def here() -> list[Any]:
     return [environment.versions(), [described[n] for n in ("device", "backend", "devices")]]
 
 
-def source_digest(*packages: types.ModuleType) -> str:
-    """SHA-256 of the source of packages: results of other code are not continued."""
+def source_digest(*modules: types.ModuleType) -> str:
+    """SHA-256 of the source of modules and packages: results of other code are not continued."""
     digest = hashlib.sha256()
-    for package in packages:
-        for path in sorted(pathlib.Path(package.__path__[0]).glob("*.py")):
-            digest.update(path.read_bytes())
+    for module in modules:
+        path = pathlib.Path(str(module.__file__))
+        for file in sorted(path.parent.glob("*.py")) if path.name == "__init__.py" else [path]:
+            digest.update(file.read_bytes())
     return digest.hexdigest()
 
 
