@@ -183,13 +183,10 @@ def distill(
     Raises:
       loop.DivergedError: if the loss grows beyond bounds or is not finite.
     """
-    devices = devices or jax.local_devices()[: 1 if jax.default_backend() == "cpu" else None]
-    count = max(n for n in range(1, len(devices) + 1) if recipe.together % n == 0)
-    mesh = Mesh(np.array(devices[:count]), ("batch",))
+    mesh = _mesh(recipe, devices)
     everywhere = NamedSharding(mesh, PartitionSpec())
     lessons = Lessons(teacher, recipe, NamedSharding(mesh, PartitionSpec("batch")))
-    weight_T = np.asarray(weight_of_t(np.arange(teacher.config.timesteps)), np.float32)
-    weight_T = jnp.asarray(weight_T / weight_T[lessons.grid_T].mean())
+    weight_T = lessons.weights(weight_of_t)
     state = (
         student,
         weights_optimizer.init(student.weights),
@@ -252,6 +249,39 @@ def distill(
     )[0]
 
 
+def mean_loss(
+    teacher: Model,
+    params: models.Params,
+    recipe: Recipe,
+    *,
+    weight_of_t: Callable[[np.ndarray], np.ndarray] = np.ones_like,
+) -> float:
+    """Returns the loss of a model over the batches of a recipe; nothing is trained.
+
+    With a seed that no training had it says how near the model is to its teacher, to a fraction of
+    what scores of samples need to show a difference.
+
+    Args:
+      params: of the model, dense; its activations are quantized where it has ranges.
+      teacher, weight_of_t: as in `distill`.
+    """
+    sharding = NamedSharding(_mesh(recipe, None), PartitionSpec("batch"))
+    lessons = Lessons(teacher, recipe, sharding)
+    weight_T, config = lessons.weights(weight_of_t), teacher.config
+    compute = jax.jit(functools.partial(weighted_loss, config, guidance=recipe.guidance))
+    losses = [
+        float(compute(params, lessons(index), weight_T=weight_T)) for index in range(recipe.steps)
+    ]
+    return float(np.mean(losses))
+
+
+def _mesh(recipe: Recipe, devices: Sequence[Any] | None) -> Mesh:
+    """As many devices as divide what is computed together; the default is that of `distill`."""
+    devices = devices or jax.local_devices()[: 1 if jax.default_backend() == "cpu" else None]
+    count = max(n for n in range(1, len(devices) + 1) if recipe.together % n == 0)
+    return Mesh(np.array(devices[:count]), ("batch",))
+
+
 def decoded(weights: Mapping[str, Any]) -> dict[str, Any]:
     """The tree with quantized kernels decoded, differentiable."""
 
@@ -289,8 +319,9 @@ def loss_and_gradients(
         params = dict(dense.weights)
         if dense.ranges is not None and activations is not None:
             params["activations"] = dense.ranges.to_activations(activations)
-        error_BHWC = guided_error(config, params, part, guidance, remat=remat)
-        return jnp.mean(weight_T[part.t_B] * jnp.mean(error_BHWC**2, axis=(1, 2, 3)))
+        return weighted_loss(
+            config, params, part, guidance=guidance, weight_T=weight_T, remat=remat
+        )
 
     value_and_grad = jax.value_and_grad(loss_of)
     dense = Student(decoded(student.weights), student.ranges)
@@ -307,6 +338,25 @@ def loss_and_gradients(
     zeros = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), dense))
     sums, _ = jax.lax.scan(add, zeros, dealt)
     return jax.tree.map(lambda whole: whole / parts, sums)
+
+
+def weighted_loss(
+    config: LatentDiffusionConfig,
+    params: models.Params,
+    taught: Taught,
+    *,
+    guidance: float,
+    weight_T: jax.Array,
+    remat: bool = False,
+) -> jax.Array:
+    """The loss of this module's head, scalar.
+
+    Args:
+      params: dense.
+      weight_T: as in `loss_and_gradients`.
+    """
+    error_BHWC = guided_error(config, params, taught, guidance, remat=remat)
+    return jnp.mean(weight_T[taught.t_B] * jnp.mean(error_BHWC**2, axis=(1, 2, 3)))
 
 
 def guided_error(
@@ -362,6 +412,11 @@ class Lessons:
         pairs = self._order(number)[place * self._recipe.batch :][: self._recipe.batch]
         batch = jax.tree.map(lambda rows: rows[pairs], self._pool)
         return jax.device_put(batch, self._sharding)
+
+    def weights(self, weight_of_t: Callable[[np.ndarray], np.ndarray]) -> jax.Array:
+        """Weights of every timestep of the model, float32; their mean over the grid is 1."""
+        weight_T = np.asarray(weight_of_t(np.arange(self._config.timesteps)), np.float32)
+        return jnp.asarray(weight_T / weight_T[self.grid_T].mean())
 
     def like(self) -> Taught:
         """The shapes, types and places of a batch."""

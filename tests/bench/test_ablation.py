@@ -15,9 +15,11 @@ from vqjax.settings import BenchAblationSettings, QuantizeSettings
 NAMES = ("fd", "sfd", "is", "precision", "recall", "accuracy")
 
 
-def record(bits, method, seed, rise=0.0, sd=0.1):
+def record(bits, method, seed, rise=0.0, sd=0.1, loss=1.0):
     scores = dict.fromkeys(NAMES, 1.0) | {"n": 8, "psnr": 20.0, "ssim": 0.9}
-    difference = {} if bits is None else {"fd_difference": rise, "fd_difference_sd": sd}
+    difference = {}
+    if bits is not None:
+        difference = {"fd_difference": rise, "fd_difference_sd": sd, "loss": (seed + 1) * loss}
     return {"bits": bits, "method": method, "seed": seed, **scores, **difference}
 
 
@@ -44,6 +46,19 @@ def test_errors_are_those_of_the_bootstrap_or_of_the_seeds_whichever_is_larger()
     assert none["spread"] == pytest.approx(np.std(range(4), ddof=1) / 2)
 
 
+def test_losses_are_compared_seed_by_seed():
+    rows = [record(2.0, "pv", seed) for seed in range(2)]
+    rows += [record(2.0, "semi_pv", seed, loss=0.9 - 0.2 * seed) for seed in range(2)]
+    rows += [record(2.0, "none", seed) for seed in range(3)]
+    pv, semi_pv, none = ablation.summary(rows)
+    assert (pv["loss"], pv["loss_over_pv"], pv["loss_over_pv_spread"]) == (1.5, 1.0, 0.0)
+    assert semi_pv["loss_over_pv"] == pytest.approx(0.8)
+    assert semi_pv["loss_over_pv_spread"] == pytest.approx(0.1)
+    assert none["loss"] == 2.0
+    assert "loss_over_pv" not in none  # no plain PV of seed 2
+    assert "loss_over_pv_spread" not in ablation.summary([rows[0]])[0]
+
+
 def test_a_whole_ablation_is_kept_shown_and_drawn(tmp_path, monkeypatch, capsys):
     model = quantize.prepare(QuantizeSettings()).model
     measured = []
@@ -60,6 +75,7 @@ def test_a_whole_ablation_is_kept_shown_and_drawn(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(embedded, "compressed", lambda work, bits: start)
     monkeypatch.setattr(ablation, "_model", cell_model)
     monkeypatch.setattr(embedded, "sample", sample)
+    monkeypatch.setattr(embedded, "held_out_loss", lambda start, model: 0.01)
     monkeypatch.setattr(results, "source_digest", lambda *packages: "as it is")
     file, figure = tmp_path / "ablation.json", tmp_path / "ablation.png"
     words = ["ablation", "--bits", "2", "--methods", "none", "semi_pv", "--seeds", "1"]

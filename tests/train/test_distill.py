@@ -222,6 +222,22 @@ def test_weights_of_timesteps_scale_the_loss():
     assert float(losses[2]) == pytest.approx(2 * float(losses[0]), rel=1e-5)
 
 
+def test_the_mean_loss_is_that_of_the_batches():
+    coded, activations = student(bits=3)
+    recipe = dataclasses.replace(RECIPE, steps=2)
+
+    def weight_of_t(t_T):
+        return 1.0 + t_T
+
+    weight_T = lessons(recipe).weights(weight_of_t)
+    assert float(jnp.mean(weight_T[lessons(recipe).grid_T])) == pytest.approx(1)
+    given, compute = lessons(recipe), compiled(activations)
+    expected = [float(compute(coded, given(index), weight_T)[0]) for index in range(2)]
+    params = {**distill.decoded(coded.weights), "activations": activations}
+    found = distill.mean_loss(TEACHER, params, recipe, weight_of_t=weight_of_t)
+    assert found == pytest.approx(np.mean(expected), rel=1e-4)
+
+
 def test_steps_lower_the_loss_of_their_batch():
     coded, activations = student(bits=2)
     batch = lessons(RECIPE)(0)

@@ -88,15 +88,18 @@ def _teaching(wanted: BenchAblationSettings) -> embedded.Teaching:
 def _measure(
     wanted: BenchAblationSettings, cell: Cell, start: embedded.Compressed | None
 ) -> results.Record:
-    """Scores, "seconds" of sampling and scoring and, where codes were trained, "codes_changed"."""
+    """Scores, "seconds" of sampling and scoring, of what was tuned the held-out "loss" and, where
+    codes were trained, "codes_changed"."""
     full = embedded.full_precision(wanted.work, wanted.count, cell.seed)
     if start is None:
         begun = time.monotonic()
         found = embedded.scores(full)
     else:
         model = _model(wanted, cell, start)
+        loss = embedded.held_out_loss(start, model)
         begun = time.monotonic()
-        found = embedded.scores(embedded.sample(model, wanted.count, cell.seed, cell.method), full)
+        images_NHWC = embedded.sample(model, wanted.count, cell.seed, cell.method)
+        found = {**embedded.scores(images_NHWC, full), "loss": loss}
         if cell.method in embedded.VARIANTS:
             found["codes_changed"] = embedded.changed(start.model, model)
     return {**cell._asdict(), **found, "seconds": round(time.monotonic() - begun, 1)}
@@ -106,15 +109,18 @@ def summary(records: Sequence[results.Record]) -> list[dict[str, Any]]:
     """Means over the seeds of each pair of bits and method, in the order of the records.
 
     "rise" is that of digit-FD over full precision, "spread" its standard error: from the bootstrap
-    of each seed, or from the spread between seeds where that is larger.
+    of each seed, or from the spread between seeds where that is larger. "loss_over_pv" compares
+    losses with those of plain PV-Tuning seed by seed, since seeds differ more than ways of tuning;
+    of several seeds "loss_over_pv_spread" is its standard error.
     """
     groups: dict[tuple[float | None, str], list[results.Record]] = {}
     for record in records:
         groups.setdefault((record["bits"], record["method"]), []).append(record)
+    plain = {(row["bits"], row["seed"]): row["loss"] for row in records if row["method"] == "pv"}
     return [
         {"bits": bits, "method": method, "seeds": len(rows), "n": rows[0]["n"]}
         | {name: float(np.mean([row[name] for row in rows])) for name in SCORES}
-        | (_against_full(rows) if method != FULL else {})
+        | (_against_full(rows) | _against_plain(rows, plain) if method != FULL else {})
         for (bits, method), rows in groups.items()
     ]
 
@@ -125,11 +131,25 @@ def _against_full(rows: Sequence[results.Record]) -> dict[str, float]:
     between = float(np.std(rises, ddof=1)) if len(rises) > 1 else 0.0
     means = {
         name: float(np.mean([row[name] for row in rows]))
-        for name in ("psnr", "ssim", "codes_changed")
+        for name in ("psnr", "ssim", "loss", "codes_changed")
         if name in rows[0]
     }
     spread = max(inside, between) / len(rows) ** 0.5
     return {"rise": float(np.mean(rises)), "spread": spread, **means}
+
+
+def _against_plain(
+    rows: Sequence[results.Record], plain: dict[tuple[float, int], float]
+) -> dict[str, float]:
+    """The losses over those of PV-Tuning with the same bits and seeds, where all were measured."""
+    pairs = [(row["loss"], plain.get((row["bits"], row["seed"]))) for row in rows]
+    ratios = [loss / other for loss, other in pairs if other is not None]
+    if len(ratios) < len(rows):
+        return {}
+    found = {"loss_over_pv": float(np.mean(ratios))}
+    if len(ratios) > 1:
+        found["loss_over_pv_spread"] = float(np.std(ratios, ddof=1)) / len(ratios) ** 0.5
+    return found
 
 
 def show(rows: Sequence[dict[str, Any]]) -> None:
@@ -139,7 +159,7 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
         table.add_column(name)
     shown = (*SCORES, "psnr", "ssim", "codes_changed")
     titles = {"fd": "digit-FD", "codes_changed": "codes changed"}
-    for name in ("seeds", "N", "digit-FD rises by", *shown):
+    for name in ("seeds", "N", "digit-FD rises by", *shown, "loss", "over PV's"):
         table.add_column(titles.get(name, name), justify="right")
     for row in rows:
         full = row["method"] == FULL
@@ -150,5 +170,14 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
             str(row["n"]),
             "" if full else f"{row['rise']:+.2f} ± {row['spread']:.2f}",
             *(f"{row[name]:.3f}" if name in row else "" for name in shown),
+            f"{row['loss']:.3g}" if "loss" in row else "",
+            _ratio(row),
         )
     wide_console().print(table)
+
+
+def _ratio(row: dict[str, Any]) -> str:
+    if "loss_over_pv" not in row:
+        return ""
+    spread = row.get("loss_over_pv_spread")
+    return f"{row['loss_over_pv']:.3f}" + ("" if spread is None else f" ± {spread:.3f}")

@@ -6,6 +6,7 @@ results of other code are not continued.
 """
 
 import dataclasses
+import functools
 import io
 import pathlib
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from vqjax.bench import results
 from vqjax.core import tree
 from vqjax.core.model import Model
 from vqjax.core.scalar import ScalarLayer
-from vqjax.core.tensor import VQTensor
+from vqjax.core.tensor import VQTensor, densify
 from vqjax.errors import VqjaxError
 from vqjax.eval import fidelity
 from vqjax.eval.judge import SCORES
@@ -53,6 +54,7 @@ VARIANTS = {
     "semi_pv": pv.SEMI_PV,
 }
 _BATCH = 100  # samples of one compiled call
+_HELD_OUT = 2500  # pairs of a latent and a timestep, all of so many trajectories as a batch has
 _CLASSES = 10
 _COMMON = ("trajectories", "timesteps", "moments-0")
 """Pieces of a run that no bit width changes."""
@@ -178,6 +180,21 @@ def tuned(start: Compressed, method: str, seed: int, teaching: Teaching) -> Mode
     ranges = taught.ranges.to_activations(start.model.params["activations"]).rounded()
     params = {**start.model.params, **dense, "activations": ranges}
     return Model(start.model.config, params)
+
+
+def held_out_loss(start: Compressed, model: Model) -> float:
+    """What `distill.mean_loss` says on trajectories that no tuning visits, the same for all."""
+    recipe = dataclasses.replace(
+        tuning.recipe_of(start.job),
+        steps=_HELD_OUT // _BATCH,
+        batch=_BATCH,
+        at_once=0,
+        trajectories=_BATCH,
+        seed=tuning.SEED - 1,
+    )
+    teacher, params = start.job.model, densify(model.params)
+    weight_of_t = functools.partial(timesteps.at, start.journal)
+    return distill.mean_loss(teacher, params, recipe, weight_of_t=weight_of_t)
 
 
 def changed(before: Model, after: Model) -> float:
