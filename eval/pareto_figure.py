@@ -26,8 +26,9 @@ _COLOURS = {
 }
 _INCHES = (10.6, 3.3)
 _MOST_TICKS = 7
-_LEAST_GAP = 0.075  # between labels, in heights of a panel
-_ROOM = 1.55  # the axis goes on by this factor to the right: labels stand there
+_BELOW = (
+    0.78  # digit-FD goes on by this factor below the least: what is written there meets no line
+)
 
 
 def draw(rows: Sequence[Mapping[str, Any]], halves: Mapping[str, float]) -> bytes:
@@ -45,6 +46,7 @@ def draw(rows: Sequence[Mapping[str, Any]], halves: Mapping[str, float]) -> byte
         raise ValueError("no points to draw")
     full = next((row for row in rows if row["method"] == FULL), None)
     bits = sorted({row["bits"] for line in lines.values() for row in line})
+    named = [b for b in bits if float(b).is_integer() or b in (bits[0], bits[-1])]
 
     def paint(figure: Figure, ink: str) -> None:
         fd, psnr, size = figure.subplots(1, 3)
@@ -52,6 +54,8 @@ def draw(rows: Sequence[Mapping[str, Any]], halves: Mapping[str, float]) -> byte
         _references(fd, full, halves, ink)
         _lines(fd, lines, "fd", "fd_interval")
         fd.set_yscale("log", nonpositive="clip")
+        least = min(row["fd_interval"][0] for line in lines.values() for row in line)
+        fd.set_ylim(bottom=_BELOW * min(halves["fd"] - halves["fd_sd"], max(least, 1e-3)))
         fd.set_title(f"digit-FD, N = {count:,}: lower is better", color=ink)
         _lines(psnr, lines, "psnr", "psnr_interval")
         psnr.set_title("PSNR to full precision, dB", color=ink)
@@ -61,7 +65,7 @@ def draw(rows: Sequence[Mapping[str, Any]], halves: Mapping[str, float]) -> byte
         size.set_title(f"Stored U-Net, MB{whole}", color=ink)
         for axes in (fd, psnr, size):
             axes.set_xscale("log")
-            axes.set_xticks(bits, [f"{value:g}" for value in bits])
+            axes.set_xticks(named, [f"{value:g}" for value in named])
             axes.xaxis.set_minor_locator(NullLocator())
             axes.set_xlabel("stored bits per quantized weight")
             axes.grid(color=ink, alpha=0.11, linewidth=0.6)
@@ -70,8 +74,9 @@ def draw(rows: Sequence[Mapping[str, Any]], halves: Mapping[str, float]) -> byte
             axes.yaxis.set_minor_formatter(NullFormatter())
         _plain_ticks(fd, [value for row in rows for value in row.get("fd_interval", [row["fd"]])])
         _plain_ticks(size, [row["bytes"] / 1e6 for line in lines.values() for row in line])
-        for axes, name in ((fd, "fd"), (psnr, "psnr"), (size, "megabytes")):
-            _label(axes, lines, name)
+        handles = dict(zip(map(_NAMES.get, lines), psnr.containers))
+        style: dict[str, Any] = {"loc": "outside lower center", "ncols": len(lines)}
+        figure.legend(list(handles.values()), list(handles), labelcolor=ink, fontsize=8, **style)
 
     return figures.opaque(paint, _INCHES)
 
@@ -84,30 +89,6 @@ def by_method(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any
         if own:
             found[method] = sorted(own, key=lambda row: row["bits_per_weight"])
     return found
-
-
-def spread(places: Sequence[float], gap: float) -> list[float]:
-    """Moves numbers apart, by no more than it takes, until none is within `gap` of another."""
-    order = np.argsort(places, kind="stable")
-    groups: list[list[float]] = []  # [sum of centres asked for, members]: each a run of labels
-    for place in np.asarray(places, float)[order]:
-        groups.append([place, 1])
-        while len(groups) > 1 and _centre(groups[-1]) - _centre(groups[-2]) < gap * 0.5 * (
-            groups[-1][1] + groups[-2][1]
-        ):
-            total, members = groups.pop()
-            groups[-1] = [groups[-1][0] + total, groups[-1][1] + members]
-    moved: list[float] = []
-    for total, members in groups:
-        offsets = gap * (np.arange(members) - (members - 1) / 2)
-        moved += list(total / members + offsets)
-    result = np.empty(len(moved))
-    result[order] = moved
-    return [float(value) for value in result]
-
-
-def _centre(group: list[float]) -> float:
-    return group[0] / group[1]
 
 
 def _lines(axes: Axes, lines: Mapping[str, list[dict[str, Any]]], name: str, interval) -> None:
@@ -136,11 +117,12 @@ def _references(axes: Axes, full, halves: Mapping[str, float], ink: str) -> None
     axes.axhspan(low, high, color=ink, alpha=0.07, linewidth=0)
     axes.axhline(halves["fd"], color=ink, linewidth=0.7, linestyle=(0, (1, 2)))
     style: dict[str, Any] = {"fontsize": 7, "color": ink, "transform": axes.get_yaxis_transform()}
-    text = f"real half against half {halves['fd']:.2g} (N = {halves['n']})"
-    axes.text(0.015, low, text, va="top", **style)
+    spread = f"{halves['fd']:.2g} ± {halves['fd_sd']:.1g}"
+    text = f"grey: real half against half {spread} (N = {halves['n']})"
     if full is not None:
         axes.axhline(full["fd"], color=ink, linewidth=0.8, linestyle=(0, (5, 3)))
-        axes.text(0.015, high, f"full precision {full['fd']:.2f}", va="bottom", **style)
+        text = f"dashed: full precision {full['fd']:.2f}\n{text}"
+    axes.text(0.015, low, text, va="top", linespacing=1.3, **style)
 
 
 def _plain_ticks(axes: Axes, values: Sequence[float]) -> None:
@@ -153,28 +135,3 @@ def _plain_ticks(axes: Axes, values: Sequence[float]) -> None:
             break
     axes.set_yticks(ticks)
     axes.yaxis.set_minor_locator(NullLocator())
-
-
-def _label(axes: Axes, lines: Mapping[str, list[dict[str, Any]]], name: str) -> None:
-    """Writes each line's name beside its last point, moved apart where they would touch."""
-    left, right = axes.get_xlim()
-    axes.set_xlim(left, right * _ROOM)
-    to_axes = axes.transData + axes.transAxes.inverted()
-    ends = [(line[-1]["bits_per_weight"], line[-1][name]) for line in lines.values()]
-    at = [to_axes.transform(end) for end in ends]
-    places = spread([y for _, y in at], _LEAST_GAP)
-    inside = max(0.0, _LEAST_GAP / 2 - min(places)) or min(0.0, 1 - _LEAST_GAP / 2 - max(places))
-    beside = max(x for x, _ in at) + 0.045
-    for method, (x, y), place in zip(lines, at, places):
-        axes.annotate(
-            _NAMES[method],
-            (x, y),
-            (beside, place + inside),
-            xycoords="axes fraction",
-            textcoords="axes fraction",
-            color=_COLOURS[method],
-            fontsize=7.5,
-            va="center",
-            annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": _COLOURS[method], "linewidth": 0.5},
-        )
