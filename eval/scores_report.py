@@ -52,6 +52,10 @@ def _of_judge(kind: str, name: str) -> dict[str, tuple[str, int, int, None]]:
     }
 
 
+PICTURES = ("samples-*.png", "worst-*.png")
+"""Names of all pictures that `build` can make."""
+
+
 class Pictures(NamedTuple):
     """PNG bytes for the report.
 

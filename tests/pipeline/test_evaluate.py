@@ -100,6 +100,14 @@ def test_the_report_shows_worst_pairs_first_and_stands_alone(whole):
     assert len(list(whole.glob("worst-*.png"))) == 10
 
 
+def test_pictures_of_an_earlier_comparison_do_not_stay(twins, whole, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    (out / "mine.png").write_bytes(b"")
+    evaluate.run(wanted(twins, out, against=None))
+    assert {file.name for file in out.glob("*.png")} == {"samples-source.png", "mine.png"}
+
+
 def test_classes_of_samples_do_not_depend_on_their_number():
     few, many = (sources.class_ids(models.TINY, count, seed=5) for count in (10, 1000))
     np.testing.assert_array_equal(few, many[:10])

@@ -106,8 +106,13 @@ def _made(job: Evaluation) -> dict[str, Any]:
         "peak_memory_bytes": peak_memory_bytes(),
         "environment": environment.describe(),
     }
-    for name, data in scores_report.build(content, _pictures(job, worst)).items():
+    files = scores_report.build(content, _pictures(job, worst))
+    for name, data in files.items():
         journal.write(name, data)
+    for pattern in scores_report.PICTURES:  # of an evaluation beside another model before this one
+        for file in wanted.out.glob(pattern):
+            if file.name not in files:
+                file.unlink()
     journal.finish()
     _show(content, wanted.out)
     return content
