@@ -340,6 +340,9 @@ class BenchSampleSettings:
     is timed does not depend on them."""
     bits: float | None = None
     """Of a preset's weights; default: 2. Quantized models have theirs."""
+    act_bits: int | None = None
+    """Of what a preset's layers read, up to 8; default: floating point. Quantized models have
+    theirs."""
     batch: tuple[int, ...] = (1, 16)
     """Images in one compiled call."""
     steps: int = 20
@@ -348,9 +351,10 @@ class BenchSampleSettings:
     """Classifier-free guidance, 1 is none; default: the model's own."""
     dtype: Dtype = "float32"
     """What the U-Net computes in."""
-    paths: tuple[Literal["load", "step", "lut", "native", "auto"], ...] = ()
+    paths: tuple[Literal["load", "step", "lut", "native", "auto", "integer"], ...] = ()
     """Only these, beside dense weights: decoded at load, decoded in the step, lookup tables in XLA,
-    in native code, and what was measured to be fastest; default: all that run here."""
+    in native code, what was measured to be fastest, and products of int8; default: all that run
+    here."""
     repeat: int = 5
     """Rounds; medians are shown."""
     json: pathlib.Path | None = None
@@ -413,7 +417,9 @@ class BenchEvaluateSettings:
     """Of weights, pictures and features."""
 
 
-GpuPart = Literal["kernels", "kernels_rows", "kernels_tuned", "sample", "evaluate", "tune"]
+GpuPart = Literal[
+    "kernels", "kernels_rows", "kernels_tuned", "sample", "sample_int8", "evaluate", "tune"
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -434,6 +440,7 @@ class BenchGpuSettings:
         "kernels_rows",
         "kernels_tuned",
         "sample",
+        "sample_int8",
         "evaluate",
         "tune",
     )

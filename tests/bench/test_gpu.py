@@ -73,6 +73,9 @@ def test_layers_come_first_and_are_those_that_sampling_has(tmp_path, monkeypatch
     assert table.table is None  # what sampling reads
     assert table.batch == (2, 2 * usual.count)  # guidance doubles them
     assert sorted(seen["sample"].batch) == [1, 4, 16, 64]
+    integers = seen["sample_int8"]
+    assert (integers.paths, integers.act_bits, integers.dtype) == (("integer",), 8, "bfloat16")
+    assert sample.ways_here(integers.paths, ranged=True) == [sample.WAYS["integer"]]
 
 
 T4, A100 = (

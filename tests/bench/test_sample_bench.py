@@ -50,6 +50,21 @@ def test_every_path_of_a_cpu(tmp_path, monkeypatch, capsys, caplog):
     assert not caplog.messages  # no warning of what was asked for here
 
 
+@pytest.mark.slow
+def test_integers_beside_the_same_rounded_inputs(tmp_path, monkeypatch):
+    monkeypatch.setitem(config_lib.PRESETS, "digits", lambda: CONFIG)
+    file = tmp_path / "sample.json"
+    words = ["sample", "--bits", "3.5", "--act-bits", "8", "--batch", "1", "--steps", "1"]
+    words += ["--guidance", "1", "--repeat", "1", "--paths", "integer"]
+    assert main([*words, "--json", str(file)]) == 0
+    records = {r["path"]: r for r in json.loads(file.read_text())["records"]}
+    assert list(records) == ["dense", "inputs rounded", "integers"]
+    assert records["inputs rounded"]["latent_error"] == 0
+    assert records["integers"]["latent_error"] < 0.1 * records["dense"]["latent_error"]
+    assert records["integers"]["weight_bytes"] < records["dense"]["weight_bytes"] / 3
+    assert records["integers"]["layers"].keys() == {"decoded at load"}
+
+
 def test_programs_of_several_batches_are_compiled_side_by_side(tmp_path, monkeypatch):
     """Where there are cores; what is measured is written after each batch size."""
     monkeypatch.setattr(sample.os, "cpu_count", lambda: 16)
@@ -105,6 +120,9 @@ def test_what_was_measured_is_a_path_of_a_cpu(monkeypatch):
         (["--batch", "0"], "--batch (0,), --repeat 5: expected 1 or more"),
         (["nothing"], "nothing: no such file or folder"),
         (["run", "--bits", "3"], "--bits 3: run is no preset and has the bits that it was"),
+        (["run", "--act-bits", "8"], "--act-bits 8: run is no preset and has the bits that it was"),
+        (["--act-bits", "9"], "--act-bits 9: expected 1 to 8, or none"),
+        (["--paths", "integer"], "no integer: inputs are in floating point (--act-bits 8"),
     ],
 )
 def test_mistakes_are_one_line(words, message, capsys):

@@ -135,14 +135,16 @@ def parts(wanted: BenchGpuSettings, found: Here) -> list[Part]:
     rows = ("--batch", "1", "2", "4", "8", "16", "--most-rows", "16")
     images = ("--batch", "1", "16", "4", "64", "--repeat", "3")
     paths = ("--dtype", found.dtype, "--paths", found.path)
+    integers = ("--batch", "16", "64", "--repeat", "3", "--act-bits", "8", *paths[:-1], "integer")
     scoring = ("--pictures", "2048", "--samples", "10000", "--reference", "50000", "--repeat", "1")
     every = {
         "kernels": (125, (*layers, "--batch", "2", "1")),
         "kernels_rows": (35, (*layers, *rows)),
         "kernels_tuned": (115, (*layers, "--batch", "2", "32", "--tune")),
-        "sample": (150, ("sample", wanted.model, *images, *paths)),
-        "evaluate": (60, ("evaluate", *scoring)),
-        "tune": (55, ("tune", "--model", wanted.model, "--tuning.batch", "8", "--repeat", "3")),
+        "sample": (125, ("sample", wanted.model, *images, *paths)),
+        "sample_int8": (50, ("sample", wanted.model, *integers)),
+        "evaluate": (45, ("evaluate", *scoring)),
+        "tune": (45, ("tune", "--model", wanted.model, "--tuning.batch", "8", "--repeat", "3")),
     }
     module, seed = (sys.executable, "-m", "vqjax.bench"), ("--seed", str(wanted.seed))
     return [

@@ -17,11 +17,15 @@ import numpy as np
 from vqjax import models
 from vqjax.config import LatentDiffusionConfig
 from vqjax.core import folding, grouping, tree
+from vqjax.core.activations import Activations
 from vqjax.core.model import Model
 from vqjax.core.plan import LayerSpec, make_plan
 from vqjax.core.scales import LogScales
 from vqjax.core.tensor import VQTensor
 from vqjax.kernels.decode import packed_bytes
+
+_TIMESTEPS = 25
+_REACH = 4.0  # base-2 logarithm of what a range spans
 
 
 def dense_model(config: LatentDiffusionConfig, seed: int) -> Model:
@@ -42,6 +46,20 @@ def quantized_model(config: LatentDiffusionConfig, bits: float, seed: int) -> Mo
         for path, leaf in flat.items()
     }
     return Model(config, tree.unflatten(leaves))
+
+
+def with_ranges(model: Model, bits: int) -> Model:
+    """The model with ranges of what its quantized layers read, all alike."""
+    timesteps_T = np.linspace(1, model.config.timesteps - 1, _TIMESTEPS).astype(np.int32)
+    flat = tree.flatten({"unet": model.params["unet"]})
+    paths = [path for path, leaf in flat.items() if isinstance(leaf, VQTensor)]
+    ranges = Activations(
+        timesteps_T=jnp.asarray(timesteps_T),
+        log2_steps={path: jnp.full(_TIMESTEPS, _REACH - bits) for path in paths},
+        zeros={path: jnp.full(_TIMESTEPS, 2.0 ** (bits - 1)) for path in paths},
+        bits=bits,
+    )
+    return Model(model.config, {**model.params, "activations": ranges})
 
 
 def quantized_shapes(config: LatentDiffusionConfig, bits: float) -> models.Params:

@@ -36,7 +36,14 @@ from vqjax.sampling.weights import Placed, place
 from vqjax.settings import BenchSampleSettings, command_line
 
 DENSE = "dense"
-"""The path that others are compared with: weights that were never packed."""
+"""The path that others are compared with: weights that were never packed, and inputs in floating
+point."""
+
+SIMULATED = "inputs rounded"
+"""The same weights where a model has ranges of what layers read: all other paths should have its
+latents."""
+
+_RANGES = "activations"  # as `core.activations.Activations` stands in a tree
 
 CORES = 4
 """That compiling a whole network keeps busy."""
@@ -52,11 +59,13 @@ class Way(NamedTuple):
       title: for people.
       kernels: as `VQJAX_KERNELS`.
       limit: GB of decoded weights, or None.
+      integer: multiply int8 by int8.
     """
 
     title: str
     kernels: str
     limit: float | None = None
+    integer: bool = False
 
 
 WAYS = {
@@ -65,6 +74,7 @@ WAYS = {
     "lut": Way("lookup tables", "lut"),
     "native": Way("native tables", "native"),
     "auto": Way("kernels", "auto"),
+    "integer": Way("integers", "auto", integer=True),
 }
 """Named as in `BenchSampleSettings.paths`."""
 
@@ -94,7 +104,7 @@ def run(wanted: BenchSampleSettings) -> None:
     """Measures, prints and writes."""
     if min(*wanted.batch, wanted.repeat, 1) < 1:
         raise VqjaxError(f"--batch {wanted.batch}, --repeat {wanted.repeat}: expected 1 or more")
-    model = quantized_model(wanted.source, wanted.bits, wanted.seed)
+    model = quantized_model(wanted.source, wanted.bits, wanted.seed, wanted.act_bits)
     quantized = [leaf for leaf in tree.flatten(model.params).values() if isinstance(leaf, VQTensor)]
     guidance = model.config.guidance if wanted.guidance is None else wanted.guidance
     records: list[dict[str, Any]] = []
@@ -120,19 +130,21 @@ def run(wanted: BenchSampleSettings) -> None:
 def compiled(
     wanted: BenchSampleSettings, model: Model, guidance: float
 ) -> Iterator[tuple[list[Work], list[Program]]]:
-    """Yields all paths of each batch size, the dense one first, and their programs.
+    """Yields all paths of each batch size, `DENSE` first, and their programs.
 
     These are compiled side by side, on many cores those of several batch sizes; nothing is while
     the caller measures.
     """
-    ways = ways_here(wanted.paths)
+    ways = ways_here(wanted.paths, ranged=_RANGES in model.params)
     weights = jax.jit(densify, static_argnames="dtype")(model.params, dtype=wanted.dtype)
-    dense = Placed(weights, {})
-    size = max(1, (os.cpu_count() or 1) // (CORES * (1 + len(ways))))
+    dense = {DENSE: Placed({name: weights[name] for name in weights if name != _RANGES}, {})}
+    if _RANGES in weights:
+        dense[SIMULATED] = Placed(weights, {})
+    size = max(1, (os.cpu_count() or 1) // (CORES * (len(dense) + len(ways))))
     for start in range(0, len(wanted.batch), size):
         several = [
             [
-                Work(DENSE, batch, "xla", dense, 0.0),
+                *(Work(name, batch, "xla", placed, 0.0) for name, placed in dense.items()),
                 *(loaded(wanted, model, batch, guidance, way) for way in ways),
             ]
             for batch in wanted.batch[start : start + size]
@@ -149,7 +161,14 @@ def loaded(
     """The weights of a path, decoded as far as it decodes any at load."""
     start, rows = time.perf_counter(), sampling.rows(model.config, batch, guidance)
     with dispatch.asking(way.kernels):
-        placed = place(model.config, model.params, rows=rows, dtype=wanted.dtype, limit=way.limit)
+        placed = place(
+            model.config,
+            model.params,
+            rows=rows,
+            dtype=wanted.dtype,
+            limit=way.limit,
+            integer=way.integer,
+        )
     jax.block_until_ready(placed.params)
     return Work(way.title, batch, way.kernels, placed, time.perf_counter() - start)
 
@@ -167,23 +186,30 @@ def program_of(
     return functools.partial(lowered.compile(), work.placed.params, *arguments)
 
 
-def quantized_model(source: str, bits: float | None, seed: int) -> Model:
+def quantized_model(
+    source: str, bits: float | None, seed: int, act_bits: int | None = None
+) -> Model:
     """A run folder or an exported file, or a preset with random codes.
 
     Args:
       bits: of a preset; default: `BITS`.
+      act_bits: of what its layers read; default: floating point.
 
     Raises:
       VqjaxError: if it cannot be loaded, has no quantized weight, or has bits of its own.
     """
     if source in config_lib.PRESETS:
         config = config_lib.PRESETS[source]()
-        return random_weights.quantized_model(config, BITS if bits is None else bits, seed)
-    if bits is not None:
-        raise VqjaxError(
-            f"--bits {bits:g}: {source} is no preset and has the bits that it was quantized to; "
-            f"leave --bits out"
-        )
+        if act_bits is not None and not 1 <= act_bits <= 8:
+            raise VqjaxError(f"--act-bits {act_bits}: expected 1 to 8, or none: floating point")
+        model = random_weights.quantized_model(config, BITS if bits is None else bits, seed)
+        return model if act_bits is None else random_weights.with_ranges(model, act_bits)
+    for option, value in (("--bits", bits), ("--act-bits", act_bits)):
+        if value is not None:
+            raise VqjaxError(
+                f"{option} {value:g}: {source} is no preset and has the bits that it was quantized "
+                f"to; leave {option} out"
+            )
     model = io.load_model(source)
     if not any(isinstance(leaf, VQTensor) for leaf in tree.flatten(model.params).values()):
         raise VqjaxError(f"{source} has no quantized weight: quantize it first")
@@ -196,6 +222,7 @@ def measure(
     """One record for each path of a batch size."""
     ready = {work.name: program for work, program in zip(works, programs)}
     latents = {name: np.asarray(program()[1]) for name, program in ready.items()}
+    expected = latents.get(SIMULATED, latents[DENSE])
     seconds = medians_in_turn(ready, repeat)
     return [
         {
@@ -207,22 +234,23 @@ def measure(
             "weight_bytes": work.placed.nbytes,
             "load_seconds": work.load_seconds,
             "layers": work.placed.counts(),
-            "latent_error": relative_rms(latents[work.name], latents[DENSE]),
+            "latent_error": relative_rms(latents[work.name], expected),
         }
         for work in works
     ]
 
 
-def ways_here(paths: Sequence[str] = ()) -> list[Way]:
+def ways_here(paths: Sequence[str] = (), *, ranged: bool = False) -> list[Way]:
     """The paths that run on this device and differ: without kernels, `auto` decodes at load.
 
     Args:
       paths: only these, unless there are none.
+      ranged: whether the model has ranges of what its layers read.
 
     Raises:
       VqjaxError: if a path that was named does not run here, or not in a way of its own.
     """
-    found, missing = dict(WAYS), absent()
+    found, missing = dict(WAYS), absent(ranged=ranged)
     if not device.current().refuses(
         "native"
     ):  # what was measured to be fastest is native code; all else is decoded at load
@@ -233,10 +261,12 @@ def ways_here(paths: Sequence[str] = ()) -> list[Way]:
     return [way for path, way in found.items() if path in (paths or found) and path not in missing]
 
 
-def absent() -> dict[str, str]:
+def absent(*, ranged: bool = False) -> dict[str, str]:
     """Why paths do not run on this device, or not in a way of their own, by path."""
     refused = device.current().refuses("native")
     found = {"native": refused or native_tables.missing()}
+    if not ranged:
+        found["integer"] = "inputs are in floating point (--act-bits 8 rounds those of a preset)"
     with dispatch.asking("auto"):
         if dispatch.keeps_none():
             found["auto"] = f"it decodes at load here, as load does ({tuned.COMMAND})"
@@ -278,11 +308,13 @@ def show(found: Mapping[str, Any]) -> None:
             f"{record['latent_error']:.1g}",
             ", ".join(f"{count} {path}" for path, count in record["layers"].items()),
         )
+    paths = {record["path"] for record in found["records"]}
+    named = SIMULATED if SIMULATED in paths else DENSE
     console = tables.wide_console()
     console.print(table)
     console.print(
         "images/s and x dense: medians of rounds in which all paths ran in turn; U-Net MB: its "
         "weights in memory;\nload s: decoding at load, its compilation included; error: RMS of "
-        "latents to dense ones, relative",
+        f"latents to those of {named}, relative",
         style="dim",
     )

@@ -46,8 +46,8 @@ class Placed(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the U-Net's leaves in memory."""
-        return sum(leaf.nbytes for leaf in tree.flatten({"unet": self.params["unet"]}).values())
+        """Bytes of the U-Net's arrays in memory."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self.params["unet"]))
 
     def counts(self) -> dict[str, int]:
         """Number of quantized weights by path."""
