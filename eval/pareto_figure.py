@@ -74,9 +74,9 @@ def draw(rows: Sequence[Mapping[str, Any]], halves: Mapping[str, float]) -> byte
             axes.yaxis.set_minor_formatter(NullFormatter())
         _plain_ticks(fd, [value for row in rows for value in row.get("fd_interval", [row["fd"]])])
         _plain_ticks(size, [row["bytes"] / 1e6 for line in lines.values() for row in line])
-        handles = dict(zip(map(_NAMES.get, lines), psnr.containers))
-        style: dict[str, Any] = {"loc": "outside lower center", "ncols": len(lines)}
-        figure.legend(list(handles.values()), list(handles), labelcolor=ink, fontsize=8, **style)
+        names = [_NAMES[method] for method in lines]
+        style: dict[str, Any] = {"loc": "outside lower center", "ncols": len(names)}
+        figure.legend(psnr.containers, names, labelcolor=ink, fontsize=8, **style)
 
     return figures.opaque(paint, _INCHES)
 
