@@ -26,8 +26,7 @@ def test_runs_of_the_package_are_those_of_the_papers(name):
     model, _, bits = name.removesuffix("a8").partition("_w")
     assert (run.quantize.bits, run.quantize.act_bits) == (float(bits), 8)
     assert (run.evaluate.steps, run.evaluate.eta) == (20, 0.0)
-    steps = {"4": 100}.get(bits, 400)  # at four bits there is little to learn
-    assert run.quantize.tune_steps == (3_200 if model == "cin256" else steps)
+    assert run.quantize.tune_steps == (3_200 if model == "cin256" else 400)
     if model == "cin256":
         assert (run.evaluate.count, run.evaluate.guidance) == (50_000, 3.0)
         named = (run.quantize.source, run.evaluate.reference, run.evaluate.inception)
