@@ -137,8 +137,9 @@ def test_a_signal_ends_the_part_too(number):
     """Parts are in sessions of their own, which signals to the process do not reach."""
     slow = "import time; print('begun', flush=True); time.sleep(60)"
     code = f"""
-import sys
+import signal, sys
 from vqjax.bench import gpu
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it in the background
 with gpu._told_to_end():
     list(gpu.each([gpu.Part("slow", 1.0, (sys.executable, "-c", {slow!r}))], 60.0))
 """
