@@ -26,9 +26,7 @@ _COLOURS = {
 }
 _INCHES = (10.6, 3.3)
 _MOST_TICKS = 7
-_BELOW = (
-    0.78  # digit-FD goes on by this factor below the least: what is written there meets no line
-)
+_BELOW = 0.78  # digit-FD goes on by this factor below all points: text stands there
 
 
 def draw(rows: Sequence[Mapping[str, Any]], halves: Mapping[str, float]) -> bytes:

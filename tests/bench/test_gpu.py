@@ -75,7 +75,7 @@ def test_layers_come_first_and_are_those_that_sampling_has(tmp_path, monkeypatch
     assert sorted(seen["sample"].batch) == [1, 4, 16, 64]
     integers = seen["sample_int8"]
     assert (integers.paths, integers.act_bits, integers.dtype) == (("integer",), 8, "bfloat16")
-    assert sample.ways_here(integers.paths, ranged=True) == [sample.WAYS["integer"]]
+    assert sample.ways_here(integers.paths, eight_bits=True) == [sample.WAYS["integer"]]
 
 
 T4, A100 = (

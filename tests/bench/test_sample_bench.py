@@ -122,7 +122,7 @@ def test_what_was_measured_is_a_path_of_a_cpu(monkeypatch):
         (["run", "--bits", "3"], "--bits 3: run is no preset and has the bits that it was"),
         (["run", "--act-bits", "8"], "--act-bits 8: run is no preset and has the bits that it was"),
         (["--act-bits", "9"], "--act-bits 9: expected 1 to 8, or none"),
-        (["--paths", "integer"], "no integer: inputs are in floating point (--act-bits 8"),
+        (["--paths", "integer"], "no integer: inputs have over 8 bits (--act-bits 8"),
     ],
 )
 def test_mistakes_are_one_line(words, message, capsys):

@@ -135,7 +135,8 @@ def compiled(
     These are compiled side by side, on many cores those of several batch sizes; nothing is while
     the caller measures.
     """
-    ways = ways_here(wanted.paths, ranged=_RANGES in model.params)
+    ranges = model.params.get(_RANGES)
+    ways = ways_here(wanted.paths, eight_bits=ranges is not None and ranges.bits <= 8)
     weights = jax.jit(densify, static_argnames="dtype")(model.params, dtype=wanted.dtype)
     dense = {DENSE: Placed({name: weights[name] for name in weights if name != _RANGES}, {})}
     if _RANGES in weights:
@@ -240,17 +241,17 @@ def measure(
     ]
 
 
-def ways_here(paths: Sequence[str] = (), *, ranged: bool = False) -> list[Way]:
+def ways_here(paths: Sequence[str] = (), *, eight_bits: bool = False) -> list[Way]:
     """The paths that run on this device and differ: without kernels, `auto` decodes at load.
 
     Args:
       paths: only these, unless there are none.
-      ranged: whether the model has ranges of what its layers read.
+      eight_bits: whether what the layers of the model read has ranges of at most 8 bits.
 
     Raises:
       VqjaxError: if a path that was named does not run here, or not in a way of its own.
     """
-    found, missing = dict(WAYS), absent(ranged=ranged)
+    found, missing = dict(WAYS), absent(eight_bits=eight_bits)
     if not device.current().refuses(
         "native"
     ):  # what was measured to be fastest is native code; all else is decoded at load
@@ -261,12 +262,12 @@ def ways_here(paths: Sequence[str] = (), *, ranged: bool = False) -> list[Way]:
     return [way for path, way in found.items() if path in (paths or found) and path not in missing]
 
 
-def absent(*, ranged: bool = False) -> dict[str, str]:
+def absent(*, eight_bits: bool = False) -> dict[str, str]:
     """Why paths do not run on this device, or not in a way of their own, by path."""
     refused = device.current().refuses("native")
     found = {"native": refused or native_tables.missing()}
-    if not ranged:
-        found["integer"] = "inputs are in floating point (--act-bits 8 rounds those of a preset)"
+    if not eight_bits:
+        found["integer"] = "inputs have over 8 bits (--act-bits 8 rounds those of a preset)"
     with dispatch.asking("auto"):
         if dispatch.keeps_none():
             found["auto"] = f"it decodes at load here, as load does ({tuned.COMMAND})"
