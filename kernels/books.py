@@ -9,6 +9,7 @@ they are.
 
 Dimension key:  M codebooks   K entries   G weights of a vector   B codebooks after merging (M / C)
                 E entries of all of them   P weights of a vector, up to a power of two
+                O outputs
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from vqjax.kernels.problem import Problem, power_of_two
+from vqjax.kernels.problem import AnyOperands, Prepared, Problem, factors, power_of_two
 
 CODE_BITS = (*range(1, 11), 12)
 """Of codes that lie within two bytes wherever they begin: 11 bits can take three."""
@@ -44,19 +45,44 @@ class Books(NamedTuple):
       problem: the same problem on the same bytes, its codebooks merged, of the type that is read.
       count: C, codebooks that one replaces.
       sums: type in which entries are added up.
+      by_place: whether numbers of one place in their vectors lie side by side.
     """
 
     problem: Problem
     count: int
     sums: str
+    by_place: bool = False
+
+    @property
+    def kind(self) -> tuple:
+        """What the tables of one weight differ by."""
+        return self.count, self.problem.codebook_dtype, self.by_place
 
     @property
     def row_bytes(self) -> int:
         """Bytes of a row of the table."""
         return power_of_two(self.problem.group) * jnp.dtype(self.problem.codebook_dtype).itemsize
 
+    def prepare(
+        self, codebooks_MKG: jax.Array, scales_O: jax.Array, codebook_scale: jax.Array | None
+    ) -> Prepared:
+        """Returns what kernels read beside the codes."""
+        factors_O = factors(scales_O, codebook_scale)
+        return Prepared(factors_O, self.table(codebooks_MKG), self.kind)
+
+    def table_of(self, operands: AnyOperands) -> jax.Array:
+        """Returns `table`, as it was prepared or made now."""
+        prepared = operands.prepared
+        if prepared is not None and prepared.kind == self.kind:
+            return prepared.table
+        return self.table(operands.codebooks_MKG)
+
     def table(self, codebooks_MKG: jax.Array) -> jax.Array:
-        """Returns the entries below each other with rows of a power of two, [E, P]."""
+        """Returns the entries below each other with rows of a power of two, [E, P], or [P, E]."""
+        table_EP = self._table(codebooks_MKG)
+        return table_EP.T if self.by_place else table_EP
+
+    def _table(self, codebooks_MKG: jax.Array) -> jax.Array:
         dtype = self.problem.codebook_dtype
         if dtype == codebooks_MKG.dtype and self.count == 1:
             return flat_books(codebooks_MKG)
@@ -67,6 +93,20 @@ class Books(NamedTuple):
             sums_BKKG = books_BCKG[:, place, :, None] + sums_BKG[:, None]
             sums_BKG = sums_BKKG.reshape(books // self.count, -1, group)
         return flat_books(sums_BKG.astype(dtype))
+
+
+def books_for(problem: Problem, *, staged: bool) -> Books:
+    """Returns how the kernels of a schedule look the vectors of a problem up.
+
+    Args:
+      staged: the kernel decodes a whole weight, and does not multiply by it.
+    """
+    if staged:
+        return books_of(problem, rounded=problem.integer)
+    if problem.window == 1:
+        return books_of(problem, rounded=True)
+    # Entries of one place are read together, and a warp gathers them from few lines.
+    return books_of(problem, rounded=True, most=256)._replace(by_place=True)
 
 
 def books_of(problem: Problem, *, rounded: bool, most: int = 4096) -> Books:

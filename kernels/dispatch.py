@@ -24,6 +24,7 @@ import jax
 
 from vqjax.errors import VqjaxError
 from vqjax.kernels import gpu_arrays, pallas_gpu, schedule, triton_gpu, tuned
+from vqjax.kernels.books import Books, books_for
 from vqjax.kernels.device import Device, current
 from vqjax.kernels.lut_matmul import counts, native
 from vqjax.kernels.problem import Problem
@@ -55,12 +56,14 @@ class Choice:
     schedule: of a GPU kernel; None for others.
     why: what decided.
     keeps: whether the weight is better left packed than decoded at load.
+    books: how a GPU kernel looks vectors up, which a sampler prepares; None for others.
     """
 
     path: str
     schedule: Schedule | None
     why: str
     keeps: bool
+    books: Books | None = None
 
 
 _LOOKUP = Choice("lut", None, f"{VARIABLE}=lut", keeps=True)
@@ -140,7 +143,8 @@ def choose(problem: Problem, refusals: Refusals, device: Device) -> Choice:
     # GPU has less of: there they stay packed unless that was measured to be slower.
     faster = measured == ("native", None) if on_cpu else measured != tuned.DECODED
     keeps = path != "xla" and (name == path or faster)
-    return _logged(problem, device, Choice(path, made, why, keeps))
+    books = books_for(problem, staged=made.kind == "staged") if made else None
+    return _logged(problem, device, Choice(path, made, why, keeps, books))
 
 
 def _logged(problem: Problem, device: Device, choice: Choice) -> Choice:

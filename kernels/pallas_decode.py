@@ -10,7 +10,7 @@ import functools
 import jax
 
 from vqjax.kernels import pallas_gpu as gpu
-from vqjax.kernels.books import books_of
+from vqjax.kernels.books import books_for
 from vqjax.kernels.problem import AnyOperands, Problem, power_of_two
 from vqjax.kernels.schedule import Tiles, vectors_of
 
@@ -26,7 +26,7 @@ def decode(
     Args:
       tiles: outputs and vectors (depth over the size of a vector) of a program.
     """
-    books = books_of(problem, rounded=problem.integer)
+    books = books_for(problem, staged=True)
     vectors = vectors_of(tiles.depth, problem)
     grid = (-(-problem.outputs // tiles.outputs), -(-problem.groups // vectors))
     kernel = functools.partial(
@@ -36,7 +36,7 @@ def decode(
         kernel,
         (
             operands.packed_OY,
-            books.table(operands.codebooks_MKG),
+            books.table_of(operands),
             operands.scaling().factors_O,
         ),
         grid=grid,

@@ -5,6 +5,7 @@ Dimension key:  O outputs   M codebooks   K entries   G weights of a vector   Y 
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -53,6 +54,26 @@ class Scaling(NamedTuple):
         return sums_PO.astype(jnp.float32) * factors_PO + self.biases_O[None]
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["factors_O", "table"], meta_fields=["kind"]
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prepared:
+    """What GPU kernels read that follows from a stored weight alone.
+
+    Made where it is read, it takes two small kernels for each layer and step of a sampler.
+
+    Attributes:
+      factors_O: as in `Scaling`.
+      table: of `kernels.books.Books`.
+      kind: `Books.kind`: kernels that look vectors up in another way make their own table.
+    """
+
+    factors_O: jax.Array
+    table: jax.Array
+    kind: tuple
+
+
 class Operands(NamedTuple):
     """The arrays of one operation; a pytree, which `jit`, `vmap` and gradients see.
 
@@ -60,6 +81,7 @@ class Operands(NamedTuple):
       x: activations, [B, I] or [B, H, W, I].
       packed_OY, codebooks_MKG, scales_O, codebook_scale: as in `decode`.
       bias_O: floating point, added to the outputs, or None.
+      prepared: of the same codebooks and scales, or None: kernels prepare it themselves.
     """
 
     x: jax.Array
@@ -68,10 +90,16 @@ class Operands(NamedTuple):
     scales_O: jax.Array
     codebook_scale: jax.Array | None = None
     bias_O: jax.Array | None = None
+    prepared: Prepared | None = None
+
+    @property
+    def defining(self) -> tuple:
+        """The arrays that decide the result: arguments of the definitions."""
+        return self[:-1]
 
     def factors(self) -> jax.Array:
         """Returns what sums of stored entries are multiplied by, float32 [O]."""
-        return _factors(self.scales_O, self.codebook_scale)
+        return _factors(self)
 
     def scaling(self) -> Scaling:
         """Returns what sums of products are scaled by."""
@@ -86,6 +114,7 @@ class IntegerOperands(NamedTuple):
       packed_OY, codebooks_MKG, scales_O, codebook_scale, bias_O: as in `Operands`; codebooks are
         int8, and so are the sums of their entries.
       steps_P, zeros_P, totals_O: as in `Scaling`.
+      prepared: as in `Operands`.
     """
 
     x: jax.Array
@@ -97,18 +126,25 @@ class IntegerOperands(NamedTuple):
     steps_P: jax.Array
     zeros_P: jax.Array
     totals_O: jax.Array
+    prepared: Prepared | None = None
 
     def scaling(self) -> Scaling:
         """Returns what sums of products are scaled by."""
-        factors_O = _factors(self.scales_O, self.codebook_scale)
         biases_O = _biases(self.bias_O, self.scales_O)
-        return Scaling(factors_O, biases_O, self.steps_P, self.zeros_P, self.totals_O)
+        return Scaling(_factors(self), biases_O, self.steps_P, self.zeros_P, self.totals_O)
 
 
 AnyOperands = Operands | IntegerOperands
 
 
-def _factors(scales_O: jax.Array, codebook_scale: jax.Array | None) -> jax.Array:
+def _factors(operands: AnyOperands) -> jax.Array:
+    if operands.prepared is not None:
+        return operands.prepared.factors_O
+    return factors(operands.scales_O, operands.codebook_scale)
+
+
+def factors(scales_O: jax.Array, codebook_scale: jax.Array | None) -> jax.Array:
+    """Returns what sums of stored entries are multiplied by, float32 [O]."""
     scales_O = scales_O.astype(jnp.float32)
     return scales_O if codebook_scale is None else scales_O * codebook_scale.astype(jnp.float32)
 
@@ -200,7 +236,7 @@ class Problem:
         if not self.integer:
             return operands
         return IntegerOperands(
-            *operands,
+            *operands.defining,
             steps_P=of((self.rows,), jnp.float32),
             zeros_P=of((self.rows,), jnp.int32),
             totals_O=of((self.outputs,), jnp.int32),

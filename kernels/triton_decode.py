@@ -12,7 +12,7 @@ import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 
 from vqjax.kernels import triton_gpu
-from vqjax.kernels.books import books_of
+from vqjax.kernels.books import books_for
 from vqjax.kernels.problem import Operands, Problem, power_of_two
 from vqjax.kernels.schedule import Tiles, vectors_of
 
@@ -162,11 +162,11 @@ def decode(
     Args:
       tiles: outputs and vectors (depth over the size of a vector) of a program.
     """
-    books = books_of(problem, rounded=False)
+    books = books_for(problem, staged=True)
     vectors = vectors_of(tiles.depth, problem)
     return triton_gpu.launch(
         decode_kernel,
-        (operands.packed_OY, books.table(operands.codebooks_MKG), operands.factors()),
+        (operands.packed_OY, books.table_of(operands), operands.factors()),
         grid=(-(-problem.outputs // tiles.outputs), -(-problem.groups // vectors)),
         shape=(problem.outputs, problem.fan_in),
         dtype=operands.x.dtype,

@@ -16,7 +16,7 @@ from vqjax.errors import VqjaxError
 from vqjax.kernels import dispatch, triton_gpu
 from vqjax.kernels.lut_matmul import native
 from vqjax.kernels.lut_matmul import ref as lut
-from vqjax.kernels.problem import AnyOperands, Operands, Problem, check
+from vqjax.kernels.problem import AnyOperands, Operands, Prepared, Problem, check
 from vqjax.kernels.transform import Operation, transformable
 from vqjax.kernels.vq_conv import pallas, ref
 from vqjax.kernels.vq_conv.window import POINT, Window, unread
@@ -30,6 +30,7 @@ def vq_conv(
     scales_O: jax.Array,
     codebook_scale: jax.Array | None = None,
     bias_O: jax.Array | None = None,
+    prepared: Prepared | None = None,
     *,
     window: int,
     strides: tuple[int, int] = (1, 1),
@@ -42,8 +43,8 @@ def vq_conv(
 
     Args:
       x_BHWI: float32, float16 or bfloat16.
-      packed_OY, codebooks_MKG, scales_O, codebook_scale, bias_O: as in `vq_matmul`; columns of the
-        matrix are ordered (input channel, ky, kx).
+      packed_OY, codebooks_MKG, scales_O, codebook_scale, bias_O, prepared: as in `vq_matmul`;
+        columns of the matrix are ordered (input channel, ky, kx).
       window: side of the kernel.
       strides, padding: as in `jax.lax.conv_general_dilated`.
 
@@ -60,7 +61,9 @@ def vq_conv(
             f"{codebooks_MKG.shape}; expected [B, H, W, I], [O, Y] and [M, K, G]"
         )
     shape = Window.of(window, strides, padding, x_BHWI.shape[1:3])
-    operands = Operands(x_BHWI, packed_OY, codebooks_MKG, scales_O, codebook_scale, bias_O)
+    operands = Operands(
+        x_BHWI, packed_OY, codebooks_MKG, scales_O, codebook_scale, bias_O, prepared
+    )
     if shape == POINT:
         return matmul.vq_matmul(*operands)
     check(problem_of(operands, shape), operands)
@@ -77,6 +80,7 @@ def vq_conv_int8(
     codebook_scale: jax.Array,
     totals_O: jax.Array,
     bias_O: jax.Array | None = None,
+    prepared: Prepared | None = None,
     *,
     window: int,
     strides: tuple[int, int] = (1, 1),
@@ -86,14 +90,14 @@ def vq_conv_int8(
 
     Args:
       q_BHWI: int8; example b has x = steps[b] (q - zeros[b]), and is padded with what stands for 0.
-      steps_B, zeros_B, packed_OY, codebooks_MKG, scales_O, codebook_scale, totals_O, bias_O: as in
-        `vq_matmul_int8`; columns of the matrix are ordered (input channel, ky, kx).
+      steps_B, zeros_B, packed_OY, codebooks_MKG, scales_O, codebook_scale, totals_O, bias_O,
+        prepared: as in `vq_matmul_int8`; columns of the matrix are ordered (input channel, ky, kx).
       window, strides, padding: as in `vq_conv`.
 
     Raises:
       VqjaxError: as `vq_conv`.
     """
-    arrays = (packed_OY, codebooks_MKG, scales_O, codebook_scale, totals_O, bias_O)
+    arrays = (packed_OY, codebooks_MKG, scales_O, codebook_scale, totals_O, bias_O, prepared)
     shape = Window.of(window, strides, padding, q_BHWI.shape[1:3])
     if shape == POINT:
         return matmul.vq_matmul_int8(q_BHWI, steps_B, zeros_B, *arrays)
@@ -164,7 +168,7 @@ def ways(problem: Problem, window: Window) -> dispatch.Implementations:
                 run=lambda operands, schedule: native.lut_conv(operands, window),
             ),
         },
-        lookup=lambda operands: lut.lut_conv(*operands, **window.keywords()),
+        lookup=lambda operands: lut.lut_conv(*operands.defining, **window.keywords()),
         reference=ref.definition(problem, window),
     )
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from vqjax.kernels import gpu_arrays, pallas_decode
 from vqjax.kernels import pallas_gpu as gpu
-from vqjax.kernels.books import books_of
+from vqjax.kernels.books import books_for
 from vqjax.kernels.problem import AnyOperands, IntegerOperands, Problem, Scaling
 from vqjax.kernels.schedule import Schedule, Tiles
 from vqjax.kernels.vq_conv import ref
@@ -65,7 +65,7 @@ def _fused(
     image = (height, width)
     depth = gpu.depth(tiles, problem)
     steps = -(-inputs // (depth * tiles.splits))
-    books = books_of(problem, rounded=True, most=256)  # of which a warp gathers from few lines
+    books = books_for(problem, staged=False)
     kernel = functools.partial(
         _kernel,
         problem=books.problem,
@@ -82,7 +82,7 @@ def _fused(
         (
             operands.x.reshape(-1, inputs),
             operands.packed_OY,
-            books.table(operands.codebooks_MKG).T,  # entries of one place are read together
+            books.table_of(operands),
             *(array for array in scaling if array is not None),
         ),
         **gpu_arrays.frame(problem, tiles),

@@ -87,7 +87,7 @@ def definition(problem: Problem, window: Window) -> Callable[[Any], jax.Array]:
     """Returns what defines a problem's result, by its operands."""
     if problem.integer:
         return lambda operands: vq_conv_int8(operands, window)
-    return lambda operands: vq_conv(*operands, **window.keywords())
+    return lambda operands: vq_conv(*operands.defining, **window.keywords())
 
 
 def vq_conv_int8(operands: IntegerOperands, window: Window) -> jax.Array:

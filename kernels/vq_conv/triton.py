@@ -13,7 +13,7 @@ import jax
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 
 from vqjax.kernels import gpu_arrays, triton_decode, triton_gpu
-from vqjax.kernels.books import books_of
+from vqjax.kernels.books import books_for
 from vqjax.kernels.problem import Operands, Problem
 from vqjax.kernels.schedule import Schedule, Tiles
 from vqjax.kernels.triton_decode import add_product, finish, jit, read_codes, sum_places
@@ -55,13 +55,13 @@ def _fused(
     batch, height, width, inputs = operands.x.shape
     lines, columns = window.outputs((height, width))
     scaling = operands.scaling()
-    books = books_of(problem, rounded=True, most=256)  # of which a warp gathers from few lines
+    books = books_for(problem, staged=False)
     y = triton_gpu.launch(
         conv_kernel,
         (
             operands.x,
             operands.packed_OY,
-            books.table(operands.codebooks_MKG).T,  # entries of one place are read together
+            books.table_of(operands),
             scaling.factors_O,
             scaling.biases_O,
         ),

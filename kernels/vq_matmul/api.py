@@ -15,7 +15,14 @@ from vqjax.errors import VqjaxError
 from vqjax.kernels import dispatch, triton_gpu
 from vqjax.kernels.lut_matmul import native
 from vqjax.kernels.lut_matmul import ref as lut
-from vqjax.kernels.problem import AnyOperands, IntegerOperands, Operands, Problem, check
+from vqjax.kernels.problem import (
+    AnyOperands,
+    IntegerOperands,
+    Operands,
+    Prepared,
+    Problem,
+    check,
+)
 from vqjax.kernels.transform import transformable
 from vqjax.kernels.vq_matmul import pallas, ref
 
@@ -27,6 +34,7 @@ def vq_matmul(
     scales_O: jax.Array,
     codebook_scale: jax.Array | None = None,
     bias_O: jax.Array | None = None,
+    prepared: Prepared | None = None,
 ) -> jax.Array:
     """Returns x @ W.T + bias, [..., O] in the type of x, for a weight stored as packed codes.
 
@@ -40,6 +48,7 @@ def vq_matmul(
       scales_O: one factor per output, floating point.
       codebook_scale: float scalar for int8 codebooks; None for floating point.
       bias_O: floating point, or None.
+      prepared: what `Books.prepare` made of the same codebooks and scales, or None.
 
     Raises:
       VqjaxError: if the arrays do not fit together, or if `VQJAX_KERNELS` names a path that cannot
@@ -51,7 +60,7 @@ def vq_matmul(
             f"{codebooks_MKG.shape}; expected [..., I], [O, Y] and [M, K, G]"
         )
     x_BI = x.reshape(-1, x.shape[-1])
-    operands = Operands(x_BI, packed_OY, codebooks_MKG, scales_O, codebook_scale, bias_O)
+    operands = Operands(x_BI, packed_OY, codebooks_MKG, scales_O, codebook_scale, bias_O, prepared)
     check(problem_of(operands), operands)
     return _transformed(operands).reshape(*x.shape[:-1], packed_OY.shape[0])
 
@@ -66,6 +75,7 @@ def vq_matmul_int8(
     codebook_scale: jax.Array,
     totals_O: jax.Array,
     bias_O: jax.Array | None = None,
+    prepared: Prepared | None = None,
 ) -> jax.Array:
     """Returns x @ W.T + bias, float32 [B, ..., O], where example b has x = steps[b] (q - zeros[b]).
 
@@ -75,7 +85,7 @@ def vq_matmul_int8(
     Args:
       q: int8 [B, ..., I].
       steps_B, zeros_B: float32, and whole numbers.
-      packed_OY, scales_O, bias_O: as in `vq_matmul`.
+      packed_OY, scales_O, bias_O, prepared: as in `vq_matmul`.
       codebooks_MKG, codebook_scale: int8; sums of entries must fit int8.
       totals_O: int32, sums of each output's weights as they are stored (`decode_integers`).
 
@@ -86,7 +96,7 @@ def vq_matmul_int8(
         q.reshape(-1, q.shape[-1]),
         jnp.repeat(steps_B, math.prod(q.shape[1:-1])),
         jnp.repeat(zeros_B, math.prod(q.shape[1:-1])),
-        packed_OY, codebooks_MKG, scales_O, codebook_scale, totals_O, bias_O,
+        packed_OY, codebooks_MKG, scales_O, codebook_scale, totals_O, bias_O, prepared,
     )  # fmt: skip
     problem = problem_of(operands)
     check(problem, operands)
@@ -95,12 +105,13 @@ def vq_matmul_int8(
 
 
 def integer_operands(
-    q, steps_P, zeros_P, packed_OY, codebooks_MKG, scales_O, codebook_scale, totals_O, bias_O
-) -> IntegerOperands:
+    q, steps_P, zeros_P, packed_OY, codebooks_MKG, scales_O, codebook_scale, totals_O, bias_O,
+    prepared=None,
+) -> IntegerOperands:  # fmt: skip
     """Puts the arguments of an integer operation into their places."""
     return IntegerOperands(
         q, packed_OY, codebooks_MKG, scales_O, codebook_scale, bias_O,
-        steps_P.astype(jnp.float32), zeros_P.astype(jnp.int32), totals_O,
+        steps_P.astype(jnp.float32), zeros_P.astype(jnp.int32), totals_O, prepared,
     )  # fmt: skip
 
 
@@ -148,7 +159,7 @@ def ways(problem: Problem) -> dispatch.Implementations:
                 run=lambda operands, schedule: native.lut_matmul(operands),
             ),
         },
-        lookup=lambda operands: lut.lut_matmul(*operands),
+        lookup=lambda operands: lut.lut_matmul(*operands.defining),
         reference=ref.definition(problem),
     )
 
@@ -172,7 +183,7 @@ def _try_triton(problem: Problem) -> None:
 
 
 def _reference(operands: Operands) -> jax.Array:
-    return ref.vq_matmul(*operands)
+    return ref.vq_matmul(*operands.defining)
 
 
 def _run(operands: Operands) -> jax.Array:

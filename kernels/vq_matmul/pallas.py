@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from vqjax.kernels import gpu_arrays, pallas_decode
 from vqjax.kernels import pallas_gpu as gpu
-from vqjax.kernels.books import books_of
+from vqjax.kernels.books import books_for
 from vqjax.kernels.problem import AnyOperands, IntegerOperands, Problem, Scaling, power_of_two
 from vqjax.kernels.schedule import Schedule, Tiles, vectors_of
 from vqjax.kernels.vq_matmul import ref
@@ -47,7 +47,7 @@ def try_small(problem: Problem) -> None:
 
 
 def _fused(operands: AnyOperands, problem: Problem, tiles: Tiles, interpret: bool) -> jax.Array:
-    books = books_of(problem, rounded=True)
+    books = books_for(problem, staged=False)
     vectors = vectors_of(gpu.depth(tiles, problem), problem)
     steps = -(-problem.groups // (vectors * tiles.splits))
     kernel = functools.partial(
@@ -59,7 +59,7 @@ def _fused(operands: AnyOperands, problem: Problem, tiles: Tiles, interpret: boo
         (
             operands.x,
             operands.packed_OY,
-            books.table(operands.codebooks_MKG),
+            books.table_of(operands),
             *(array for array in scaling if array is not None),
         ),
         **gpu_arrays.frame(problem, tiles),

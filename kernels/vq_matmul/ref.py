@@ -59,7 +59,7 @@ def precision_of(x: jax.Array) -> jax.lax.Precision | None:
 
 def definition(problem: Problem) -> Callable[[Any], jax.Array]:
     """Returns what defines a problem's result, by its operands."""
-    return vq_matmul_int8 if problem.integer else lambda operands: vq_matmul(*operands)
+    return vq_matmul_int8 if problem.integer else lambda operands: vq_matmul(*operands.defining)
 
 
 def vq_matmul_int8(operands: IntegerOperands) -> jax.Array:

@@ -12,7 +12,7 @@ import jax
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 
 from vqjax.kernels import gpu_arrays, triton_decode, triton_gpu
-from vqjax.kernels.books import books_of
+from vqjax.kernels.books import books_for
 from vqjax.kernels.problem import Operands, Problem
 from vqjax.kernels.schedule import Schedule, Tiles, vectors_of
 from vqjax.kernels.triton_decode import add_product, finish, jit, read_codes, sum_vectors
@@ -40,7 +40,7 @@ def try_small(problem: Problem) -> None:
 
 
 def _fused(operands: Operands, problem: Problem, tiles: Tiles, capability: int | None) -> jax.Array:
-    books = books_of(problem, rounded=True)
+    books = books_for(problem, staged=False)
     vectors = vectors_of(tiles.depth, problem)
     scaling = operands.scaling()
     y = triton_gpu.launch(
@@ -48,7 +48,7 @@ def _fused(operands: Operands, problem: Problem, tiles: Tiles, capability: int |
         (
             operands.x,
             operands.packed_OY,
-            books.table(operands.codebooks_MKG),
+            books.table_of(operands),
             scaling.factors_O,
             scaling.biases_O,
         ),

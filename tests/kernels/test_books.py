@@ -1,16 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Merged codebooks: the same bytes, fewer codes, the same weights."""
 
+import dataclasses
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from vqjax.kernels import decode, specs
-from vqjax.kernels.books import books_of
-from vqjax.kernels.problem import Operands, Problem
+from vqjax.kernels.books import books_for, books_of
+from vqjax.kernels.problem import Operands, Prepared, Problem
 from vqjax.kernels.schedule import Schedule, Tiles
+from vqjax.kernels.vq_conv import pallas as conv_pallas
+from vqjax.kernels.vq_conv.window import for_trial
 from vqjax.kernels.vq_matmul import pallas
 
+CONVOLUTION = Problem("vq_conv", 16, 16, 16, 4, 16, 9, "float32", "int8", window=3)
 EXTREMES = {4: -128, 5: 127}  # of all codebooks: the largest sums of every sign
 
 
@@ -103,3 +109,32 @@ def test_weights_of_products_are_sums_rounded_once(group):
     exact_ON = decode.decode_integers(*codes, groups=problem.groups)
     expected_BO = exact_ON.astype(jnp.bfloat16).T[3:6]
     np.testing.assert_array_equal(found_BO, expected_BO)
+
+
+@pytest.mark.parametrize("kind", ["fused", "staged"])
+@pytest.mark.parametrize("op", ["vq_matmul", "vq_conv"])
+def test_what_was_prepared_is_read(op, kind):
+    """Not made again: twice the factors make twice the output, and of the table likewise."""
+    schedule, window = Schedule(kind, Tiles(16, 16, 32)), for_trial(CONVOLUTION)[0]
+    if op == "vq_conv":
+        problem, shape = CONVOLUTION, (1, *for_trial(CONVOLUTION)[1], CONVOLUTION.inputs)
+        run = functools.partial(conv_pallas.vq_conv, window=window)
+    else:
+        problem = product((4, 16), 8, "float32")
+        shape, run = (problem.rows, problem.inputs), pallas.vq_matmul
+    operands = specs.random_operands(problem, shape, bias=False)
+    books = books_for(problem, staged=kind == "staged")
+    prepared = books.prepare(*operands[2:5])
+
+    def result(prepared: Prepared | None) -> np.ndarray:
+        given = operands._replace(prepared=prepared)
+        return np.asarray(run(given, problem, schedule=schedule, interpret=True))
+
+    expected = result(None)
+    np.testing.assert_array_equal(result(prepared), expected)
+    for part in ("factors_O", "table"):
+        doubled = dataclasses.replace(prepared, **{part: 2 * getattr(prepared, part)})
+        np.testing.assert_allclose(result(doubled), 2 * expected, rtol=1e-6)
+    # The table of another kernel is another one: this one makes its own.
+    other = dataclasses.replace(prepared, table=jnp.zeros(1), kind=(7, "int8", True))
+    np.testing.assert_array_equal(result(other), expected)

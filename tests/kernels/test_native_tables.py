@@ -54,7 +54,7 @@ def test_products_agree_in_every_type(dtype, codebook_dtype):
     operands = matmul_operands(dtype=dtype, codebook_dtype=codebook_dtype)
     found = native.lut_matmul(operands)
     assert found.dtype == dtype
-    expected = exact(operands, lambda operands: matmul_ref.vq_matmul(*operands))
+    expected = exact(operands, lambda operands: matmul_ref.vq_matmul(*operands.defining))
     assert relative_rms(np.asarray(found, np.float32), expected) < TOL[dtype]
 
 
@@ -66,7 +66,7 @@ def test_products_agree_at_every_size(books):
     for _ in range(6):
         rows, inputs, outputs, group = (int(rng.integers(1, top)) for top in (80, 700, 150, 13))
         operands = matmul_operands(rows, inputs, outputs, books, group)
-        x_PI, *stored, bias_O = jax.device_get(operands)
+        x_PI, *stored, bias_O = jax.device_get(operands.defining)
         weight_ON = decode.decode(*stored, groups=-(-inputs // group))[:, :inputs]
         found = np.asarray(native.lut_matmul(operands))
         where = f"{rows}x{inputs}x{outputs} {books}x16x{group}"
@@ -81,7 +81,7 @@ def test_convolutions_agree(group, strides, padding):
     operands = conv_operands(group=group)
     geometry = {"window": 3, "strides": strides, "padding": padding}
     found = native.lut_conv(operands, Window(3, strides, padding))
-    expected = conv_ref.vq_conv(*operands, **geometry)
+    expected = conv_ref.vq_conv(*operands.defining, **geometry)
     assert relative_rms(np.asarray(found), np.asarray(expected)) < TOL["float32"]
 
 
@@ -122,7 +122,7 @@ def test_gradients_vmap_and_shard_map_are_those_of_the_definition(asked):
     operands = matmul_operands(rows={"native": 20, "auto": 21}[asked])
 
     def loss(run, x_BI, books_MKG):
-        return jnp.sum(run(*operands._replace(x=x_BI, codebooks_MKG=books_MKG)) ** 2)
+        return jnp.sum(run(*operands._replace(x=x_BI, codebooks_MKG=books_MKG).defining) ** 2)
 
     inputs = operands.x, operands.codebooks_MKG.astype(jnp.float32)
     x_ABI = jnp.stack([operands.x, -2 * operands.x])
@@ -130,7 +130,7 @@ def test_gradients_vmap_and_shard_map_are_those_of_the_definition(asked):
 
     def by(run):
         def forward(x_BI):
-            return run(x_BI, *operands[1:])
+            return run(x_BI, *operands.defining[1:])
 
         parts = PartitionSpec("data")
         sharded = jax.shard_map(forward, mesh=mesh, in_specs=parts, out_specs=parts)
@@ -151,7 +151,7 @@ def test_layers_that_it_cannot_read_go_to_xla(caplog):
     dispatch._log_once.cache_clear()
     with dispatch.asking("native"), caplog.at_level(logging.INFO, "vqjax.kernels"):
         vq_matmul(*operands)
-        np.testing.assert_array_equal(vq_matmul(*wide), matmul_ref.vq_matmul(*wide))
+        np.testing.assert_array_equal(vq_matmul(*wide), matmul_ref.vq_matmul(*wide.defining))
     start = f"vq_matmul on {device.current()}: "
     assert caplog.messages == [
         start + "native (tables, then sums): VQJAX_KERNELS=native",
@@ -188,7 +188,7 @@ def test_without_a_compiler_the_reason_is_said(compiler, reason, monkeypatch, tm
     monkeypatch.setattr(native, "_library", lambda: load(native.PACKAGE, native.SOURCE))
     operands, others = (matmul_operands(rows=rows) for rows in (18, 19))
     dispatch._failed_trial.cache_clear()
-    np.testing.assert_array_equal(vq_matmul(*operands), matmul_ref.vq_matmul(*operands))
+    np.testing.assert_array_equal(vq_matmul(*operands), matmul_ref.vq_matmul(*operands.defining))
     with dispatch.asking("native"), pytest.raises(VqjaxError, match=reason):
         vq_matmul(*others)
     dispatch._failed_trial.cache_clear()

@@ -27,7 +27,7 @@ def axes(**mapped: int) -> Any:
 
 
 def reference(operands: Operands) -> jax.Array:
-    return ref.vq_matmul(*operands)
+    return ref.vq_matmul(*operands.defining)
 
 
 def kernel(operands: Operands, *, interpret: bool = True) -> jax.Array:
@@ -108,7 +108,7 @@ def test_shard_map_over_rows_and_its_gradient():
 
     def loss(run, codebooks_MKG):
         def share(operands):
-            return jax.lax.psum(jnp.sum(run(*operands) ** 2), "data")
+            return jax.lax.psum(jnp.sum(run(*operands.defining) ** 2), "data")
 
         share = jax.shard_map(share, mesh=mesh, in_specs=in_specs, out_specs=whole)
         return share(one._replace(codebooks_MKG=codebooks_MKG))

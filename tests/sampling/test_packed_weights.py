@@ -36,6 +36,9 @@ CONFIG = dataclasses.replace(
     unet=dataclasses.replace(small.TINY.unet, model_channels=64),
     first_stage=dataclasses.replace(small.STAGE, resolution=16),
 )
+KINDS = {2: "fused", 10_000: "staged"}
+"""Schedules that a convolution has in a network that sees so many latents."""
+
 H200 = Device("gpu", "NVIDIA H200", (9, 0))
 
 
@@ -222,6 +225,38 @@ def test_integers_stay_packed_for_kernels(monkeypatch):
     assert set(found.paths.values()) == {"pallas"}
     flat = tree.flatten(found.params)
     assert all(isinstance(flat[path], PackedIntegerKernel) for path in found.paths)
+    assert all(flat[path].tensor.prepared is not None for path in found.paths)
+
+
+@pytest.mark.parametrize("rows", [2, 10_000], ids=["fused", "staged"])
+def test_what_kernels_read_is_made_at_load(rows, monkeypatch):
+    """No step converts a bias, scales factors or merges codebooks; only traced here."""
+    for module in (dispatch, device):
+        monkeypatch.setattr(module, "current", lambda: H200)
+    monkeypatch.setattr(dispatch, "_failed_trial", lambda *args: ())
+    model = small.integer(CONFIG)
+    half = {
+        path: leaf.astype(jnp.float16) if path.endswith("bias") else leaf
+        for path, leaf in tree.flatten(model.params).items()
+    }
+    found = placed(tree.unflatten(half), rows=rows, dtype="bfloat16")
+    assert set(found.paths.values()) == {"pallas"}
+    flat, stored = tree.flatten(found.params), tree.flatten(model.params)
+    choices = weights.choices(CONFIG, model.params, rows=rows, dtype="bfloat16")
+    assert {choice.schedule.kind for choice in choices.values()} >= {KINDS[rows]}
+    for path, choice in choices.items():
+        tensor = flat[path]
+        assert tensor.prepared.kind == choice.books.kind
+        assert tensor.nbytes == stored[path].nbytes
+        scales_O = tensor.scales.values() * tensor.codebook_scale
+        np.testing.assert_array_equal(tensor.prepared.factors_O, scales_O)
+        bias = path.removesuffix("kernel") + "bias"
+        if bias in flat and path.startswith("unet/"):
+            convolved = choice.schedule.kind == "staged" and tensor.shape[0] == 3
+            assert flat[bias].dtype == ("bfloat16" if convolved else "float32")
+    norms = [leaf for path, leaf in flat.items() if path.endswith("norm1/bias")]
+    assert norms
+    assert all(leaf.dtype == jnp.float16 for leaf in norms)
 
 
 def test_images_of_packed_weights_are_those_of_decoded_ones(caplog, monkeypatch):

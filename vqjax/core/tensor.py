@@ -20,11 +20,13 @@ from vqjax.core import grouping as grouping_lib
 from vqjax.core.scales import LogScales
 from vqjax.errors import VqjaxError
 from vqjax.kernels import decode as decode_lib
+from vqjax.kernels.books import Books
+from vqjax.kernels.problem import Prepared
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["codes", "codebooks", "scales", "input_scales", "codebook_scale"],
+    data_fields=["codes", "codebooks", "scales", "input_scales", "codebook_scale", "prepared"],
     meta_fields=["shape", "grouping"],
 )
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -51,6 +53,8 @@ class VQTensor:
       codebook_scale: float32 scalar, or None.
       shape: kernel shape in Linen layout.
       grouping: "conv3x3", "linear" or "scalar".
+      prepared: what GPU kernels read that follows from the others (`prepared_for`), or None. It is
+        never stored.
     """
 
     codes: jax.Array
@@ -58,6 +62,7 @@ class VQTensor:
     scales: LogScales
     input_scales: LogScales | None = None
     codebook_scale: jax.Array | None = None
+    prepared: Prepared | None = None
     shape: tuple[int, ...]
     grouping: str
 
@@ -135,7 +140,8 @@ class VQTensor:
     @property
     def nbytes(self) -> int:
         """Bytes of everything stored: codes, codebooks and scales."""
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+        stored = jax.tree.leaves(dataclasses.replace(self, prepared=None))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in stored)
 
     @property
     def bits_per_weight(self) -> float:
@@ -147,6 +153,11 @@ class VQTensor:
         books, entries, _ = self.codebooks.shape
         codes = decode_lib.unpack(self.codes, self.groups * books, entries)
         return codes.reshape(self.codes.shape[0], self.groups, books)
+
+    def prepared_for(self, books: Books) -> "VQTensor":
+        """Returns the tensor with what kernels read that look its vectors up in this way."""
+        prepared = books.prepare(self.codebooks, self.scales.values(), self.codebook_scale)
+        return dataclasses.replace(self, prepared=prepared)
 
     def decode_matrix(self) -> jax.Array:
         """Returns the matrix view in float32, [O, N]."""

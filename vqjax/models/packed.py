@@ -108,6 +108,7 @@ def _integer_arguments(
         tensor.codebook_scale,
         kernel.totals_O,
         bias_O,
+        tensor.prepared,
     )
 
 
@@ -128,4 +129,5 @@ def _operands(x: jax.Array, kernel: VQTensor, bias_O: jax.Array | None) -> Opera
         kernel.scales.values(),
         kernel.codebook_scale,
         bias_O,
+        kernel.prepared,
     )

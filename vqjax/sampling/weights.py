@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vqjax import models
 from vqjax.config import LatentDiffusionConfig
@@ -22,6 +23,7 @@ from vqjax.core.integer import integerize
 from vqjax.core.tensor import VQTensor
 from vqjax.errors import VqjaxError
 from vqjax.kernels import device, dispatch
+from vqjax.kernels.books import Books
 from vqjax.kernels.problem import FLOATS
 from vqjax.models import packed as packed_layers
 
@@ -99,12 +101,15 @@ def place(
         found = found or look()
         how = {path: found[path].path if path in found else "xla" for path in packed}
         paths = how | paths
+    kept = [path for path in packed if paths[path] != LOADED]
+    read = {path: found[path] for path in kept if path in found}
+    flat |= _prepared(packed, read)
     if integer:
-        kept = [path for path in packed if paths[path] != LOADED]
-        return Placed(jax.tree.map(jnp.asarray, integerize(params, kept)), paths)
-    chosen = {path: packed[path] for path in packed if paths[path] == LOADED}
-    for path, leaf in _decode(chosen, tuple(types[path] for path in chosen)).items():
-        flat[path] = leaf
+        flat = tree.flatten(integerize(tree.unflatten(flat), kept))
+    else:
+        chosen = {path: packed[path] for path in packed if paths[path] == LOADED}
+        flat |= _decode(chosen, tuple(types[path] for path in sorted(chosen)))
+    flat |= _in_types(flat, dtype, read)
     return Placed(jax.tree.map(jnp.asarray, tree.unflatten(flat)), paths)
 
 
@@ -162,6 +167,54 @@ def _dtype(path: str, dtype: str) -> str:
 def _decode(tensors: dict[str, VQTensor], dtypes: tuple[str, ...]) -> dict[str, jax.Array]:
     """All at once: they have many shapes."""
     return {path: tensors[path].decode(dtype) for path, dtype in zip(sorted(tensors), dtypes)}
+
+
+def _prepared(
+    packed: dict[str, VQTensor], choices: dict[str, dispatch.Choice]
+) -> dict[str, VQTensor]:
+    """The weights that GPU kernels read, made ready for them: no step of a sampler then does it."""
+    books = {path: choice.books for path, choice in choices.items() if choice.books is not None}
+    if not books:
+        return {}
+    return _prepare({path: packed[path] for path in books}, tuple(books[p] for p in sorted(books)))
+
+
+@functools.partial(jax.jit, static_argnames="books")
+def _prepare(tensors: dict[str, VQTensor], books: tuple[Books, ...]) -> dict[str, VQTensor]:
+    """All at once: they have many shapes."""
+    return {path: tensors[path].prepared_for(own) for path, own in zip(sorted(tensors), books)}
+
+
+def _in_types(
+    flat: dict[str, Any], dtype: str, choices: dict[str, dispatch.Choice]
+) -> dict[str, Any]:
+    """Dense kernels and all biases of the U-Net in the types in which its layers read them.
+
+    Converted where they are read, each takes a kernel of its own in every step on a GPU. By NumPy:
+    a model has too many shapes to compile for each.
+
+    Args:
+      choices: of the weights that stay packed.
+    """
+    found = {}
+    for path, leaf in flat.items():
+        if not path.startswith("unet/") or not path.endswith("/kernel"):
+            continue
+        if hasattr(leaf, "dtype"):
+            found[path] = dtype
+        wide = path in choices and not _convolves_decoded(leaf, choices[path])
+        found[path.removesuffix("kernel") + "bias"] = "float32" if wide else dtype
+    return {
+        path: jnp.asarray(np.asarray(flat[path]).astype(wanted))
+        for path, wanted in found.items()
+        if path in flat and flat[path].dtype != wanted
+    }
+
+
+def _convolves_decoded(kernel: Any, choice: dispatch.Choice) -> bool:
+    """Whether a weight is decoded for cuDNN, which adds biases in the type of its input."""
+    staged = choice.schedule is not None and choice.schedule.kind == "staged"
+    return staged and isinstance(kernel, VQTensor) and math.prod(kernel.shape[:-2]) > 1
 
 
 def say_what_stays(placed: Placed, limit: float | None) -> None:
