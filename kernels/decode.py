@@ -146,11 +146,33 @@ def real_codebooks(codebooks_MKG: Array, codebook_scale: Array | None) -> Array:
 
 
 def sum_entries(codes_OJM: Array, books_MKG: Array) -> Array:
-    """Returns the sum over m of the chosen entries, [O, J, G], added in the order of m."""
-    total_OJG: Any = books_MKG[0][codes_OJM[..., 0]]
+    """Returns the sum over m of the chosen entries, [..., G], added in the order of m.
+
+    Codes must be below K.
+    """
+    total_OJG: Any = _entries(books_MKG[0], codes_OJM[..., 0])
     for m in range(1, books_MKG.shape[0]):
-        total_OJG += books_MKG[m][codes_OJM[..., m]]
+        total_OJG += _entries(books_MKG[m], codes_OJM[..., m])
     return total_OJG
+
+
+def sum_entries_at_once(codes_OJM: jax.Array, books_MKG: jax.Array) -> jax.Array:
+    """Returns `sum_entries` by one gather, whose gradient is one scatter.
+
+    A fifth less to compile than gathers for each m, and no slower; but on a CPU the entries of all
+    m are in memory together.
+    """
+    books, entries, group = books_MKG.shape
+    first_M = entries * np.arange(books, dtype=np.int32)
+    places_OJM = codes_OJM.astype(jnp.int32) + first_M.reshape(*[1] * (codes_OJM.ndim - 1), books)
+    return jnp.sum(_entries(books_MKG.reshape(-1, group), places_OJM), axis=-2)
+
+
+def _entries(book_KG: Any, codes: Any) -> Any:
+    """Codes are in bounds: XLA need not look at each."""
+    if isinstance(book_KG, np.ndarray):
+        return book_KG[codes]
+    return book_KG.at[codes].get(mode="promise_in_bounds")
 
 
 def decode_integers(packed_OY: jax.Array, codebooks_MKG: jax.Array, *, groups: int) -> jax.Array:

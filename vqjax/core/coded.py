@@ -65,7 +65,8 @@ def integer_codebooks(books_MKG, codes_OJM, step=None):
     codes_OJM = codes_OJM.astype(np.int32)
     used_MKG = xp.where(_used(codes_OJM, entries)[..., None], books_MKG, 0.0)
     largest_entry = _largest(used_MKG)
-    largest_sum = _largest(decode_lib.sum_entries(codes_OJM, books_MKG))
+    add_up = decode_lib.sum_entries if xp is np else decode_lib.sum_entries_at_once
+    largest_sum = _largest(add_up(codes_OJM, books_MKG))
 
     def stored(step):
         return _whole(books_MKG / step).astype(np.int8), step
@@ -257,7 +258,7 @@ class CodedWeight:
     def sums(self) -> jax.Array:
         """Returns the sums of the chosen entries, float [O, J, G], 0 where a row is padded."""
         books_MKG = self.rounded_codebooks()
-        sums_OJG = decode_lib.sum_entries(self.codes_OJM.astype(jnp.int32), books_MKG)
+        sums_OJG = decode_lib.sum_entries_at_once(self.codes_OJM, books_MKG)
         if self.fan_in == sums_OJG[0].size:
             return sums_OJG
         rows_ON = grouping_lib.to_rows(sums_OJG, self.fan_in)

@@ -12,7 +12,7 @@ is what makes enumeration cheap.
 import jax
 import jax.numpy as jnp
 
-from vqjax.kernels.decode import sum_entries
+from vqjax.kernels.decode import sum_entries_at_once
 
 EXACT_LIMIT = 262_144
 """Sums of entries up to which all are enumerated: beams find worse ones in about that time."""
@@ -27,7 +27,7 @@ def dot(left: jax.Array, right: jax.Array) -> jax.Array:
 
 def entry_sum(codes_OM: jax.Array, books_MKG: jax.Array) -> jax.Array:
     """Returns the sum of the chosen entries, [O, G]."""
-    return sum_entries(codes_OM[:, None], books_MKG)[:, 0]
+    return sum_entries_at_once(codes_OM, books_MKG)
 
 
 def cost(q_OG: jax.Array, linear_OG: jax.Array, metric_GG: jax.Array) -> jax.Array:

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from vqjax.core.encode import dot, encode, entry_sum
+from vqjax.kernels.decode import sum_entries_at_once
 
 
 @jax.jit
@@ -30,9 +31,7 @@ def loss_rows(residual_ON: jax.Array, moment_NN: jax.Array) -> jax.Array:
 @jax.jit
 def reconstruct(codes_OJM: jax.Array, books_MKG: jax.Array, scales_O: jax.Array) -> jax.Array:
     """Returns Q, [O, J * G]."""
-    books, entries, group = books_MKG.shape
-    places_OJM = codes_OJM + entries * jnp.arange(books, dtype=jnp.int32).reshape(1, 1, books)
-    sums_OJG = jnp.sum(books_MKG.reshape(-1, group)[places_OJM], axis=2)
+    sums_OJG = sum_entries_at_once(codes_OJM, books_MKG)
     return sums_OJG.reshape(codes_OJM.shape[0], -1) * scales_O[:, None]
 
 
