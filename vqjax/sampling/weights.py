@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from vqjax import models
 from vqjax.config import LatentDiffusionConfig
@@ -204,11 +203,9 @@ def _in_types(
             found[path] = dtype
         wide = path in choices and not _convolves_decoded(leaf, choices[path])
         found[path.removesuffix("kernel") + "bias"] = "float32" if wide else dtype
-    return {
-        path: jnp.asarray(np.asarray(flat[path]).astype(wanted))
-        for path, wanted in found.items()
-        if path in flat and flat[path].dtype != wanted
-    }
+    other = {p: flat[p] for p, wanted in found.items() if p in flat and flat[p].dtype != wanted}
+    cast = {path: leaf.astype(found[path]) for path, leaf in jax.device_get(other).items()}
+    return jax.device_put(cast)
 
 
 def _convolves_decoded(kernel: Any, choice: dispatch.Choice) -> bool:
