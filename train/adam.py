@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vqjax.core.host import to_device
+
 
 class Moments(NamedTuple):
     """First and second moments of the gradient of one array.
@@ -33,9 +35,9 @@ def no_moments(array: jax.Array, mass_shape: tuple[int, ...] | None = None) -> M
     """Returns the moments before the first step; by default one mass is shared by all numbers."""
     dtype = jnp.promote_types(array.dtype, jnp.float32)
     mass_shape = (1,) * array.ndim if mass_shape is None else mass_shape
-    # NumPy's zeros are moved, not compiled for each shape; arrays of their own, to be donated.
+    # Arrays of their own, to be donated.
     shapes = array.shape, array.shape, mass_shape, mass_shape
-    return Moments(*(jnp.asarray(np.zeros(shape, dtype)) for shape in shapes))
+    return Moments(*(to_device(np.zeros(shape, dtype)) for shape in shapes))
 
 
 def advanced(moments: Moments, grad: jax.Array, betas: tuple[float, float]) -> Moments:

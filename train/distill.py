@@ -39,6 +39,7 @@ from vqjax import models, sampling
 from vqjax.config import LatentDiffusionConfig
 from vqjax.core import cores
 from vqjax.core.activations import Activations
+from vqjax.core.host import to_device
 from vqjax.core.model import Model
 from vqjax.core.noise import alphas_cumprod
 from vqjax.errors import VqjaxError
@@ -447,7 +448,7 @@ class Lessons:
         def teach(first: int) -> Taught:
             chosen = slice(first, first + self._recipe.together)
             noise = sampling.image_noise(seed, index_P[chosen], config.latent_shape)
-            ids = jnp.asarray(ids_P[chosen]) if config.n_classes else None
+            ids = to_device(ids_P[chosen]) if config.n_classes else None
             return jax.device_get(self._teach(self._params, ids, noise, t_TP[:, chosen]))
 
         # No more in a call than a step takes.

@@ -30,6 +30,7 @@ from jax.core import Tracer
 
 from vqjax.core import cores, grouping
 from vqjax.core.coded import CodedWeight
+from vqjax.core.host import to_device
 from vqjax.core.scales import LEVELS
 from vqjax.errors import VqjaxError
 from vqjax.train import adam
@@ -311,7 +312,7 @@ def _weight_state(weight: CodedWeight, config: PVConfig) -> WeightState:
         scales = adam.no_moments(weight.scales_O)
     if config.train_codes:
         traced = isinstance(weight.codes_OJM, Tracer)
-        start_OJG = weight.vectors() if traced else jnp.asarray(weight.host_vectors())
+        start_OJG = weight.vectors() if traced else to_device(weight.host_vectors())
         moments = adam.no_moments(start_OJG, (*start_OJG.shape[:2], 1))
         target = None if config.delta_decay == 1 else start_OJG
         codes = CodeState(target, moments, jnp.zeros((), jnp.float32))

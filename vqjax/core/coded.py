@@ -11,7 +11,7 @@ nothing is lost when training ends.
 
 import dataclasses
 import functools
-from typing import overload
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ import numpy as np
 
 from vqjax.core import grouping as grouping_lib
 from vqjax.core import scales as scales_lib
+from vqjax.core.host import to_device
 from vqjax.core.rounding import straight_through
 from vqjax.core.scales import LogScales
 from vqjax.core.tensor import VQTensor
@@ -65,7 +66,7 @@ def integer_codebooks(books_MKG, codes_OJM, step=None):
     codes_OJM = codes_OJM.astype(np.int32)
     used_MKG = xp.where(_used(codes_OJM, entries)[..., None], books_MKG, 0.0)
     largest_entry = _largest(used_MKG)
-    add_up = decode_lib.sum_entries if xp is np else decode_lib.sum_entries_at_once
+    add_up: Any = decode_lib.sum_entries if xp is np else decode_lib.sum_entries_at_once
     largest_sum = _largest(add_up(codes_OJM, books_MKG))
 
     def stored(step):
@@ -166,8 +167,8 @@ class CodedWeight:
         books_MKG = decode_lib.real_codebooks(host.codebooks, host.codebook_scale)
         codes_OJM = host.unpack().astype(np.uint8 if books_MKG.shape[1] <= 256 else np.uint16)
         return cls(
-            codes_OJM=jnp.asarray(codes_OJM),
-            codebooks_MKG=jnp.asarray(books_MKG),
+            codes_OJM=to_device(codes_OJM),
+            codebooks_MKG=to_device(books_MKG),
             scales_O=tensor.scales.values(),
             scale_range=tensor.scales.range,
             input_scales=tensor.input_scales,
@@ -189,12 +190,12 @@ class CodedWeight:
             scales = LogScales.on_grid(self.scales_O, self.scale_range)
         return VQTensor.pack(
             np.asarray(self.codes_OJM).astype(np.int32),
-            jnp.asarray(stored),
+            to_device(stored),
             scales,
             shape=self.shape,
             grouping=self.grouping,
             input_scales=self.input_scales,
-            codebook_scale=None if step is None else jnp.asarray(step),
+            codebook_scale=None if step is None else to_device(step),
         )
 
     @property

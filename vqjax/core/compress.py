@@ -24,6 +24,7 @@ import numpy as np
 from vqjax.core import codebooks as codebooks_lib
 from vqjax.core import cores, grouping, scalar, sweep
 from vqjax.core.coded import integer_codebooks
+from vqjax.core.host import to_device
 from vqjax.core.initialization import SAMPLE, initial_codebooks
 from vqjax.core.plan import LayerSpec
 from vqjax.core.scales import LogScales
@@ -253,8 +254,8 @@ def _problem(kernel, moment, metric, spec: LayerSpec, effort: Effort) -> _Proble
     moment_PP = grouping.padded(moment_NN[np.ix_(order_N, order_N)], (columns, columns))
     real_P = grouping.padded(order_N < fan_in, (columns,)) > 0
     shrinkage = effort.shrinkage if metric is None else 0.0
-    shrunk_PP = _shrink(jnp.asarray(moment_PP), jnp.asarray(real_P), shrinkage)
-    return _Problem(jnp.asarray(w_OP), shrunk_PP, order_J, outputs, fan_in)
+    shrunk_PP = _shrink(to_device(moment_PP), to_device(real_P), shrinkage)
+    return _Problem(to_device(w_OP), shrunk_PP, order_J, outputs, fan_in)
 
 
 @jax.jit
@@ -511,7 +512,7 @@ def _store(
     groups = problem.order_J.size
     real_MKG = state.books_MKG
     scales = LogScales.of(state.scales_O[: problem.outputs])
-    scales_O = jnp.asarray(grouping.padded(scales.values(), state.scales_O.shape))
+    scales_O = to_device(grouping.padded(scales.values(), state.scales_O.shape))
     stored, shared = _round(real_MKG, state.codes_OJM, spec.codebook_bits)
     state = _State(state.codes_OJM, decode_lib.real_codebooks(stored, shared), scales_O)
     for _ in range(effort.store_rounds):
@@ -542,4 +543,4 @@ def _round(
 
 def _to_int8(books_MKG, codes_OJM, step=None) -> tuple[jax.Array, jax.Array]:
     stored, step = integer_codebooks(*jax.device_get((books_MKG, codes_OJM, step)))
-    return jnp.asarray(stored), jnp.asarray(step)
+    return to_device(stored), to_device(step)

@@ -14,6 +14,7 @@ import numpy as np
 
 from vqjax.core import grouping, sweep
 from vqjax.core.encode import dot
+from vqjax.core.host import to_device
 from vqjax.core.scales import LogScales
 from vqjax.core.tensor import VQTensor
 from vqjax.errors import VqjaxError
@@ -60,11 +61,11 @@ def round_to_grid(
         codes_ON = _fed_back(w_ON, step_O, grid_K, np.asarray(metric_NN, np.float32))
     return VQTensor.pack(
         (codes_ON.astype(np.int32) + half)[..., None],
-        jnp.asarray(grid_K.astype(np.int8).reshape(1, -1, 1)),
+        to_device(grid_K.astype(np.int8).reshape(1, -1, 1)),
         scales,
         shape=tuple(shape),
         grouping="scalar",
-        codebook_scale=jnp.asarray(shared),
+        codebook_scale=to_device(shared),
     )
 
 
@@ -80,7 +81,7 @@ def _fed_back(
 ) -> np.ndarray:
     """Multiples of each row's step, chosen column by column, the largest inputs first."""
     order_N, sorted_NN = _by_size(metric_NN)
-    passed_NN = np.asarray(sweep.feedback_factors(jnp.asarray(sorted_NN), DAMPING, group=1)[0])
+    passed_NN = np.asarray(sweep.feedback_factors(to_device(sorted_NN), DAMPING, group=1)[0])
     fan_in = len(order_N)
     target_ON, codes_ON = w_ON[:, order_N], np.empty(w_ON.shape, np.float32)
     for start in range(0, fan_in, _BLOCK):
@@ -143,17 +144,17 @@ def scalar_baseline(
     order_N, sorted_NN = _by_size(moment_NN)
     columns, rows = len(sorted_NN), -(-outputs // _ROWS) * _ROWS
     sorted_ON = w_ON[:, order_N]
-    passed_NN, *_ = sweep.feedback_factors(jnp.asarray(sorted_NN), damping, group=1)
+    passed_NN, *_ = sweep.feedback_factors(to_device(sorted_NN), damping, group=1)
     ranges = [_ranges(sorted_ON, shrink, 2**bits) for shrink in _SHRINKS[::3]]
     # All ranges at once, as if each were a layer's rows.
     step_RO = grouping.padded(np.stack([step for step, _ in ranges]), (len(ranges), rows))
     low_RO = grouping.padded(np.stack([low for _, low in ranges]), (len(ranges), rows))
     padded_ON = grouping.padded(sorted_ON, (rows, columns))
     found_RON = _feed_back(
-        jnp.asarray(np.tile(padded_ON, (len(ranges), 1))),
+        to_device(np.tile(padded_ON, (len(ranges), 1))),
         passed_NN,
-        jnp.asarray(step_RO.reshape(-1)),
-        jnp.asarray(low_RO.reshape(-1)),
+        to_device(step_RO.reshape(-1)),
+        to_device(low_RO.reshape(-1)),
         2**bits,
     ).reshape(len(ranges), rows, columns)
     q_ON = np.asarray(_best_rows(found_RON, padded_ON, sorted_NN))[:outputs, :fan_in]
@@ -163,7 +164,7 @@ def scalar_baseline(
         grouping.padded(w_ON, (rows, columns)), grouping.padded(q_ON, (rows, columns)), raw_NN
     )
     per_weight = (8 * math.ceil(fan_in * bits / 8) + 32) / fan_in
-    shaped = jnp.asarray(grouping.from_matrix(q_ON, kernel.shape))
+    shaped = to_device(grouping.from_matrix(q_ON, kernel.shape))
     return ScalarLayer(shaped, per_weight, weight_mse, output_mse)
 
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vqjax.core.host import to_device
 from vqjax.errors import VqjaxError
 from vqjax.kernels import decode as decode_lib
 
@@ -81,7 +82,7 @@ class LogScales:
         best = int(np.argmin(errors))
         codes_S, step, _ = rounded[best]
         return cls(
-            codes=jnp.asarray(decode_lib.pack(codes_S[None], LEVELS + 1)[0]),
+            codes=to_device(decode_lib.pack(codes_S[None], LEVELS + 1)[0]),
             range=jnp.asarray([tried[best], step], jnp.float32),
             count=len(scales_S),
         )
@@ -92,7 +93,7 @@ class LogScales:
         range = jnp.asarray(range, jnp.float32)
         codes_S = np.asarray(nearest_codes(jnp.asarray(scales_S, jnp.float32), range))
         packed = decode_lib.pack(codes_S[None], LEVELS + 1)[0]
-        return cls(codes=jnp.asarray(packed), range=range, count=len(codes_S))
+        return cls(codes=to_device(packed), range=range, count=len(codes_S))
 
     @property
     def nbytes(self) -> int:

@@ -17,6 +17,7 @@ import numpy as np
 from jax.core import Tracer
 
 from vqjax.core import grouping as grouping_lib
+from vqjax.core.host import to_device
 from vqjax.core.scales import LogScales
 from vqjax.errors import VqjaxError
 from vqjax.kernels import decode as decode_lib
@@ -112,7 +113,7 @@ class VQTensor:
             raise VqjaxError(f"kernel {tuple(shape)} in vectors of {group} does not fit: {found}")
         packed = decode_lib.pack(codes_OJM.reshape(outputs, groups * books), entries)
         return cls(
-            codes=jnp.asarray(packed),
+            codes=to_device(packed) if isinstance(packed, np.ndarray) else packed,
             codebooks=codebooks_MKG,
             scales=scales,
             input_scales=input_scales,

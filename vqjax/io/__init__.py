@@ -96,11 +96,11 @@ def _differing(own: LatentDiffusionConfig, given: LatentDiffusionConfig) -> list
 
 def _checked(model: "Model", config: LatentDiffusionConfig | None, where: str) -> "Model":
     """Our own files know their config. Their half-precision dense weights are computed with."""
-    import jax.numpy as jnp
     import numpy as np
 
     from vqjax.core import tree
     from vqjax.core.activations import Activations
+    from vqjax.core.host import to_device
     from vqjax.core.tensor import VQTensor
 
     if config is not None and (differing := _differing(model.config, config)):
@@ -112,7 +112,7 @@ def _checked(model: "Model", config: LatentDiffusionConfig | None, where: str) -
         # Cast by numpy: jax would compile a cast for every shape.
         path: leaf
         if isinstance(leaf, VQTensor | Activations)
-        else jnp.asarray(np.asarray(leaf, np.float32))
+        else to_device(np.asarray(leaf, np.float32))
         for path, leaf in tree.flatten(model.params).items()
     }
     return dataclasses.replace(model, params=tree.unflatten(flat))

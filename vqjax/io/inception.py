@@ -12,9 +12,9 @@ import re
 import warnings
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from vqjax.core.host import to_device
 from vqjax.errors import gathered
 from vqjax.io import checked, graph_def, inception_keys
 
@@ -75,7 +75,7 @@ def load(path: str | os.PathLike) -> Weights:
             f"with published ones only if the weights are the same",
             stacklevel=2,
         )
-    return Weights({name: jnp.asarray(value) for name, value in params.items()}, sha256, published)
+    return Weights({name: to_device(value) for name, value in params.items()}, sha256, published)
 
 
 def fold(arrays: dict[str, np.ndarray], *, where: str) -> dict[str, np.ndarray]:

@@ -11,6 +11,7 @@ import numpy as np
 
 from vqjax.config import PRESETS, LatentDiffusionConfig
 from vqjax.core import tree
+from vqjax.core.host import to_device
 from vqjax.core.model import Model
 from vqjax.errors import VqjaxError, gathered
 from vqjax.io import checked, keys
@@ -64,7 +65,7 @@ def build_model(
         problems += [f"{names.get(key, key)}: {misfit}" for misfit in misfits]
         # After the first misfit values are only checked, not kept.
         if found is not None and not problems:
-            params[entry.path] = jnp.asarray(found)
+            params[entry.path] = to_device(found)
     problems += _schedule_misfits(tensors, config)
     factor, misfits = _scale_factor(tensors, config)
     problems += misfits

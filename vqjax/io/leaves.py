@@ -18,6 +18,7 @@ from vqjax.config import LatentDiffusionConfig
 from vqjax.core import grouping as grouping_lib
 from vqjax.core import tree
 from vqjax.core.activations import Activations, layer_bits
+from vqjax.core.host import to_device
 from vqjax.core.model import Model
 from vqjax.core.scales import LEVELS, LogScales
 from vqjax.core.tensor import VQTensor
@@ -111,7 +112,7 @@ def from_arrays(arrays: Mapping[str, Any], document: Mapping[str, Any], *, where
             leaves[path] = tensor_of(parts, about)
     for path, array in rest.items():
         problems += _dense_misfits(path, array, expected.get(path))
-        leaves[path] = jnp.asarray(array)
+        leaves[path] = to_device(array)
     if ranges is not None:
         kernels = {p for p in expected if p.startswith("unet/") and p.endswith("/kernel")}
         kernels &= set(rest) | set(quantized)
@@ -145,7 +146,7 @@ def tensor_arrays(tensor: VQTensor) -> dict[str, np.ndarray]:
 
 def tensor_of(parts: Mapping[str, Any], about: Mapping[str, Any]) -> VQTensor:
     """The inverse of `tensor_arrays`; `about` is the description that `to_arrays` returns."""
-    given = {name: jnp.asarray(array) for name, array in parts.items() if array is not None}
+    given = {name: to_device(array) for name, array in parts.items() if array is not None}
     shape = tuple(about["shape"])
     outputs, channels = shape[-1], grouping_lib.channels(shape)
     inputs = None
@@ -187,14 +188,12 @@ def _activations_of(ranges: dict[str, np.ndarray], bits: int) -> Activations:
         end = f".{part}"
         names = sorted(name for name in ranges if name.endswith(end))
         return {
-            name.removeprefix(_RANGES).removesuffix(end): jnp.asarray(
-                ranges[name].astype(np.float32)
-            )
+            name.removeprefix(_RANGES).removesuffix(end): to_device(ranges[name].astype(np.float32))
             for name in names
         }
 
     return Activations(
-        timesteps_T=jnp.asarray(ranges[_TIMESTEPS]),
+        timesteps_T=to_device(ranges[_TIMESTEPS]),
         log2_steps=tables("log2_steps"),
         zeros=tables("zeros"),
         bits=bits,

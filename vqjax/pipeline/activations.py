@@ -29,6 +29,7 @@ from vqjax.core.activations import (
     range_bytes,
     squared_errors,
 )
+from vqjax.core.host import to_device
 from vqjax.core.model import Model
 from vqjax.core.plan import kernel_shapes
 from vqjax.errors import gathered
@@ -94,8 +95,8 @@ def observe(
     order_T = np.argsort(t_T)
     return Activations(
         timesteps_T=jnp.asarray(t_T[order_T], jnp.int32),
-        log2_steps={path: jnp.asarray(np.log2(step[path][order_T])) for path in sorted(step)},
-        zeros={path: jnp.asarray(zero[path][order_T]) for path in sorted(zero)},
+        log2_steps={path: to_device(np.log2(step[path][order_T])) for path in sorted(step)},
+        zeros={path: to_device(zero[path][order_T]) for path in sorted(zero)},
         bits=bits,
     )
 

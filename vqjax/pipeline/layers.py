@@ -13,11 +13,11 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from vqjax import progress
 from vqjax.core import cores
+from vqjax.core.host import to_device
 from vqjax.errors import about
 from vqjax.pipeline.journal import Journal
 
@@ -153,7 +153,7 @@ def _unplaced(result: Any) -> Any:
     def move(leaf: Any) -> Any:
         if isinstance(leaf, jax.Array) and leaf.devices() != {home}:
             with jax.default_device(home):
-                return jnp.asarray(np.asarray(leaf))
+                return to_device(np.asarray(leaf))
         return leaf
 
     return jax.tree.map(move, result)

@@ -21,6 +21,7 @@ import numpy as np
 from vqjax import models
 from vqjax.core import cores, draw, grouping
 from vqjax.core import moments as moments_lib
+from vqjax.core.host import to_device
 from vqjax.core.model import Model
 from vqjax.core.moments import Moment
 from vqjax.core.shrinkage import Metric
@@ -85,7 +86,7 @@ def responses(
       weights_T: of the steps in the mean, from `timesteps.weights`; None: all alike.
     """
     kernels = tuple(path for path in errors if path.endswith("/kernel"))
-    on_device = {path: jnp.asarray(error) for path, error in errors.items()}
+    on_device = {path: to_device(error) for path, error in errors.items()}
     run = _compiled(model.config, kernels, guidance)
     sums, whole = dict.fromkeys(kernels, 0.0), 0.0
 
@@ -118,7 +119,7 @@ def portions(visited: Sequence[tuple]) -> Iterator[tuple]:
             if images >= max(LEAST_IMAGES, most):
                 return
             chosen = slice(first, first + size)
-            yield x_TBHWC[:, chosen], t_T, None if ids_B is None else jnp.asarray(ids_B[chosen])
+            yield x_TBHWC[:, chosen], t_T, None if ids_B is None else to_device(ids_B[chosen])
             images += size
 
 
@@ -126,7 +127,7 @@ def _points(visited: Sequence[tuple]) -> Iterator[tuple]:
     """Yields (step, x_BHWC, t, ids_B): every `EVERY`-th step, the first one moves with images."""
     for number, (x_TBHWC, t_T, ids_B) in enumerate(portions(visited)):
         for step in range(number % EVERY, len(t_T), EVERY):
-            yield step, jnp.asarray(x_TBHWC[step]), jnp.int32(t_T[step]), ids_B
+            yield step, to_device(x_TBHWC[step]), jnp.int32(t_T[step]), ids_B
 
 
 def _compiled(config, kernels: tuple[str, ...], guidance: float):

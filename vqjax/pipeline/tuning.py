@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
 from vqjax import progress, settings
 from vqjax.core.coded import CodedWeight
+from vqjax.core.host import to_device
 from vqjax.core.model import Model
 from vqjax.core.tensor import VQTensor
 from vqjax.io import leaves
@@ -149,7 +149,7 @@ def student_of(model: Model) -> distill.Student:
     def trainable(leaf: Any) -> Any:
         if isinstance(leaf, VQTensor):
             return CodedWeight.of(leaf)
-        return jnp.asarray(leaf, jnp.float32)
+        return to_device(np.asarray(leaf, np.float32))
 
     def is_tensor(leaf: Any) -> bool:
         return isinstance(leaf, VQTensor)
