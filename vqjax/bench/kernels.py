@@ -31,6 +31,7 @@ from vqjax.core import grouping
 from vqjax.errors import DoesNotFitError, VqjaxError
 from vqjax.io import native
 from vqjax.kernels import decode, device, lut_matmul, specs, tuned, vq_conv, vq_matmul
+from vqjax.kernels.books import books_for
 from vqjax.kernels.dispatch import KERNELS, Choice, Implementations, refusals_of
 from vqjax.kernels.lut_matmul import counts
 from vqjax.kernels.lut_matmul import native as native_tables
@@ -133,9 +134,27 @@ class Case(NamedTuple):
 
     @property
     def dense_operands(self) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """What `dense` takes."""
+        """What `dense` takes; of one type, as sampling places it."""
+        return self.operands.x, self.kernel, self._bias(self.problem.dtype)
+
+    def packed_operands(self, schedule: Schedule | None) -> Operands:
+        """What the operation reads, as sampling places it (`sampling.weights`).
+
+        Args:
+          schedule: of a GPU kernel, which reads more than what is stored; None for others.
+        """
+        if schedule is None:
+            return self.operands
+        staged = schedule.kind == "staged"
+        books = books_for(self.problem, staged=staged)
+        found = self.operands._replace(prepared=books.prepare(*self.operands.defining[2:5]))
+        if staged and self.layer.op == "vq_conv":
+            return found._replace(bias_O=self._bias(self.problem.dtype))
+        return found
+
+    def _bias(self, dtype: str) -> jax.Array:
         assert self.operands.bias_O is not None  # all of them have one
-        return self.operands.x, self.kernel, self.operands.bias_O
+        return self.operands.bias_O.astype(dtype)
 
     def choice(self) -> Choice:
         """The path that would be taken."""
@@ -278,7 +297,7 @@ def measured_runs(case: Case) -> dict[str, Run]:
     """The dense layer and the packed one."""
     return {
         "dense": Run(case.dense, case.dense_operands),
-        "packed": Run(case.packed, case.operands),
+        "packed": Run(case.packed, case.packed_operands(case.choice().schedule)),
     }
 
 
@@ -364,7 +383,7 @@ def decoded(operands: Operands, problem: Problem, *, image: bool) -> jax.Array:
 
 def packed_bytes(case: Case) -> int:
     """Bytes of codes, codebooks and scales."""
-    _, *stored, _ = case.operands
+    _, *stored, _ = case.operands.defining
     return tree_bytes(stored)
 
 
@@ -500,7 +519,10 @@ def tried_runs(case: Case) -> dict[tuned.Entry, Run]:
         (path, schedule): functools.partial(case.scheduled, path=path, schedule=schedule)
         for path, schedule in _entries(case, device.current())
     }
-    runs = {entry: Run(function, case.operands) for entry, function in scheduled.items()}
+    runs = {
+        (path, schedule): Run(function, case.packed_operands(schedule))
+        for (path, schedule), function in scheduled.items()
+    }
     return {tuned.DECODED: Run(case.dense, case.dense_operands)} | runs
 
 
@@ -529,7 +551,8 @@ def trials(
         try:
             if isinstance(program, Exception):
                 raise program
-            work = functools.partial(program, dense if entry == tuned.DECODED else packed)
+            places = dense if entry == tuned.DECODED else _as_read(case, packed, entry[1])
+            work = functools.partial(program, places)
             y = np.asarray(work()[-1], np.float64)
         except Exception as raised:  # whatever it is, there are others
             if "out of memory" in str(raised).lower():
@@ -554,6 +577,19 @@ def trials(
     medians = medians_in_turn(works, repeat)
     each = {entry: median / (count * rounds) for entry, median in medians.items()}
     return [*(Trial(entry, each[entry], errors[entry], None) for entry in works), *passed]
+
+
+def _as_read(case: Case, places: list[Operands], schedule: Schedule | None) -> list[Operands]:
+    """Operands in several places, with what kernels of a schedule read, in places of its own, too.
+
+    Codes, which are most of them, are shared with other schedules.
+    """
+    one = case.packed_operands(schedule)
+    own = in_places((one.bias_O, one.prepared), len(places))
+    return [
+        operands._replace(bias_O=bias_O, prepared=prepared)
+        for operands, (bias_O, prepared) in zip(places, own)
+    ]
 
 
 def best(tried: Sequence[Trial]) -> tuned.Entry:
