@@ -177,7 +177,7 @@ def check_product(seed: int) -> str:
     problem = Problem("vq_matmul", 5, 40, 24, 3, 16, 8, "float32", "float16")
     operands = specs.random_operands(problem, (5, 40), seed=seed)
     path = api.choice(operands).path
-    x_BI, packed_OY, books_MKG, scales_O, _, bias_O = jax.device_get(operands)
+    x_BI, packed_OY, books_MKG, scales_O, _, bias_O = jax.device_get(operands.defining)
     weight_OI = decode.decode(packed_OY, books_MKG, scales_O, groups=problem.groups)
     expected = x_BI @ weight_OI.T + bias_O
     found = np.asarray(jax.jit(api.vq_matmul)(*operands))
