@@ -57,6 +57,7 @@ class Choice:
     why: what decided.
     keeps: whether the weight is better left packed than decoded at load.
     books: how a GPU kernel looks vectors up, which a sampler prepares; None for others.
+    bias_dtype: `schedule.bias_dtype`.
     """
 
     path: str
@@ -64,6 +65,7 @@ class Choice:
     why: str
     keeps: bool
     books: Books | None = None
+    bias_dtype: str = "float32"
 
 
 _LOOKUP = Choice("lut", None, f"{VARIABLE}=lut", keeps=True)
@@ -144,7 +146,8 @@ def choose(problem: Problem, refusals: Refusals, device: Device) -> Choice:
     faster = measured == ("native", None) if on_cpu else measured != tuned.DECODED
     keeps = path != "xla" and (name == path or faster)
     books = books_for(problem, staged=made.kind == "staged") if made else None
-    return _logged(problem, device, Choice(path, made, why, keeps, books))
+    biases = schedule.bias_dtype(problem, made)
+    return _logged(problem, device, Choice(path, made, why, keeps, books, biases))
 
 
 def _logged(problem: Problem, device: Device, choice: Choice) -> Choice:

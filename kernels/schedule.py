@@ -90,6 +90,16 @@ def vectors_of(depth: int, problem: Problem) -> int:
     return max(depth // power_of_two(problem.group), 1)
 
 
+def bias_dtype(problem: Problem, schedule: Schedule | None) -> str:
+    """Returns the type in which a path reads biases as they are, as a sampler holds them.
+
+    That of x where a convolution is cuDNN's, of a weight that was decoded before it; float32 beside
+    sums of products.
+    """
+    staged = schedule is not None and schedule.kind == "staged"
+    return problem.dtype if staged and problem.window > 1 and not problem.integer else "float32"
+
+
 def by_rule(problem: Problem) -> Schedule:
     """Returns the schedule of a problem, from its sizes alone."""
     if problem.rows > (FUSED_ROWS_FLOAT32 if problem.dtype == "float32" else FUSED_ROWS):

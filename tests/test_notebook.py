@@ -48,11 +48,10 @@ def test_notebook_runs(path, tmp_path, monkeypatch):
     for name, value in {
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",  # one whole path as users compile it
-        "XLA_FLAGS": "",
         "VQJAX_NOTEBOOK_SOURCE": str(source),
         "VQJAX_NOTEBOOK_SAMPLES": "8",
         "VQJAX_NOTEBOOK_CALIBRATION": "2",
+        "VQJAX_NOTEBOOK_CALIBRATION_STEPS": "3",
         "VQJAX_NOTEBOOK_TUNE_STEPS": "0",
         "VQJAX_NOTEBOOK_PLAN": str(tmp_path / "plan.json"),
     }.items():

@@ -36,7 +36,7 @@ from vqjax.kernels.dispatch import KERNELS, Choice, Implementations, refusals_of
 from vqjax.kernels.lut_matmul import counts
 from vqjax.kernels.lut_matmul import native as native_tables
 from vqjax.kernels.problem import Operands, Problem
-from vqjax.kernels.schedule import Schedule, candidates
+from vqjax.kernels.schedule import Schedule, bias_dtype, candidates
 from vqjax.kernels.vq_conv import api as conv
 from vqjax.kernels.vq_conv.window import Window
 from vqjax.kernels.vq_matmul import api as matmul
@@ -145,12 +145,10 @@ class Case(NamedTuple):
         """
         if schedule is None:
             return self.operands
-        staged = schedule.kind == "staged"
-        books = books_for(self.problem, staged=staged)
-        found = self.operands._replace(prepared=books.prepare(*self.operands.defining[2:5]))
-        if staged and self.layer.op == "vq_conv":
-            return found._replace(bias_O=self._bias(self.problem.dtype))
-        return found
+        books = books_for(self.problem, staged=schedule.kind == "staged")
+        prepared = books.prepare(*self.operands.defining[2:5])
+        bias_O = self._bias(bias_dtype(self.problem, schedule))
+        return self.operands._replace(bias_O=bias_O, prepared=prepared)
 
     def _bias(self, dtype: str) -> jax.Array:
         assert self.operands.bias_O is not None  # all of them have one

@@ -123,9 +123,12 @@ class Rule:
         return self.window in (None, window) and re.search(self.pattern, path) is not None
 
 
+TIME = r"/(time_embed/dense\d+|emb)/kernel$"
+"""Paths of the layers that see the timestep alone."""
+
 RULES = (
     Rule("first_last", r"^unet/(input_blocks_0|out)/conv/kernel$"),
-    Rule("time", r"/(time_embed/dense\d+|emb)/kernel$"),
+    Rule("time", TIME),
     Rule("feed_forward", r"/ff/(proj|out)/kernel$"),
     Rule("conv3x3", r"", window=3),
     Rule("conv1x1", r"", window=1),

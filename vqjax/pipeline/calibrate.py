@@ -20,7 +20,7 @@ import numpy as np
 
 from vqjax import models, sampling
 from vqjax.config import LatentDiffusionConfig
-from vqjax.core import cores
+from vqjax.core import cores, plan
 from vqjax.core import moments as moments_lib
 from vqjax.core.model import Model
 from vqjax.core.moments import Moment
@@ -30,8 +30,7 @@ from vqjax.settings import Calibration
 Moments = dict[str, Moment]
 """By kernel path."""
 
-_TIME = re.compile(r"/(time_embed/dense\d+|emb)/kernel$")
-"""Layers that see the timestep alone."""
+_TIME = re.compile(plan.TIME)
 
 _CLASS = re.compile(r"/attn2/to_(k|v|out)/kernel$")
 """Layers that see the class alone, where they see one token: queries of one key do nothing."""

@@ -201,17 +201,11 @@ def _in_types(
             continue
         if hasattr(leaf, "dtype"):
             found[path] = dtype
-        wide = path in choices and not _convolves_decoded(leaf, choices[path])
-        found[path.removesuffix("kernel") + "bias"] = "float32" if wide else dtype
+        biases = choices[path].bias_dtype if path in choices else dtype
+        found[path.removesuffix("kernel") + "bias"] = biases
     other = {p: flat[p] for p, wanted in found.items() if p in flat and flat[p].dtype != wanted}
     cast = {path: leaf.astype(found[path]) for path, leaf in jax.device_get(other).items()}
     return jax.device_put(cast)
-
-
-def _convolves_decoded(kernel: Any, choice: dispatch.Choice) -> bool:
-    """Whether a weight is decoded for cuDNN, which adds biases in the type of its input."""
-    staged = choice.schedule is not None and choice.schedule.kind == "staged"
-    return staged and isinstance(kernel, VQTensor) and math.prod(kernel.shape[:-2]) > 1
 
 
 def say_what_stays(placed: Placed, limit: float | None) -> None:
