@@ -4,6 +4,7 @@
 Dimension key:  B batch   H W image or latent   C channels   N context tokens   X context features
 """
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any, cast
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 
 from vqjax.config import LatentDiffusionConfig
 from vqjax.core import tree
+from vqjax.models import ahead
 from vqjax.models.autoencoder import Autoencoder
 from vqjax.models.layers import Conv, Dense
 from vqjax.models.unet import UNet
@@ -27,6 +29,7 @@ __all__ = [
     "encode",
     "init_params",
     "nearest_codes",
+    "outputs_ahead",
     "param_shapes",
     "predict_noise",
     "predict_noise_disturbed",
@@ -65,6 +68,7 @@ def predict_noise(
     context_BNX: jax.Array | None,
     *,
     remat: bool = False,
+    known: ahead.Known | None = None,
 ) -> jax.Array:
     """The U-Net's noise prediction, computed in the dtype of `x_BHWC`.
 
@@ -76,12 +80,57 @@ def predict_noise(
       t_B: integer timesteps in [0, config.timesteps).
       context_BNX: from `embed_classes`, in any floating type; None for an unconditional model.
       remat: gradient checkpointing, see `UNet`.
+      known: outputs at t_B of modules that need not run, from `outputs_ahead`.
     """
     unet = _with_ranges(params, t_B)
     if context_BNX is not None:
         context_BNX = context_BNX.astype(x_BHWC.dtype)
-    eps = UNet(config.unet, remat).apply({"params": unet}, x_BHWC, t_B, context_BNX)
+    with nn.intercept_methods(ahead.instead(known)) if known else contextlib.nullcontext():
+        eps = UNet(config.unet, remat).apply({"params": unet}, x_BHWC, t_B, context_BNX)
     return cast(jax.Array, eps)  # a tuple only where collections are mutable
+
+
+def outputs_ahead(
+    config: LatentDiffusionConfig,
+    params: Params,
+    t_T: jax.Array,
+    context_BNX: jax.Array | None,
+    dtype: str,
+) -> Callable[[jax.Array], ahead.Known]:
+    """Computes what `predict_noise` would at each of T timesteps without looking at the latent.
+
+    Args:
+      params, context_BNX: as in `predict_noise`.
+      t_T: integer timesteps.
+      dtype: of the latent in `predict_noise`.
+
+    Returns:
+      From one of the timesteps, scalar, to its `known`.
+    """
+    steps = len(t_T)
+    by_step = dict(ahead.of_timesteps(config.unet, _with_ranges(params, t_T), t_T, dtype))
+    by_class: dict[tuple[str, ...], jax.Array] = {}
+    if context_BNX is not None:
+        context_BNX = context_BNX.astype(dtype)
+        times = steps if "activations" in params else 1  # ranges differ from step to step
+        t_R = jnp.repeat(t_T[:times], len(context_BNX))
+
+        def of_classes(context_RNX: jax.Array) -> ahead.Known:
+            return ahead.of_classes(_with_ranges(params, t_R), context_RNX)
+
+        context_RNX = jnp.tile(context_BNX, (times, 1, 1))
+        if not ahead.too_large(jax.eval_shape(of_classes, context_RNX)):
+            by_class = {
+                path: y.reshape(times, -1, *y.shape[1:])
+                for path, y in of_classes(context_RNX).items()
+            }
+
+    def at(t: jax.Array) -> ahead.Known:
+        step = jnp.argmax(t_T == t)
+        found = {path: y_TC[step][None] for path, y_TC in by_step.items()}
+        return found | {path: y[step if len(y) > 1 else 0] for path, y in by_class.items()}
+
+    return at
 
 
 def _with_ranges(params: Params, t_B: jax.Array) -> Params:

@@ -59,6 +59,7 @@ def predictor(
     ids_B: jax.Array | None,
     guidance: float,
     dtype: str = "float32",
+    t_T: np.ndarray | None = None,
 ) -> ddim.NoisePredictor:
     """The guided noise prediction for fixed classes, in the dtype of the latent.
 
@@ -68,23 +69,28 @@ def predictor(
 
     Args:
       dtype: which the U-Net computes in.
+      t_T: int32, where all examples of a call have one timestep, and that is one of these: what
+        does not see the latent is computed now, and not in each call.
     """
+    both = guided(config, guidance)
+    if both and ids_B is not None:
+        ids_B = jnp.concatenate([jnp.full_like(ids_B, config.null_class), ids_B])
+    context = None if ids_B is None else models.embed_classes(config, params, ids_B)
+    known_at = None
+    if t_T is not None:
+        known_at = models.outputs_ahead(config, params, jnp.asarray(t_T), context, dtype)
 
-    def branches(x: jax.Array, t: jax.Array, context: jax.Array | None) -> jax.Array:
-        return models.predict_noise(config, params, x.astype(dtype), t, context).astype(x.dtype)
+    def branches(x: jax.Array, t: jax.Array) -> jax.Array:
+        known = None if known_at is None else known_at(t[0])
+        found = models.predict_noise(config, params, x.astype(dtype), t, context, known=known)
+        return found.astype(x.dtype)
 
-    if ids_B is None or not guided(config, guidance):
-        context = None if ids_B is None else models.embed_classes(config, params, ids_B)
-        return lambda x, t: branches(x, t, context)
-    both = jnp.concatenate([jnp.full_like(ids_B, config.null_class), ids_B])
-    context = models.embed_classes(config, params, both)
-
-    def predict(x_BHWC: jax.Array, t_B: jax.Array) -> jax.Array:
+    def guide(x_BHWC: jax.Array, t_B: jax.Array) -> jax.Array:
         doubled = jnp.concatenate([x_BHWC, x_BHWC]), jnp.concatenate([t_B, t_B])
-        eps_uncond, eps_cond = jnp.split(branches(*doubled, context), 2)
+        eps_uncond, eps_cond = jnp.split(branches(*doubled), 2)
         return eps_uncond + guidance * (eps_cond - eps_uncond)
 
-    return predict
+    return guide if both else branches
 
 
 def sample_latents(
@@ -99,7 +105,8 @@ def sample_latents(
     dtype: str = "float32",
 ) -> tuple[jax.Array, ddim.Trajectory]:
     """DDIM from given start latents; see `ddim.ddim` for what returns. Pure, traceable."""
-    return ddim.ddim(predictor(config, params, ids_B, guidance, dtype), schedule, x_BHWC, noise)
+    predict = predictor(config, params, ids_B, guidance, dtype, schedule.timesteps)
+    return ddim.ddim(predict, schedule, x_BHWC, noise)
 
 
 def to_uint8(images_BHWC: jax.Array) -> jax.Array:
