@@ -228,12 +228,43 @@ def test_integers_stay_packed_for_kernels(monkeypatch):
     assert all(flat[path].tensor.prepared is not None for path in found.paths)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.7, 100.0])
+def test_a_gpu_holds_small_weights_decoded_while_memory_lasts(share, monkeypatch):
+    for module in (dispatch, device):
+        monkeypatch.setattr(module, "current", lambda: H200)
+    monkeypatch.setattr(dispatch, "_failed_trial", lambda *args: ())
+    monkeypatch.setattr(weights, "MEMORY_SHARE", share)
+    params = small.integer(CONFIG).params
+    tensors = {p: leaf for p, leaf in tree.flatten(params).items() if isinstance(leaf, VQTensor)}
+    settings = {"rows": 8, "dtype": "bfloat16"}
+    found = weights.choices(CONFIG, params, **settings)
+    staged = {path for path, choice in found.items() if "staged" in str(choice.schedule)}
+    assert staged < set(tensors)
+    paths = placed(params, **settings).paths
+    decoded = {path for path, how in paths.items() if how == weights.LOADED}
+    held = {
+        path: 2 * leaf.size if path in decoded else leaf.nbytes for path, leaf in tensors.items()
+    }
+    sizes = {path: leaf.size for path, leaf in tensors.items()}
+    assert decoded <= staged
+    if 0 < share < 100:
+        assert 0 < len(decoded) < len(staged)
+        assert max(sizes[p] for p in decoded) <= min(sizes[p] for p in staged - decoded)
+        assert sum(held.values()) <= share * 2 * sum(sizes.values())
+    else:
+        assert decoded == (staged if share else set())
+    assert weights.LOADED not in placed(params, **settings, limit=0).paths.values()
+    monkeypatch.setenv(dispatch.VARIABLE, "pallas")
+    assert weights.LOADED not in placed(params, **settings).paths.values()
+
+
 @pytest.mark.parametrize("rows", [2, 10_000], ids=["fused", "staged"])
 def test_what_kernels_read_is_made_at_load(rows, monkeypatch):
     """No step converts a bias, scales factors or merges codebooks; only traced here."""
     for module in (dispatch, device):
         monkeypatch.setattr(module, "current", lambda: H200)
     monkeypatch.setattr(dispatch, "_failed_trial", lambda *args: ())
+    monkeypatch.setattr(weights, "MEMORY_SHARE", 0.0)  # all stay packed
     model = small.integer(CONFIG)
     half = {
         path: leaf.astype(jnp.float16) if path.endswith("bias") else leaf

@@ -3,7 +3,8 @@
 
 Where a kernel multiplies by packed codes faster than by decoded weights, a weight stays packed.
 Elsewhere it is decoded once, at load, as far as a limit allows; what is left is read by a kernel if
-there is one, and else decoded in every step of the sampler.
+there is one, and else decoded in every step of the sampler. Small weights that a GPU kernel would
+decode in every step are decoded at load, too, as far as that leaves a sixth of the dense memory.
 """
 
 import functools
@@ -28,6 +29,10 @@ from vqjax.models import packed as packed_layers
 
 LOADED = "decoded at load"
 """Path of a weight that `place` decodes; "xla" decodes in every step."""
+
+MEMORY_SHARE = 0.155
+"""What quantized weights may take on a GPU of what they would take in bfloat16: with tables of
+kernels, biases and norms a network stays below a sixth."""
 
 _log = logging.getLogger("vqjax.sampling")
 
@@ -87,8 +92,10 @@ def place(
     packed = {path: leaf for path, leaf in flat.items() if isinstance(leaf, VQTensor)}
     look = functools.partial(choices, config, params, rows=rows, dtype=dtype, integer=integer)
     found = {} if dispatch.keeps_none() else look()
-    paths = {path: choice.path for path, choice in found.items() if choice.keeps}
     types = {path: "int8" if integer else _dtype(path, dtype) for path in packed}
+    paths = {path: choice.path for path, choice in found.items() if choice.keeps}
+    for path in _better_decoded(packed, types, found):
+        del paths[path]
     room = math.inf if limit is None else limit * 1e9
     waiting = [path for path in packed if path not in paths]
     for path in sorted(waiting, key=lambda path: -packed[path].size):
@@ -110,6 +117,34 @@ def place(
         flat |= _decode(chosen, tuple(types[path] for path in sorted(chosen)))
     flat |= _in_types(flat, dtype, read)
     return Placed(jax.tree.map(jnp.asarray, tree.unflatten(flat)), paths)
+
+
+def _better_decoded(
+    packed: dict[str, VQTensor], types: dict[str, str], choices: dict[str, dispatch.Choice]
+) -> list[str]:
+    """The smallest weights that a kernel would decode whole in every step, while memory lasts.
+
+    What starting a kernel takes is the same for all of them, and for small ones it is most: by
+    arithmetic, an H200 reads and writes a weight of 192 x 192 x 3 x 3 within a microsecond. Memory
+    is what `MEMORY_SHARE` leaves. Where a path was asked for by name, it is taken.
+    """
+    if dispatch.wanted() != "auto":
+        return []
+    decoded = {path: leaf.size * jnp.dtype(types[path]).itemsize for path, leaf in packed.items()}
+    room, staged = 0.0, []
+    for path, leaf in packed.items():
+        choice = choices.get(path)
+        keeps = choice is not None and choice.keeps
+        room += 2 * MEMORY_SHARE * leaf.size - (leaf.nbytes if keeps else decoded[path])
+        if keeps and choice.schedule is not None and choice.schedule.kind == "staged":
+            staged.append(path)
+    found = []
+    for path in sorted(staged, key=lambda path: packed[path].size):
+        room -= decoded[path] - packed[path].nbytes
+        if room < 0:
+            break
+        found.append(path)
+    return found
 
 
 def choices(
