@@ -3,6 +3,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -44,27 +45,25 @@ def _patches(x_BHWC: np.ndarray, stride: int, padding: tuple[int, int]) -> np.nd
 
 def _rows_by_image(model, visited) -> dict[str, np.ndarray]:
     """Everything that the layers `PATHS` see, [images, rows, fan-in], as NumPy makes it."""
-    found = {path: [] for path in PATHS}
+    found, windows = {path: [] for path in PATHS}, {}
+
+    @jax.jit
+    def look(params, x_BHWC, t_B, ids_B):
+        def keep(path, x, window):
+            windows[path] = window
+            return x if path in PATHS else None
+
+        context = models.embed_classes(model.config, params, ids_B)
+        return models.capture_inputs(model.config, params, x_BHWC, t_B, context, keep)[1]
+
     for x_TBHWC, t_T, ids_B in visited:
         calls = {path: [] for path in PATHS}
         for x_BHWC, t in zip(x_TBHWC, t_T):
             both = np.concatenate([np.full(len(ids_B), 3), ids_B])
-            context = models.embed_classes(model.config, model.params, jnp.asarray(both))
-            seen: dict[str, tuple] = {}
-
-            def keep(path, x, window, seen=seen):
-                seen[path] = (np.asarray(x, np.float64), window)
-
-            models.capture_inputs(
-                model.config,
-                model.params,
-                jnp.concatenate([x_BHWC, x_BHWC]),
-                jnp.full((len(both),), int(t)),
-                context,
-                keep,
-            )
+            x_BHWC = np.concatenate([x_BHWC, x_BHWC])
+            seen = look(model.params, x_BHWC, np.full(len(both), t), both)
             for path in PATHS:
-                x, window = seen[path]
+                x, window = np.asarray(seen[path], np.float64), windows[path]
                 if window and window["window"] == 3:
                     x = _patches(x, window["stride"], window["padding"])
                 x = x.reshape(2, len(ids_B), -1, x.shape[-1])
