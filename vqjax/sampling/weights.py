@@ -133,10 +133,13 @@ def _better_decoded(
     decoded = {path: leaf.size * jnp.dtype(types[path]).itemsize for path, leaf in packed.items()}
     room, staged = 0.0, []
     for path, leaf in packed.items():
+        room += 2 * MEMORY_SHARE * leaf.size
         choice = choices.get(path)
-        keeps = choice is not None and choice.keeps
-        room += 2 * MEMORY_SHARE * leaf.size - (leaf.nbytes if keeps else decoded[path])
-        if keeps and choice.schedule is not None and choice.schedule.kind == "staged":
+        if choice is None or not choice.keeps:
+            room -= decoded[path]
+            continue
+        room -= leaf.nbytes
+        if choice.schedule is not None and choice.schedule.kind == "staged":
             staged.append(path)
     found = []
     for path in sorted(staged, key=lambda path: packed[path].size):
