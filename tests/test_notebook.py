@@ -48,6 +48,8 @@ def test_notebook_runs(path, tmp_path, monkeypatch):
     for name, value in {
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",  # one whole path as users compile it
+        "XLA_FLAGS": "",
         "VQJAX_NOTEBOOK_SOURCE": str(source),
         "VQJAX_NOTEBOOK_SAMPLES": "8",
         "VQJAX_NOTEBOOK_CALIBRATION": "2",

@@ -4,7 +4,7 @@
 Where a kernel multiplies by packed codes faster than by decoded weights, a weight stays packed.
 Elsewhere it is decoded once, at load, as far as a limit allows; what is left is read by a kernel if
 there is one, and else decoded in every step of the sampler. Small weights that a GPU kernel would
-decode in every step are decoded at load, too, as far as that leaves a sixth of the dense memory.
+decode in every step are decoded at load, too, up to `MEMORY_SHARE` of the dense memory.
 """
 
 import functools
@@ -32,7 +32,7 @@ LOADED = "decoded at load"
 
 MEMORY_SHARE = 0.155
 """What quantized weights may take on a GPU of what they would take in bfloat16: with tables of
-kernels, biases and norms a network stays below a sixth."""
+kernels, biases and norms the full-size U-Net at two bits stays below a sixth."""
 
 _log = logging.getLogger("vqjax.sampling")
 
