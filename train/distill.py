@@ -197,17 +197,8 @@ def distill(
     if loop.begun(folder):
         state = loop.shapes_of(state)  # or the restored one would be in memory beside it
 
-    compute = jax.jit(
-        functools.partial(
-            loss_and_gradients,
-            teacher.config,
-            activations=activations,
-            guidance=recipe.guidance,
-            weight_T=weight_T,
-            remat=recipe.remat,
-            parts=recipe.parts,
-        )
-    )
+    constants = {"activations": activations, "weight_T": weight_T}
+    constants = jax.device_put(constants, everywhere)
     apply: Any = jax.jit(optax.apply_updates)
     update_ranges, show = jax.jit(ranges_optimizer.update), jax.jit(metrics)
 
@@ -215,7 +206,14 @@ def distill(
     def compiled() -> Callable[[], Any]:
         """What waits for the programs of a step. From the first call on other threads compile."""
         (student, weights_state, _), like = state, lessons.like()
-        program = cores.beside(lambda: compute.lower(student, like).compile())
+        lowered = functools.partial(
+            loss_and_gradients.lower,
+            teacher.config,
+            guidance=recipe.guidance,
+            remat=recipe.remat,
+            parts=recipe.parts,
+        )
+        program = cores.beside(lambda: lowered(student, like, **constants).compile())
         others = cores.beside(lambda: compile_ahead(student.weights, weights_state))
         return lambda: (program(), others())[0]
 
@@ -228,7 +226,7 @@ def distill(
         (student, weights_state, ranges_state), (restarted, taught) = state, lesson
         if restarted and on_restart is not None:
             weights_state = on_restart(weights_state)
-        loss, gradients = compiled()()(student, taught)
+        loss, gradients = compiled()()(student, taught, **constants)
         updates, weights_state = weights_optimizer.update(
             gradients.weights, weights_state, student.weights
         )
@@ -269,9 +267,10 @@ def mean_loss(
     sharding = NamedSharding(_mesh(recipe, None), PartitionSpec("batch"))
     lessons = Lessons(teacher, recipe, sharding)
     weight_T, config = lessons.weights(weight_of_t), teacher.config
-    compute = jax.jit(functools.partial(weighted_loss, config, guidance=recipe.guidance))
+    loss = jax.jit(weighted_loss, static_argnames=("config", "guidance"))
     losses = [
-        float(compute(params, lessons(index), weight_T=weight_T)) for index in range(recipe.steps)
+        float(loss(config, params, lessons(index), guidance=recipe.guidance, weight_T=weight_T))
+        for index in range(recipe.steps)
     ]
     return float(np.mean(losses))
 
@@ -294,6 +293,7 @@ def decoded(weights: Mapping[str, Any]) -> dict[str, Any]:
     )
 
 
+@functools.partial(jax.jit, static_argnames=("config", "guidance", "remat", "parts"))
 def loss_and_gradients(
     config: LatentDiffusionConfig,
     student: Student,
@@ -398,7 +398,7 @@ class Lessons:
         self.grid_T = grid(config, recipe)
         self._recipe, self._sharding, self._config = recipe, sharding, config
         self._params = teacher.params
-        self._teach = jax.jit(functools.partial(trajectories, config, recipe.guidance))
+        self._teach = functools.partial(trajectories, config, recipe.guidance)
         self._round = -1
         mixed = recipe.order == "mixed"
         self._together = recipe.trajectories if mixed else recipe.batch
@@ -483,6 +483,7 @@ def near_grid(
     return rng.integers(low_T[:, None], high_T[:, None], shape, np.int32, endpoint=True)
 
 
+@functools.partial(jax.jit, static_argnames=("config", "guidance"))
 def trajectories(
     config: LatentDiffusionConfig,
     guidance: float,

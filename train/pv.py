@@ -363,7 +363,8 @@ def _of_plain(donate: bool) -> Callable[..., list[tuple]]:
 def _of_weight(donate: bool) -> Callable[..., tuple[Any, Any]]:
     """Returns the compiled update and state of a `CodedWeight`."""
     # On a CPU a third less to compile for each shape, and no slower.
-    options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
+    quick = jax.default_backend() == "cpu" and not jax.config.read("jax_disable_most_optimizations")
+    options = {"xla_backend_optimization_level": 1} if quick else None
 
     @functools.partial(
         jax.jit,

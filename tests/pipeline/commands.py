@@ -46,14 +46,15 @@ def start(*words: object, devices: int = 1, **environment: str) -> subprocess.Po
     )
 
 
-def start_pair(*words: object) -> list[subprocess.Popen]:
-    """Two processes of one run on this machine."""
+def start_pair(*words: object, devices: int = 1) -> list[subprocess.Popen]:
+    """Two processes of one run on this machine, each with so many devices."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     return [
         start(
             *words,
+            devices=devices,
             JAX_COORDINATOR_ADDRESS=address,
             JAX_NUM_PROCESSES="2",
             JAX_PROCESS_ID=str(index),

@@ -134,15 +134,15 @@ def test_what_the_way_back_keeps_is_what_xla_sets_aside():
             return jax.ShapeDtypeStruct((pairs, *shape), dtype)
 
         latent, number = rows(*config.latent_shape), rows(dtype=np.int32)
-        compute = functools.partial(
-            distill.loss_and_gradients,
+        taught = distill.Taught(latent, number, number, latent, latent)
+        program = distill.loss_and_gradients.lower(
             config,
+            student,
+            taught,
             activations=None,
             guidance=1.5,
             weight_T=jnp.ones(config.timesteps),
-        )
-        taught = distill.Taught(latent, number, number, latent, latent)
-        program = jax.jit(compute).lower(student, taught).compile()
+        ).compile()
         found: Any = program.memory_analysis()
         return found.temp_size_in_bytes
 

@@ -27,6 +27,7 @@ def _linear(monkeypatch, slope) -> None:
         return lambda x, t_B: slope(t_B[0].astype(jnp.float32)) * x
 
     monkeypatch.setattr(sampling, "predictor", predictor)
+    timesteps._squares.clear_cache()  # of another slope
 
 
 def _weights_of_slope() -> np.ndarray:

@@ -11,6 +11,7 @@ model's own is a few numbers per layer, timestep and candidate. Layers that see 
 shown all classes instead, half of the rows having none, as under guidance.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -101,6 +102,10 @@ def observe(
     )
 
 
+_Layers = tuple[tuple[str, int], ...]
+"""Paths of layers and the bits of their inputs."""
+
+
 class _Point(NamedTuple):
     """A call of the U-Net in both guidance branches; `step` is its row in the tables."""
 
@@ -122,35 +127,11 @@ def _least_errors(
     config = model.config
     layers_bits = [layer_bits(path, bits) for path in paths]
 
-    # The compiler leaves out what no layer of `paths` reads.
-    @jax.jit
-    def ends(params, x_BHWC, t, ids_B):
-        def reduce(path, x, window):
-            del window
-            if path not in paths:
-                return None
-            return jnp.stack([jnp.min(x), jnp.max(x)]).astype(jnp.float32)
-
-        found = calibrate.capture_branches(config, params, x_BHWC, t, ids_B, reduce)
-        return jnp.stack([found[path] for path in paths])
-
-    @jax.jit
-    def errors(params, x_BHWC, t, ids_B, step_FL, zero_FL):
-        def reduce(path, x, window):
-            del window
-            if path not in paths:
-                return None
-            layer = paths.index(path)
-            return squared_errors(
-                _part(x), step_FL[:, layer], zero_FL[:, layer], layers_bits[layer]
-            )
-
-        found = calibrate.capture_branches(config, params, x_BHWC, t, ids_B, reduce)
-        return jnp.stack([found[path] for path in paths], axis=1)
+    layers = tuple(zip(paths, layers_bits))
 
     low_TL = np.full((steps, len(paths)), np.inf, np.float32)
     high_TL = -low_TL
-    for step, ends_L2 in _walk(model, points, lambda step, *call: ends(*call)):
+    for step, ends_L2 in _walk(model, points, lambda step, *call: _ends(config, layers, *call)):
         low_TL[step] = np.minimum(low_TL[step], ends_L2[:, 0])
         high_TL[step] = np.maximum(high_TL[step], ends_L2[:, 1])
         on_step()
@@ -161,7 +142,7 @@ def _least_errors(
     error_FTL = np.zeros_like(step_FTL, np.float64)
 
     def errors_at(step: int, *call: Any) -> jax.Array:
-        return errors(*call, step_FTL[:, step], zero_FTL[:, step])
+        return _errors(config, layers, *call, step_FTL[:, step], zero_FTL[:, step])
 
     for step, error_FL in _walk(model, points, errors_at):
         error_FTL[:, step] += error_FL
@@ -172,6 +153,39 @@ def _least_errors(
         for table_FTL in (step_FTL, zero_FTL)
     )
     return dict(zip(paths, step_TL.T)), dict(zip(paths, zero_TL.T))
+
+
+# Of both programs the compiler leaves out what no layer reads.
+@functools.partial(jax.jit, static_argnames=("config", "layers"))
+def _ends(config: LatentDiffusionConfig, layers: _Layers, params, x_BHWC, t, ids_B) -> jax.Array:
+    """Least and largest input of each layer in one call of the U-Net, [L, 2]."""
+
+    def reduce(path, x, window):
+        del window
+        if path not in dict(layers):
+            return None
+        return jnp.stack([jnp.min(x), jnp.max(x)]).astype(jnp.float32)
+
+    found = calibrate.capture_branches(config, params, x_BHWC, t, ids_B, reduce)
+    return jnp.stack([found[path] for path, _ in layers])
+
+
+@functools.partial(jax.jit, static_argnames=("config", "layers"))
+def _errors(
+    config: LatentDiffusionConfig, layers: _Layers, params, x_BHWC, t, ids_B, step_FL, zero_FL
+) -> jax.Array:
+    """Squared errors of the layers' inputs in one call of the U-Net, for F ranges each, [F, L]."""
+    numbers = {path: number for number, (path, _) in enumerate(layers)}
+
+    def reduce(path, x, window):
+        del window
+        if path not in numbers:
+            return None
+        layer = numbers[path]
+        return squared_errors(_part(x), step_FL[:, layer], zero_FL[:, layer], layers[layer][1])
+
+    found = calibrate.capture_branches(config, params, x_BHWC, t, ids_B, reduce)
+    return jnp.stack([found[path] for path, _ in layers], axis=1)
 
 
 def _part(x: jax.Array) -> jax.Array:

@@ -120,29 +120,29 @@ def trajectories(
       start: number of the first image, which tells its class and noise.
     """
     config = model.config
-    schedule = ddim_schedule(config, calibration.steps)
+    t_T = ddim_schedule(config, calibration.steps).timesteps[::-1]
     classes = max(config.null_class, 1)
-    step = jax.jit(
-        lambda params, ids, index: (
-            sampling.sample_latents(
-                config,
-                params,
-                schedule,
-                ids,
-                sampling.image_noise(seed, index, config.latent_shape),
-                guidance=calibration.guidance,
-            )[1].x_SBHWC
-        )
-    )
     end = start + calibration.images
 
     def batch(first: int) -> tuple:
         index_B = np.arange(first, min(first + calibration.batch, end))
         ids_B = jnp.asarray(index_B % classes, jnp.int32) if config.n_classes else None
-        x_TBHWC = step(model.params, ids_B, jnp.asarray(index_B, jnp.uint32))
-        return np.asarray(x_TBHWC), schedule.timesteps[::-1], ids_B
+        drawn = jnp.uint32(seed % 2**32), jnp.asarray(index_B, jnp.uint32)
+        how = calibration.steps, calibration.guidance
+        return np.asarray(_visited(config, *how, model.params, ids_B, *drawn)), t_T, ids_B
 
     yield from cores.in_order(batch, range(start, end, calibration.batch), together=config.small)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "steps", "guidance"))
+def _visited(config, steps: int, guidance: float, params, ids_B, seed, index_B) -> jax.Array:
+    """The latents of a batch before each step, [T, B, H, W, C]."""
+    schedule = ddim_schedule(config, steps)
+    noise_BHWC = sampling.image_noise(seed, index_B, config.latent_shape)
+    steps_of = sampling.sample_latents(
+        config, params, schedule, ids_B, noise_BHWC, guidance=guidance
+    )[1]
+    return steps_of.x_SBHWC
 
 
 def second_moments(
@@ -174,7 +174,7 @@ def second_moments(
         for path in paths
         if path not in found
     }
-    add = _adder(model.config, held)
+    add = functools.partial(_sums_and, model.config, tuple(held.items()), _BLOCK, _CHUNK_BYTES)
     firsts = np.cumsum([0] + [x_TBHWC.shape[1] for x_TBHWC, _, _ in visited])
 
     def sums_of(batches: Sequence[int]) -> dict[str, _Sums]:
@@ -233,33 +233,36 @@ def _moments_of_all(
 ) -> Moments:
     """Moments of layers that see no image, over inputs without others to come: held out is a half
     that equals the whole."""
-    config = model.config
-
-    @jax.jit
-    def sums(params: models.Params, t_R, ids_R, weight_R) -> dict[str, Any]:
-        def reduce(path: str, x: jax.Array, window: dict[str, Any]) -> Any:
-            del window
-            if path not in paths:
-                return None
-            x_RN = x.reshape(len(t_R), -1).astype(jnp.float32)
-            weighed_RN = x_RN * weight_R[:, None]
-            second_NN = jnp.matmul(x_RN.T, weighed_RN, precision=jax.lax.Precision.HIGHEST)
-            return second_NN, jnp.sum(weighed_RN, axis=0)
-
-        # The compiler keeps what depends on the labels alone.
-        x_RHWC = jnp.zeros((len(t_R), *config.latent_shape), jnp.float32)
-        context = models.embed_classes(config, params, ids_R)
-        return models.capture_inputs(config, params, x_RHWC, t_R, context, reduce)[1]
-
     weight_R = (weight_R / weight_R.sum()).astype(np.float32)
     found = {}
     for path, (second_NN, mean_N) in jax.device_get(
-        sums(model.params, t_R, ids_R, weight_R)
+        _sums_of_all(model.config, tuple(sorted(paths)), model.params, t_R, ids_R, weight_R)
     ).items():
         kept = moments_lib.held_columns(len(mean_N), moments_lib.held_size(len(mean_N), 1), 1)
         held_NN = second_NN[np.ix_(kept, kept)]
         found[path] = Moment(second_NN, mean_N, held_NN, 0.5, mean_N[kept])
     return found
+
+
+@functools.partial(jax.jit, static_argnames=("config", "paths"))
+def _sums_of_all(
+    config: LatentDiffusionConfig, paths: tuple[str, ...], params, t_R, ids_R, weight_R
+) -> dict[str, Any]:
+    """Weighted sums of x x^T and x, by path, over one call with a row for each label."""
+
+    def reduce(path: str, x: jax.Array, window: dict[str, Any]) -> Any:
+        del window
+        if path not in paths:
+            return None
+        x_RN = x.reshape(len(t_R), -1).astype(jnp.float32)
+        weighed_RN = x_RN * weight_R[:, None]
+        second_NN = jnp.matmul(x_RN.T, weighed_RN, precision=jax.lax.Precision.HIGHEST)
+        return second_NN, jnp.sum(weighed_RN, axis=0)
+
+    # The compiler keeps what depends on the labels alone.
+    x_RHWC = jnp.zeros((len(t_R), *config.latent_shape), jnp.float32)
+    context = models.embed_classes(config, params, ids_R)
+    return models.capture_inputs(config, params, x_RHWC, t_R, context, reduce)[1]
 
 
 def capture_branches(
@@ -299,20 +302,39 @@ def from_arrays(arrays: Mapping[str, np.ndarray]) -> Moments:
     return {path: Moment.from_arrays(fields) for path, fields in found.items()}
 
 
-def _adder(config: LatentDiffusionConfig, held: dict[str, int]):
-    """Returns the compiled step: sums plus what the layers see in one call of the U-Net."""
+@functools.partial(
+    jax.jit, static_argnames=("config", "held", "block", "chunk_bytes"), donate_argnames="sums"
+)
+def _sums_and(
+    config: LatentDiffusionConfig,
+    held: tuple[tuple[str, int], ...],
+    block: int,
+    chunk_bytes: int,
+    sums,
+    params,
+    x_BHWC,
+    t,
+    ids_B,
+    index_B,
+    weight,
+):
+    """Sums plus what the layers see in one call of the U-Net.
 
-    @functools.partial(jax.jit, donate_argnums=0)
-    def add(sums, params, x_BHWC, t, ids_B, index_B, weight):
+    Args:
+      held: every how manieth image is held out, by path.
+      block, chunk_bytes: `_BLOCK` and `_CHUNK_BYTES`.
+    """
+    held_every = dict(held)
 
-        def reduce(path, x, window):
-            if path not in sums:
-                return None
-            return _add(sums[path], x, index_B, held[path], weight, window)
+    def reduce(path, x, window):
+        if path not in sums:
+            return None
+        add = functools.partial(
+            _add_rows, weight=weight, window=window, limits=(block, chunk_bytes)
+        )
+        return _add(sums[path], x, index_B, held_every[path], window.get("window", 1), add)
 
-        return capture_branches(config, params, x_BHWC, t, ids_B, reduce)
-
-    return add
+    return capture_branches(config, params, x_BHWC, t, ids_B, reduce)
 
 
 def _empty(size: LayerInput, every: int) -> _Sums:
@@ -325,39 +347,43 @@ def _added(sums: dict[str, _Sums], more: dict[str, _Sums]) -> dict[str, _Sums]:
     return jax.tree.map(np.add, *jax.device_get((sums, more)))
 
 
-def _add(
-    sums: _Sums, x: jax.Array, index_B, every: int, weight: jax.Array, window: dict[str, Any]
-) -> _Sums:
-    """Adds one call's rows to a layer's sums."""
-    second_NN, mean_N = _add_rows(sums.second_NN, sums.mean_N, x, weight, window)
+def _add(sums: _Sums, x: jax.Array, index_B, every: int, window: int, add: Callable) -> _Sums:
+    """Adds one call's rows to a layer's sums, by `add` (`_add_rows`)."""
+    second_NN, mean_N = add(sums.second_NN, sums.mean_N, x)
     if not every:
         return sums._replace(second_NN=second_NN, mean_N=mean_N)
     batch = len(index_B)  # of images; x may hold both branches
     held_B = index_B % every == every - 1
     place_V = jnp.nonzero(held_B, size=-(-batch // every), fill_value=0)[0]
     real_V = jnp.arange(len(place_V)) < jnp.sum(held_B)
-    area = window.get("window", 1) ** 2
-    columns = moments_lib.held_columns(len(mean_N), len(sums.held_mean_P), window.get("window", 1))
-    kept = x.reshape(-1, batch, *x.shape[1:])[:, place_V][..., columns[::area] // area]
+    columns = moments_lib.held_columns(len(mean_N), len(sums.held_mean_P), window)
+    kept = x.reshape(-1, batch, *x.shape[1:])[:, place_V][..., columns[:: window**2] // window**2]
     kept *= real_V.reshape(1, -1, *[1] * (x.ndim - 1))
     kept = kept.reshape(-1, *kept.shape[2:])
-    return _Sums(
-        second_NN, mean_N, *_add_rows(sums.held_PP, sums.held_mean_P, kept, weight, window)
-    )
+    return _Sums(second_NN, mean_N, *add(sums.held_PP, sums.held_mean_P, kept))
 
 
-def _add_rows(second_NN, mean_N, x: jax.Array, weight: jax.Array, window: dict[str, Any]):
+def _add_rows(
+    second_NN,
+    mean_N,
+    x: jax.Array,
+    *,
+    weight: jax.Array,
+    window: dict[str, Any],
+    limits: tuple[int, int],
+):
     """Adds all rows of some images; few images at a time, so that their patches stay small."""
+    block, chunk_bytes = limits
     shape = jax.eval_shape(functools.partial(_rows, **window), x).shape
     positions, fan_in = int(np.prod(shape[1:-1])), shape[-1]
-    most = max(1, _CHUNK_BYTES // (4 * positions * fan_in))
+    most = max(1, chunk_bytes // (4 * positions * fan_in))
     together = max(n for n in range(1, len(x) + 1) if len(x) % n == 0 and n <= most)
 
     def add(sums, x):
         second_NN, mean_N = sums
         rows_RN = _rows(x, **window).astype(jnp.float32).reshape(-1, fan_in)
-        for low in range(0, fan_in, _BLOCK):
-            high = min(low + _BLOCK, fan_in)
+        for low in range(0, fan_in, block):
+            high = min(low + block, fan_in)
             product = jnp.matmul(
                 rows_RN[:, :high].T, rows_RN[:, low:high], precision=jax.lax.Precision.HIGHEST
             )

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vqjax import models
+from vqjax.config import LatentDiffusionConfig
 from vqjax.core import cores, draw, grouping
 from vqjax.core import moments as moments_lib
 from vqjax.core.host import to_device
@@ -87,12 +88,12 @@ def responses(
     """
     kernels = tuple(path for path in errors if path.endswith("/kernel"))
     on_device = {path: to_device(error) for path, error in errors.items()}
-    run = _compiled(model.config, kernels, guidance)
     sums, whole = dict.fromkeys(kernels, 0.0), 0.0
 
     def respond(numbered: tuple) -> tuple[float, dict[str, jax.Array]]:
         call, (step, *point) = numbered
-        found = run(model.params, on_device, *point, jax.random.fold_in(key, call))
+        of_call = jax.random.fold_in(key, call)
+        found = _changes(model.config, kernels, guidance, model.params, on_device, *point, of_call)
         return 1.0 if weights_T is None else float(weights_T[step]), found
 
     points = enumerate(_points(visited))
@@ -130,8 +131,21 @@ def _points(visited: Sequence[tuple]) -> Iterator[tuple]:
             yield step, to_device(x_TBHWC[step]), jnp.int32(t_T[step]), ids_B
 
 
-def _compiled(config, kernels: tuple[str, ...], guidance: float):
-    def predict(params, errors, x_BHWC, t, ids_B, amounts):
+@functools.partial(jax.jit, static_argnames=("config", "kernels", "guidance"))
+def _changes(
+    config: LatentDiffusionConfig,
+    kernels: tuple[str, ...],
+    guidance: float,
+    params,
+    errors,
+    x_BHWC,
+    t,
+    ids_B,
+    key,
+) -> dict[str, jax.Array]:
+    """Mean squared change of the guided prediction in one call, by kernel."""
+
+    def predict(amounts: dict[str, jax.Array]) -> jax.Array:
         if ids_B is None:
             t_B = jnp.broadcast_to(t, x_BHWC.shape[:1])
             return models.predict_noise_disturbed(
@@ -153,13 +167,7 @@ def _compiled(config, kernels: tuple[str, ...], guidance: float):
         )
         return uncond + guidance * (cond - uncond)
 
-    @jax.jit
-    def run(params, errors, x_BHWC, t, ids_B, key):
-        none = {
-            path: jnp.zeros((len(x_BHWC), errors[path].shape[-1]), jnp.float32) for path in kernels
-        }
-        eps, back = jax.vjp(functools.partial(predict, params, errors, x_BHWC, t, ids_B), none)
-        (slopes,) = back(draw.signs(key, eps.shape))
-        return {path: jnp.sum(slope_BO**2) / eps.size for path, slope_BO in slopes.items()}
-
-    return run
+    none = {path: jnp.zeros((len(x_BHWC), errors[path].shape[-1]), jnp.float32) for path in kernels}
+    eps, back = jax.vjp(predict, none)
+    (slopes,) = back(draw.signs(key, eps.shape))
+    return {path: jnp.sum(slope_BO**2) / eps.size for path, slope_BO in slopes.items()}

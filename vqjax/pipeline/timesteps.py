@@ -29,7 +29,7 @@ from vqjax.core.model import Model
 from vqjax.pipeline import sensitivity
 from vqjax.pipeline.journal import Journal
 from vqjax.sampling import ddim
-from vqjax.sampling.schedule import DDIMSchedule, ddim_schedule
+from vqjax.sampling.schedule import ddim_schedule
 from vqjax.settings import Calibration
 
 if TYPE_CHECKING:
@@ -56,14 +56,14 @@ def weights(
       float64 [T], mean 1, in the order of the trajectories' steps. Where the sampler's derivatives
       are no numbers, or zero, all are 1, and a line on stderr says so.
     """
-    schedule = ddim_schedule(model.config, calibration.steps)
-    run = jax.jit(functools.partial(_squares, model.config, schedule, calibration.guidance))
-    squares_T = np.zeros(len(schedule.timesteps))
+    how = model.config, calibration.steps, calibration.guidance
+    squares_T = np.zeros(len(visited[0][1]))
 
     def squares(numbered: tuple) -> np.ndarray:
         number, (x_TBHWC, _, ids_B) = numbered
         x_BHWC = jnp.asarray(x_TBHWC[0])
-        return np.asarray(run(model.params, ids_B, x_BHWC, jax.random.fold_in(key, number)))
+        of_batch = jax.random.fold_in(key, number)
+        return np.asarray(_squares(*how, model.params, ids_B, x_BHWC, of_batch))
 
     portions = enumerate(sensitivity.portions(visited))
     for found_T in cores.in_order(squares, portions, together=model.config.small):
@@ -102,9 +102,10 @@ def at(journal: Journal, t_T: np.ndarray) -> np.ndarray:
     return np.interp(t_T, known_t, known_weights)
 
 
+@functools.partial(jax.jit, static_argnames=("config", "steps", "guidance"))
 def _squares(
     config: LatentDiffusionConfig,
-    schedule: DDIMSchedule,
+    steps: int,
     guidance: float,
     params,
     ids_B,
@@ -112,6 +113,7 @@ def _squares(
     key,
 ) -> jax.Array:
     """Sums over images of |v^T J_t|^2, [T]."""
+    schedule = ddim_schedule(config, steps)
     t_T = jnp.asarray(schedule.timesteps[::-1].copy())
     # Only the latents of all steps are kept: a step's activations are made again on the way back.
     predict = jax.checkpoint(sampling.predictor(config, params, ids_B, guidance))
