@@ -11,6 +11,7 @@ import functools
 import importlib.resources
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -104,11 +105,12 @@ def random_operands(
     size = (problem.books, problem.entries, problem.group)
     whole = problem.codebook_dtype == "int8"
     books = rng.integers(-127, 128, size) if whole else rng.normal(size=size)
-    return Operands(
-        x=jnp.asarray(rng.normal(size=x_shape), problem.dtype),
-        packed_OY=jnp.asarray(decode.pack(codes, problem.entries)),
-        codebooks_MKG=jnp.asarray(books, problem.codebook_dtype),
-        scales_O=jnp.asarray(rng.uniform(0.5, 1.5, problem.outputs), jnp.float32),
-        codebook_scale=jnp.float32(0.01) if whole else None,
-        bias_O=jnp.asarray(rng.normal(size=problem.outputs), jnp.float32) if bias else None,
+    operands = Operands(
+        x=rng.normal(size=x_shape).astype(jnp.dtype(problem.dtype)),
+        packed_OY=decode.pack(codes, problem.entries),
+        codebooks_MKG=books.astype(jnp.dtype(problem.codebook_dtype)),
+        scales_O=rng.uniform(0.5, 1.5, problem.outputs).astype(np.float32),
+        codebook_scale=np.float32(0.01) if whole else None,
+        bias_O=rng.normal(size=problem.outputs).astype(np.float32) if bias else None,
     )
+    return jax.device_put(operands)  # which compiles nothing

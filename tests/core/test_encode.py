@@ -3,11 +3,15 @@
 
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from vqjax.core import encode
+
+encode_exact = jax.jit(encode.encode_exact)
+encode_beam = jax.jit(encode.encode_beam, static_argnums=3)
 
 
 def _problem(books, entries, group=5, rows=9, seed=0, rank=5):
@@ -15,9 +19,9 @@ def _problem(books, entries, group=5, rows=9, seed=0, rank=5):
     root = rng.normal(size=(group, rank))
     linear, entries_MKG = rng.normal(size=(rows, group)), rng.normal(size=(books, entries, group))
     return (
-        jnp.asarray(linear, jnp.float32),
-        jnp.asarray(root @ root.T, jnp.float32),
-        jnp.asarray(entries_MKG, jnp.float32),
+        linear.astype(np.float32),
+        (root @ root.T).astype(np.float32),
+        entries_MKG.astype(np.float32),
     )
 
 
@@ -29,7 +33,11 @@ def _every_cost(linear, metric, books):
 
 
 def _cost(codes, linear, metric, books):
-    return np.asarray(encode.cost(encode.entry_sum(codes, books), linear, metric))
+    sums = np.sum(
+        [book_KG[codes_P] for book_KG, codes_P in zip(books, np.asarray(codes).T)], axis=0
+    )
+    np.testing.assert_allclose(encode.entry_sum(codes, books), sums, rtol=1e-5, atol=1e-5)
+    return np.asarray(jax.jit(encode.cost)(sums, linear, metric))
 
 
 @pytest.mark.parametrize(
@@ -37,23 +45,24 @@ def _cost(codes, linear, metric, books):
 )
 def test_enumeration_finds_the_least_cost(books, entries, rank):
     problem = _problem(books, entries, rank=rank)
-    found = _cost(encode.encode_exact(*problem), *problem)
+    found = _cost(encode_exact(*problem), *problem)
     np.testing.assert_allclose(found, _every_cost(*problem).min(1), rtol=1e-4, atol=1e-4)
 
 
 def test_full_width_beam_is_enumeration_and_narrow_ones_are_no_better():
     problem = _problem(3, 5)
-    full = _cost(encode.encode_beam(*problem, 25), *problem)
+    full = _cost(encode_beam(*problem, 25), *problem)
     np.testing.assert_allclose(full, _every_cost(*problem).min(1), rtol=1e-4, atol=1e-4)
-    assert _cost(encode.encode_beam(*problem, 1), *problem).sum() > full.sum()
+    assert _cost(encode_beam(*problem, 1), *problem).sum() > full.sum()
 
 
 def test_more_codebooks_than_can_be_enumerated_improve_on_the_beam_and_the_start():
     problem = _problem(6, 16, group=8, rank=8)
     previous = jnp.zeros((9, 6), jnp.int32)
-    found = _cost(encode.encode(*problem, previous, beam=4), *problem)
+    compiled = jax.jit(encode.encode, static_argnames="beam")
+    found = _cost(compiled(*problem, previous, beam=4), *problem)
     assert np.all(found <= _cost(previous, *problem))
-    assert found.sum() < _cost(encode.encode_beam(*problem, 4), *problem).sum()
+    assert found.sum() < _cost(encode_beam(*problem, 4), *problem).sum()
 
 
 @pytest.mark.parametrize(
@@ -69,10 +78,10 @@ def test_blocks_cover_all_codebooks_within_the_limit(books, entries):
 def test_enumeration_is_complete_for_any_number_of_entries(entries):
     """Sums are taken sixteen at a time: what fills the last sixteen must never be chosen."""
     rng = np.random.default_rng(entries)
-    books = jnp.asarray(rng.normal(size=(2, entries, 4)), jnp.float32)
-    wanted = jnp.asarray(rng.normal(size=(40, 4)) * 3, jnp.float32)
-    metric = jnp.eye(4, dtype=jnp.float32)
-    codes = encode.encode_exact(wanted, metric, books)
+    books = rng.normal(size=(2, entries, 4)).astype(np.float32)
+    wanted = 3 * rng.normal(size=(40, 4)).astype(np.float32)
+    metric = np.eye(4, dtype=np.float32)
+    codes = encode_exact(wanted, metric, books)
     sums = np.asarray(encode.all_sums(books))
     nearest = np.argmin(((np.asarray(wanted)[:, None] - sums[None]) ** 2).sum(-1), axis=1)
     np.testing.assert_array_equal(np.asarray(codes)[:, 0] * entries + codes[:, 1], nearest)

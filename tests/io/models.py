@@ -13,6 +13,7 @@ from numpy.typing import DTypeLike
 from vqjax.config import AutoencoderConfig, LatentDiffusionConfig, UNetConfig
 from vqjax.core import grouping, tree
 from vqjax.core.activations import Activations, layer_bits
+from vqjax.core.host import to_device
 from vqjax.core.model import Model
 from vqjax.core.tensor import VQTensor
 from vqjax.io import keys, leaves
@@ -76,7 +77,7 @@ def tensors(config: LatentDiffusionConfig, dtype: DTypeLike = np.float32) -> dic
 def dense(config: LatentDiffusionConfig, dtype: DTypeLike = np.float32) -> Model:
     """The model that `tensors(config)` describes."""
     flat = {
-        entry.path: jnp.asarray(entry.to_param(_random(entry.key, entry.shape, dtype)))
+        entry.path: to_device(entry.to_param(_random(entry.key, entry.shape, dtype)))
         for entry in keys.table(config)
     }
     return Model(config=config, params=tree.unflatten(flat))
@@ -105,9 +106,9 @@ def random_tensor(rng, shape, kind: str, entries: int, *, int8: bool = False) ->
     values = rng.standard_normal((books, entries, group))
     books_MKG = (values * 40).astype(np.int8) if int8 else values.astype(np.float16)
     return VQTensor.pack(
-        jnp.asarray(rng.integers(0, entries, (outputs, groups, books))),
-        jnp.asarray(books_MKG),
-        jnp.asarray(rng.random(outputs).astype(np.float16)),
+        rng.integers(0, entries, (outputs, groups, books)),
+        to_device(books_MKG),
+        to_device(rng.random(outputs).astype(np.float16)),
         shape=shape,
         grouping=kind,
         codebook_scale=jnp.float32(0.03) if int8 else None,
@@ -132,7 +133,7 @@ def integer_tensor(rng, shape) -> VQTensor:
     groups = grouping.groups_per_row(fan_in, group)
     return VQTensor.pack(
         rng.integers(0, 16, (outputs, groups, 3)),
-        jnp.asarray(rng.integers(-42, 43, (3, 16, group)), jnp.int8),
+        to_device(rng.integers(-42, 43, (3, 16, group)).astype(np.int8)),
         rng.uniform(0.5, 1.5, outputs),
         shape=shape,
         grouping=kind,
@@ -149,8 +150,8 @@ def any_ranges(model: Model, bits: int = 4) -> Activations:
         if path.startswith("unet/") and path.endswith("/kernel"):
             low_T, high_T = rng.uniform(2, 3, 3), rng.uniform(3, 5, 3)
             step_T = (low_T + high_T) / (2 ** layer_bits(path, bits) - 1)
-            steps[path] = jnp.asarray(np.log2(step_T), jnp.float32)
-            zeros[path] = jnp.asarray(low_T / step_T, jnp.float32)
+            steps[path] = to_device(np.log2(step_T).astype(np.float32))
+            zeros[path] = to_device((low_T / step_T).astype(np.float32))
     timesteps_T = jnp.array([5, 400, 800], jnp.int32)
     return Activations(timesteps_T=timesteps_T, log2_steps=steps, zeros=zeros, bits=bits)
 

@@ -4,6 +4,7 @@
 import dataclasses
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -66,7 +67,7 @@ def test_merged_codebooks_hold_the_sums(code, merged, dtype):
         if dtype != "int8":  # whose tables are smaller, and take more
             assert (books.problem.books, books.problem.entries) == merged
         assert books.problem.row_bytes == problem.row_bytes
-        table_EP = np.asarray(books.table(operands.codebooks_MKG))
+        table_EP = np.asarray(jax.jit(books.table)(operands.codebooks_MKG))
         assert table_EP.dtype == books.problem.codebook_dtype
         table_BEG = table_EP.reshape(books.problem.books, books.problem.entries, 8)
         # int8 counts modulo 256; sums of the weights of a model are within it.
@@ -104,8 +105,9 @@ def test_weights_of_products_are_sums_rounded_once(group):
         codebook_scale=jnp.float32(1),
     )
     schedule = Schedule("fused", Tiles(16, 16, 16, splits=2))
-    found_BO = pallas.vq_matmul(operands, problem, schedule, interpret=True)
-    codes = operands.packed_OY, operands.codebooks_MKG
+    run = functools.partial(pallas.vq_matmul, problem=problem, schedule=schedule, interpret=True)
+    found_BO = jax.jit(run)(operands)
+    codes = jax.device_get((operands.packed_OY, operands.codebooks_MKG))
     exact_ON = decode.decode_integers(*codes, groups=problem.groups)
     expected_BO = exact_ON.astype(jnp.bfloat16).T[3:6]
     np.testing.assert_array_equal(found_BO, expected_BO)
@@ -126,9 +128,10 @@ def test_what_was_prepared_is_read(op, kind):
     books = books_for(problem, staged=kind == "staged")
     prepared = books.prepare(*operands[2:5])
 
+    compiled = jax.jit(functools.partial(run, problem=problem, schedule=schedule, interpret=True))
+
     def result(prepared: Prepared | None) -> np.ndarray:
-        given = operands._replace(prepared=prepared)
-        return np.asarray(run(given, problem, schedule=schedule, interpret=True))
+        return np.asarray(compiled(operands._replace(prepared=prepared)))
 
     expected = result(None)
     np.testing.assert_array_equal(result(prepared), expected)

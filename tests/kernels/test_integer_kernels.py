@@ -50,26 +50,28 @@ def random_operands(problem: Problem, x_shape, *, unit: bool) -> IntegerOperands
     most = 127 // problem.books
     size = (problem.books, problem.entries, problem.group)
     codes = rng.integers(0, problem.entries, (problem.outputs, problem.groups * problem.books))
-    books_MKG = jnp.asarray(rng.integers(-most, most + 1, size), jnp.int8)
-    packed_OY = jnp.asarray(decode.pack(codes, problem.entries))
+    books_MKG = rng.integers(-most, most + 1, size).astype(np.int8)
+    packed_OY = decode.pack(codes, problem.entries)
     w_ON = decode.decode_integers(packed_OY, books_MKG, groups=problem.groups)
     rows, outputs = problem.rows, problem.outputs
-    return IntegerOperands(
-        x=jnp.asarray(rng.integers(-128, 128, x_shape), jnp.int8),
+    operands = IntegerOperands(
+        x=rng.integers(-128, 128, x_shape).astype(np.int8),
         packed_OY=packed_OY,
         codebooks_MKG=books_MKG,
-        scales_O=jnp.ones(outputs) if unit else jnp.asarray(rng.uniform(1, 2, outputs), "float32"),
-        codebook_scale=jnp.float32(1 if unit else 0.01),
-        bias_O=None if unit else jnp.asarray(rng.normal(size=outputs), jnp.float32),
-        steps_P=jnp.ones(rows) if unit else jnp.asarray(rng.uniform(1, 2, rows), jnp.float32),
-        zeros_P=jnp.zeros(rows, jnp.int32) if unit else jnp.asarray(rng.integers(-9, 9, rows)),
-        totals_O=jnp.sum(w_ON[:, : problem.fan_in], axis=1),
+        scales_O=(np.ones(outputs) if unit else rng.uniform(1, 2, outputs)).astype(np.float32),
+        codebook_scale=np.float32(1 if unit else 0.01),
+        bias_O=None if unit else rng.normal(size=outputs).astype(np.float32),
+        steps_P=(np.ones(rows) if unit else rng.uniform(1, 2, rows)).astype(np.float32),
+        zeros_P=(np.zeros(rows) if unit else rng.integers(-9, 9, rows)).astype(np.int32),
+        totals_O=w_ON[:, : problem.fan_in].sum(axis=1).astype(np.int32),
     )
+    return jax.device_put(operands)
 
 
 def exact_sums(operands: IntegerOperands, problem: Problem, window: Window | None) -> np.ndarray:
     """In 64 bits, [P, O]."""
-    w_OP = decode.decode_integers(operands.packed_OY, operands.codebooks_MKG, groups=problem.groups)
+    stored = jax.device_get((operands.packed_OY, operands.codebooks_MKG))
+    w_OP = decode.decode_integers(*stored, groups=problem.groups)
     w_ON = np.asarray(w_OP, np.int64)[:, : problem.fan_in]
     x = np.asarray(operands.x, np.int64)
     if window is None:
@@ -90,6 +92,7 @@ def assert_exact(run, problem: Problem, x_shape, window: Window | None = None) -
     operands = random_operands(problem, x_shape, unit=True)
     sums = exact_sums(operands, problem, window)
     assert 100 < np.abs(sums).max() < 2**24
+    run = jax.jit(run)
     found = run(operands)
     assert found.dtype == jnp.float32
     np.testing.assert_array_equal(np.asarray(found, np.int64).reshape(sums.shape), sums)

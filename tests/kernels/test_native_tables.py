@@ -44,7 +44,8 @@ def conv_operands(shape=(2, 7, 5, 6), outputs=21, books=2, group=9) -> Operands:
 
 def exact(operands: Operands, reference) -> np.ndarray:
     """The definition on the same numbers in float32."""
-    return np.asarray(reference(operands._replace(x=operands.x.astype(jnp.float32))))
+    wide = operands._replace(x=np.asarray(operands.x, np.float32))
+    return np.asarray(jax.jit(reference)(wide))
 
 
 @needs_compiler
@@ -81,7 +82,7 @@ def test_convolutions_agree(group, strides, padding):
     operands = conv_operands(group=group)
     geometry = {"window": 3, "strides": strides, "padding": padding}
     found = native.lut_conv(operands, Window(3, strides, padding))
-    expected = conv_ref.vq_conv(*operands.defining, **geometry)
+    expected = jax.jit(functools.partial(conv_ref.vq_conv, **geometry))(*operands.defining)
     assert relative_rms(np.asarray(found), np.asarray(expected)) < TOL["float32"]
 
 
@@ -89,7 +90,8 @@ def test_convolutions_agree(group, strides, padding):
 def test_bits_do_not_depend_on_what_is_computed_together():
     operands = matmul_operands(rows=47, inputs=300, outputs=90)
     whole = np.asarray(native.lut_matmul(operands))
-    alone = [native.lut_matmul(operands._replace(x=x[None]))[0] for x in operands.x]
+    of_one = jax.jit(native.lut_matmul)
+    alone = [of_one(operands._replace(x=x[None]))[0] for x in np.asarray(operands.x)]
     np.testing.assert_array_equal(whole, np.stack(alone))
     first = operands._replace(
         packed_OY=operands.packed_OY[:30],

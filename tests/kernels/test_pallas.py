@@ -68,7 +68,7 @@ PROPERTY = settings(max_examples=6, deadline=None, derandomize=True)
 
 def weight(operands: Operands, problem: Problem) -> np.ndarray:
     """The decoded matrix in float64, [O, N]."""
-    w_OP = decode.decode(*operands[1:5], groups=problem.groups)
+    w_OP = decode.decode(*jax.device_get(operands[1:5]), groups=problem.groups)
     return np.asarray(w_OP, np.float64)[:, : problem.fan_in]
 
 
@@ -94,7 +94,8 @@ def test_products_agree(interpret, rows, sizes, code, group, dtype, schedule):
     problem = Problem("vq_matmul", rows, inputs, outputs, books, entries, group, dtype, stored)
     assert not matmul_pallas.unsupported(problem)
     operands = specs.random_operands(problem, (rows, sizes[0]))
-    found = matmul_pallas.vq_matmul(operands, problem, schedule, interpret=interpret)
+    run = functools.partial(matmul_pallas.vq_matmul, problem=problem, schedule=schedule)
+    found = jax.jit(functools.partial(run, interpret=interpret))(operands)
     x_BI, bias_O = (np.asarray(a, np.float64) for a in (operands.x, operands.bias_O))
     assert_near(found, x_BI @ weight(operands, problem).T + bias_O, dtype)
 
@@ -115,7 +116,9 @@ def test_convolutions_agree(interpret, image, sizes, code, group, moves, dtype, 
     problem, window = conv_problem(image, sizes, code, group, moves, dtype)
     assert not conv_pallas.unsupported(problem)
     operands = specs.random_operands(problem, (*image, sizes[0]))
-    found = conv_pallas.vq_conv(operands, problem, schedule, window, interpret=interpret)
+    options = {"problem": problem, "schedule": schedule, "window": window}
+    run = functools.partial(conv_pallas.vq_conv, **options, interpret=interpret)
+    found = jax.jit(run)(operands)
     assert_near(found, convolved(operands, problem, window), dtype)
 
 
@@ -127,8 +130,9 @@ def test_codes_of_every_width_are_read(interpret, bits, books):
     """Exactly; the last code of a row ends where its bytes end, or within them."""
     problem = Problem("vq_matmul", 1, 21, 18, books, 2**bits, 1, "float32", "int8")
     operands = specs.random_operands(problem, (1, 21))
-    operands = operands._replace(scales_O=jnp.ones(18), codebook_scale=jnp.float32(1))
-    found = pallas_decode.decode(operands, problem, Tiles(16, 16, 16), interpret=interpret)
+    operands = operands._replace(scales_O=np.ones(18, np.float32), codebook_scale=np.float32(1))
+    options = {"problem": problem, "tiles": Tiles(16, 16, 16), "interpret": interpret}
+    found = jax.jit(functools.partial(pallas_decode.decode, **options))(operands)
     np.testing.assert_array_equal(found, weight(operands, problem))
 
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights of timesteps against derivatives of the sampler that are worked out in other ways."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,7 +29,8 @@ def _linear(monkeypatch, slope) -> None:
         return lambda x, t_B: slope(t_B[0].astype(jnp.float32)) * x
 
     monkeypatch.setattr(sampling, "predictor", predictor)
-    timesteps._squares.clear_cache()  # of another slope
+    squares: Any = timesteps._squares
+    squares.clear_cache()  # of another slope
 
 
 def _weights_of_slope() -> np.ndarray:
