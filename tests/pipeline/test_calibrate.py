@@ -4,7 +4,6 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -149,21 +148,20 @@ def test_layers_that_see_timestep_or_class_alone_are_shown_every_one(config):
         model, visited, [*PATHS[:1], *weight_of], weights_T=weights_T
     )
 
-    noise = np.random.default_rng(0).normal(size=(39, *config.latent_shape))
-    context = None
-    if config.n_classes:
-        context = models.embed_classes(model.config, model.params, jnp.arange(39) % 4)
-    _, rows = models.capture_inputs(
-        model.config,
-        model.params,
-        jnp.asarray(noise),
-        jnp.arange(1, 40),
-        context,
-        lambda path, x, window: np.asarray(x, np.float64).reshape(39, -1),
-    )
+    @jax.jit
+    def look(params, x_RHWC, t_R, ids_R):
+        def keep(path, x, window):
+            return x.reshape(39, -1) if path in weight_of else None
+
+        context = models.embed_classes(model.config, params, ids_R) if config.n_classes else None
+        return models.capture_inputs(model.config, params, x_RHWC, t_R, context, keep)[1]
+
+    noise = np.random.default_rng(0).normal(size=(39, *config.latent_shape)).astype(np.float32)
+    rows = look(model.params, noise, np.arange(1, 40), np.arange(39) % 4)
     for path, weight_R in weight_of.items():
-        second_NN = np.einsum("r,rn,rm->nm", weight_R, rows[path], rows[path]) / weight_R.sum()
-        mean_N = weight_R @ rows[path] / weight_R.sum()
+        rows_RN = np.asarray(rows[path], np.float64)
+        second_NN = np.einsum("r,rn,rm->nm", weight_R, rows_RN, rows_RN) / weight_R.sum()
+        mean_N = weight_R @ rows_RN / weight_R.sum()
         np.testing.assert_allclose(moments[path].mean_N, mean_N, rtol=1e-4, atol=1e-5)
         halves = moments_lib.split(moments[path], 1)
         assert halves is not None

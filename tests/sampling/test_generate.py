@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images depend on seed, number and class alone; guidance and mistakes."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -67,17 +68,21 @@ def test_noise_is_standard_normal_and_different_at_every_step():
 
 
 def test_guidance_mixes_both_branches():
-    x, t = jnp.ones((2, *MODEL.config.latent_shape)), jnp.array([5, 900])
-    ids = jnp.array([1, 2])
-    predict = sampling.predictor(MODEL.config, MODEL.params, ids, 2.5)
+    x, t = np.ones((2, *MODEL.config.latent_shape), np.float32), np.array([5, 900])
+    ids = np.array([1, 2])
 
-    def branch(classes):
-        context = models.embed_classes(MODEL.config, MODEL.params, classes)
-        return models.predict_noise(MODEL.config, MODEL.params, x, t, context)
+    @jax.jit
+    def guided(params, ids):
+        return sampling.predictor(MODEL.config, params, ids, 2.5)(x, t)
 
-    conditional, unconditional = branch(ids), branch(jnp.array([3, 3]))
+    @jax.jit
+    def branch(params, classes):
+        context = models.embed_classes(MODEL.config, params, classes)
+        return models.predict_noise(MODEL.config, params, x, t, context)
+
+    conditional, unconditional = (branch(MODEL.params, some) for some in (ids, np.array([3, 3])))
     expected = unconditional + 2.5 * (conditional - unconditional)
-    np.testing.assert_allclose(predict(x, t), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(guided(MODEL.params, ids), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_rounding_is_half_up():

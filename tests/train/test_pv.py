@@ -89,15 +89,16 @@ def test_every_step_meets_the_reference(path, variant, precision):
 
             value, grad = jax.value_and_grad(loss)(params.decode(precision))
             updates, state = transform.update(grad, state, params)
-            return value, apply_updates(params, updates), state
+            params = apply_updates(params, updates)
+            return value, params, params.matrix(), state
 
         for at in range(len(data[f"{variant}_loss"])):
-            value, params, state = step(params, state)
+            value, params, matrix_ON, state = step(params, state)
             found = {
                 "loss": value,
                 "codebooks": params.codebooks_MKG,
                 "scales": params.scales_O,
-                "weight": params.matrix(),
+                "weight": matrix_ON,
             }
             if data[f"{variant}_buffer"].size:
                 found["buffer"] = state.leaves.codes.target_OJG.reshape(wanted_NO.T.shape)
