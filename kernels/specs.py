@@ -46,6 +46,12 @@ class Layer:
     count: int
     code: tuple[int, int, int, str] | None = None
 
+    @property
+    def sees_latent(self) -> bool:
+        """Whether x has positions. What has none follows from timestep and class, and samplers
+        compute it before their loop."""
+        return any(size > 1 for size in self.x_shape[1:-1])
+
     def operands_shape(self, batch: int) -> tuple[int, ...]:
         """Returns the shape of x for a batch: [B, H, W, I] of a convolution, else [rows, I]."""
         if self.op == "vq_conv":
@@ -105,12 +111,12 @@ def random_operands(
     size = (problem.books, problem.entries, problem.group)
     whole = problem.codebook_dtype == "int8"
     books = rng.integers(-127, 128, size) if whole else rng.normal(size=size)
-    operands = Operands(
-        x=rng.normal(size=x_shape).astype(jnp.dtype(problem.dtype)),
-        packed_OY=decode.pack(codes, problem.entries),
-        codebooks_MKG=books.astype(jnp.dtype(problem.codebook_dtype)),
-        scales_O=rng.uniform(0.5, 1.5, problem.outputs).astype(np.float32),
-        codebook_scale=np.float32(0.01) if whole else None,
-        bias_O=rng.normal(size=problem.outputs).astype(np.float32) if bias else None,
+    put = jax.device_put  # which compiles nothing
+    return Operands(
+        x=put(rng.normal(size=x_shape).astype(jnp.dtype(problem.dtype))),
+        packed_OY=put(decode.pack(codes, problem.entries)),
+        codebooks_MKG=put(books.astype(jnp.dtype(problem.codebook_dtype))),
+        scales_O=put(rng.uniform(0.5, 1.5, problem.outputs).astype(np.float32)),
+        codebook_scale=put(np.float32(0.01)) if whole else None,
+        bias_O=put(rng.normal(size=problem.outputs).astype(np.float32)) if bias else None,
     )
-    return jax.device_put(operands)  # which compiles nothing

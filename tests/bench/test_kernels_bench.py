@@ -57,7 +57,10 @@ def test_layers_are_timed_and_there_may_be_nothing_to_tune(tmp_path, monkeypatch
         assert record["operations"] <= record["dense_operations"]
         assert record["moved_bytes"] < record["dense_moved_bytes"]
     assert found["peaks"]["source"].startswith("measured on this CPU")
-    assert "All layers, batch 2:" in capsys.readouterr().out
+    assert [record["in_each_step"] for record in found["records"]] == [True, False]
+    out = capsys.readouterr().out
+    assert "Layers of a step, batch 2:" in out
+    assert "Layers before the first step, batch 2:" in out
     assert main([*words, "--tune", "--table", str(table)]) == 0
     out, here = capsys.readouterr().out, device.current()
     assert f"--tune: nothing to tune: no pallas: {here} is no CUDA device; no triton" in out

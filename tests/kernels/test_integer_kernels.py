@@ -50,22 +50,26 @@ def random_operands(problem: Problem, x_shape, *, unit: bool) -> IntegerOperands
     most = 127 // problem.books
     size = (problem.books, problem.entries, problem.group)
     codes = rng.integers(0, problem.entries, (problem.outputs, problem.groups * problem.books))
-    books_MKG = rng.integers(-most, most + 1, size).astype(np.int8)
-    packed_OY = decode.pack(codes, problem.entries)
+    books_MKG: Any = rng.integers(-most, most + 1, size).astype(np.int8)
+    packed_OY: Any = decode.pack(codes, problem.entries)
     w_ON = decode.decode_integers(packed_OY, books_MKG, groups=problem.groups)
     rows, outputs = problem.rows, problem.outputs
-    operands = IntegerOperands(
-        x=rng.integers(-128, 128, x_shape).astype(np.int8),
-        packed_OY=packed_OY,
-        codebooks_MKG=books_MKG,
-        scales_O=(np.ones(outputs) if unit else rng.uniform(1, 2, outputs)).astype(np.float32),
-        codebook_scale=np.float32(1 if unit else 0.01),
-        bias_O=None if unit else rng.normal(size=outputs).astype(np.float32),
-        steps_P=(np.ones(rows) if unit else rng.uniform(1, 2, rows)).astype(np.float32),
-        zeros_P=(np.zeros(rows) if unit else rng.integers(-9, 9, rows)).astype(np.int32),
-        totals_O=w_ON[:, : problem.fan_in].sum(axis=1).astype(np.int32),
+    scales = np.ones(outputs) if unit else rng.uniform(1, 2, outputs)
+    bias = None if unit else jax.device_put(rng.normal(size=outputs).astype(np.float32))
+    steps = np.ones(rows) if unit else rng.uniform(1, 2, rows)
+    zeros = np.zeros(rows) if unit else rng.integers(-9, 9, rows)
+    put = jax.device_put  # which compiles nothing
+    return IntegerOperands(
+        x=put(rng.integers(-128, 128, x_shape).astype(np.int8)),
+        packed_OY=put(packed_OY),
+        codebooks_MKG=put(books_MKG),
+        scales_O=put(scales.astype(np.float32)),
+        codebook_scale=put(np.float32(1 if unit else 0.01)),
+        bias_O=bias,
+        steps_P=put(steps.astype(np.float32)),
+        zeros_P=put(zeros.astype(np.int32)),
+        totals_O=put(np.asarray(w_ON)[:, : problem.fan_in].sum(axis=1).astype(np.int32)),
     )
-    return jax.device_put(operands)
 
 
 def exact_sums(operands: IntegerOperands, problem: Problem, window: Window | None) -> np.ndarray:

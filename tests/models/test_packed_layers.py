@@ -69,7 +69,7 @@ def test_the_choice_of_a_layer_is_known_before_it_runs(name):
     window = {}
     if isinstance(layer, Conv):
         window = {field: getattr(layer, field) for field in ("window", "stride", "padding")}
-    x = np.zeros((2, *x_shape), np.float32)
+    x = jax.device_put(np.zeros((2, *x_shape), np.float32))
     for path in ("xla", "lut"):
         with dispatch.asking(path):
             assert packed.choice(x, kernel, **window).path == path

@@ -68,8 +68,8 @@ def test_noise_is_standard_normal_and_different_at_every_step():
 
 
 def test_guidance_mixes_both_branches():
-    x, t = np.ones((2, *MODEL.config.latent_shape), np.float32), np.array([5, 900])
-    ids = np.array([1, 2])
+    x, t = jnp.ones((2, *MODEL.config.latent_shape)), jnp.array([5, 900])
+    ids, none = jnp.array([1, 2]), jnp.array([3, 3])
 
     @jax.jit
     def guided(params, ids):
@@ -80,7 +80,7 @@ def test_guidance_mixes_both_branches():
         context = models.embed_classes(MODEL.config, params, classes)
         return models.predict_noise(MODEL.config, params, x, t, context)
 
-    conditional, unconditional = (branch(MODEL.params, some) for some in (ids, np.array([3, 3])))
+    conditional, unconditional = (branch(MODEL.params, some) for some in (ids, none))
     expected = unconditional + 2.5 * (conditional - unconditional)
     np.testing.assert_allclose(guided(MODEL.params, ids), expected, rtol=1e-4, atol=1e-5)
 

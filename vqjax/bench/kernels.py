@@ -347,6 +347,7 @@ def measure(
         "dense_operations": operations["dense"],
         "roofline_share": reached["packed"],
         "dense_roofline_share": reached["dense"],
+        "in_each_step": case.layer.sees_latent,
         "copies": count,
         "rounds": rounds,
         "past_cache": count * tree_bytes(case.operands) >= CACHES * machine.cache,
@@ -608,7 +609,8 @@ def _entries(case: Case, here: device.Device) -> Iterator[tuned.Entry]:
 
 
 def show(found: Mapping[str, Any]) -> None:
-    """Prints one row for each layer shape and batch, and the sum over the layers of the model."""
+    """Prints one row for each layer shape and batch, and sums over the layers of the model: those
+    of each step of a sampler apart from what it computes before its loop."""
     title = f"Layers of {found['model']}, {found['dtype']}, on {found['environment']['device']}"
     table = Table(title=title, title_justify="left")
     left = ("x", "code", "path")
@@ -662,15 +664,18 @@ def show(found: Mapping[str, Any]) -> None:
         )
     for batch in dict.fromkeys(record["batch"] for record in found["records"]):
         chosen = [record for record in found["records"] if record["batch"] == batch]
-        packed, dense, packed_bytes, dense_bytes = (
-            sum(record["count"] * record[name] for record in chosen)
-            for name in ("seconds", "dense_seconds", "packed_bytes", "dense_bytes")
-        )
-        console.print(
-            f"All layers, batch {batch}: {1e3 * packed:,.1f} ms, dense {1e3 * dense:,.1f} ms, "
-            f"{dense / packed:.2f} x dense; weights {packed_bytes / 1e6:,.1f} MB, "
-            f"dense {dense_bytes / 1e6:,.1f} MB"
-        )
+        for which, inside in (("Layers of a step", True), ("Layers before the first step", False)):
+            some = [record for record in chosen if record["in_each_step"] == inside]
+            packed, dense, packed_bytes, dense_bytes = (
+                sum(record["count"] * record[name] for record in some)
+                for name in ("seconds", "dense_seconds", "packed_bytes", "dense_bytes")
+            )
+            if some:
+                console.print(
+                    f"{which}, batch {batch}: {1e3 * packed:,.1f} ms, dense {1e3 * dense:,.1f} ms, "
+                    f"{dense / packed:.2f} x dense; weights {packed_bytes / 1e6:,.1f} MB, "
+                    f"dense {dense_bytes / 1e6:,.1f} MB"
+                )
 
 
 def _percent(share: float | None) -> str:
