@@ -114,6 +114,17 @@ def test_between_and_outside_the_tables_timesteps():
         np.testing.assert_allclose(read.zero_B, np.round(zeros), atol=0)
 
 
+def test_a_sampler_looks_up_what_would_be_worked_out():
+    table = _table(bits=4)
+    timesteps_T = jnp.asarray(ddim_schedule(LatentDiffusionConfig.digits(), 7).timesteps)
+    visited_B = timesteps_T[jnp.array([5, 0, 3])]
+    found = table.tabulated(timesteps_T).at(visited_B)
+    for path, expected in table.at(visited_B).items():
+        assert found[path].bits == expected.bits
+        np.testing.assert_allclose(found[path].step_B, expected.step_B, rtol=1e-6)
+        np.testing.assert_array_equal(found[path].zero_B, expected.zero_B)
+
+
 def test_one_timestep_serves_all():
     table = _table()
     first = {name: {p: row[:1] for p, row in getattr(table, name).items()} for name in _TABLES}

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command in processes of its own, and what a run folder holds."""
 
+import contextlib
 import hashlib
 import os
 import pathlib
@@ -73,6 +74,19 @@ def end(process: subprocess.Popen) -> str:
 def wait_for_pieces(process: subprocess.Popen, folder: pathlib.Path, count: int) -> None:
     """Returns once a run has so many pieces of work in its journal, or is done."""
     while process.poll() is None and pieces(folder) < count:
+        time.sleep(0.01)
+
+
+def wait_for_life(process: subprocess.Popen, folder: pathlib.Path, index: int) -> None:
+    """Returns once process `index` of a run has given a sign of life, or is done.
+
+    One that is lost before is waited for much longer.
+    """
+    sign = folder / "work" / f"process-{index}"
+    while process.poll() is None:
+        with contextlib.suppress(OSError):
+            if sign.read_text().startswith(f"{process.pid} "):
+                return
         time.sleep(0.01)
 
 

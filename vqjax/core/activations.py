@@ -15,6 +15,7 @@ arXiv 2004.09576): rounding passes them on, and where a value is clipped they go
 import dataclasses
 import functools
 import re
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -131,6 +132,25 @@ class Activations:
         lines; outside, the first or last range holds. Differentiable in both tables: rounding of
         zero points passes derivatives on.
         """
+        return _by_path(self.log2_steps, self.bits, *self._at(t_B))
+
+    def tabulated(self, t_T: jax.Array) -> "RangeTable":
+        """Returns the ranges at these timesteps alone: nothing is left to interpolate.
+
+        Args:
+          t_T: int32, each once.
+        """
+        step_LT, zero_LT = self._at(t_T)
+        return RangeTable(
+            timesteps_T=t_T,
+            step_LT=step_LT,
+            zero_LT=zero_LT,
+            paths=tuple(self.log2_steps),
+            bits=self.bits,
+        )
+
+    def _at(self, t_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Steps and zero points of all layers, [L, B]."""
         below_B = jnp.sum(t_B[:, None] >= self.timesteps_T[None], axis=1) - 1
         below_B = jnp.maximum(below_B, 0)
         above_B = jnp.minimum(below_B + 1, len(self.timesteps_T) - 1)
@@ -143,27 +163,63 @@ class Activations:
             table_LT = jnp.stack([tables[path] for path in self.log2_steps])
             return (1 - share_1B) * table_LT[:, below_B] + share_1B * table_LT[:, above_B]
 
-        step_LB, zero_LB = jnp.exp2(between(self.log2_steps)), between(self.zeros)
-        ranges = {}
-        for index, path in enumerate(self.log2_steps):
-            bits, zero_B = self.bits_of(path), zero_LB[index]
-            zero_B = straight_through(zero_B, _whole(zero_B, bits))
-            ranges[path] = InputRange(step_B=step_LB[index], zero_B=zero_B, bits=bits)
-        return ranges
+        most_L1 = np.array(
+            [[2.0 ** self.bits_of(path) - 1] for path in self.log2_steps], np.float32
+        )
+        zero_LB = between(self.zeros)
+        whole_LB = jnp.round(jnp.clip(zero_LB, 0, most_L1))
+        return jnp.exp2(between(self.log2_steps)), straight_through(zero_LB, whole_LB)
 
     def rounded(self) -> "Activations":
         """What is left after storing: zero points rounded to the levels that there are."""
-        zeros = {path: _whole(zero_T, self.bits_of(path)) for path, zero_T in self.zeros.items()}
+        zeros = {
+            path: jnp.round(jnp.clip(zero_T, 0, 2 ** self.bits_of(path) - 1))
+            for path, zero_T in self.zeros.items()
+        }
         return dataclasses.replace(self, zeros=zeros)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["timesteps_T", "step_LT", "zero_LT"],
+    meta_fields=["paths", "bits"],
+)
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class RangeTable:
+    """The ranges of all layers at some timesteps: stands where `Activations` stood while a sampler
+    walks them, so that a step reads numbers and works none out.
+
+    Attributes:
+      timesteps_T: int32.
+      step_LT, zero_LT: float32, as `InputRange` has them.
+      paths: of the kernels, in the order of the rows.
+      bits: as in `Activations`.
+    """
+
+    timesteps_T: jax.Array
+    step_LT: jax.Array
+    zero_LT: jax.Array
+    paths: tuple[str, ...]
+    bits: int
+
+    def at(self, t_B: jax.Array) -> dict[str, InputRange]:
+        """The ranges at timesteps t_B, each of which is in the table, by kernel path."""
+        place_B = jnp.argmax(self.timesteps_T[None] == t_B[:, None], axis=1)
+        return _by_path(self.paths, self.bits, self.step_LT[:, place_B], self.zero_LT[:, place_B])
+
+
+def _by_path(
+    paths: Iterable[str], bits: int, step_LB: jax.Array, zero_LB: jax.Array
+) -> dict[str, InputRange]:
+    return {
+        path: InputRange(step_B=step_LB[row], zero_B=zero_LB[row], bits=layer_bits(path, bits))
+        for row, path in enumerate(paths)
+    }
 
 
 def layer_bits(path: str, bits: int) -> int:
     """Returns the bits of the layer with the kernel `path` where most layers have `bits`."""
     return max(bits, 8) if _EIGHT_BIT.fullmatch(path) else bits
-
-
-def _whole(zeros: jax.Array, bits: int) -> jax.Array:
-    return jnp.round(jnp.clip(zeros, 0, 2**bits - 1))
 
 
 def candidate_ranges(low, high, bits: int) -> tuple[np.ndarray, np.ndarray]:

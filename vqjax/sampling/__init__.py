@@ -78,6 +78,8 @@ def predictor(
     context = None if ids_B is None else models.embed_classes(config, params, ids_B)
     known_at = None
     if t_T is not None:
+        if "activations" in params:
+            params = params | {"activations": params["activations"].tabulated(jnp.asarray(t_T))}
         known_at = models.outputs_ahead(config, params, jnp.asarray(t_T), context, dtype)
 
     def branches(x: jax.Array, t: jax.Array) -> jax.Array:
