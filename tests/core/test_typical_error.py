@@ -86,7 +86,7 @@ def test_layers_without_output_have_no_error():
 @pytest.mark.slow
 @pytest.mark.skipif(
     os.environ.get("VQJAX_FULL_SIZE") != "1",
-    reason="takes a minute of two cores; set VQJAX_FULL_SIZE=1 to run it",
+    reason="takes half a minute of two cores; set VQJAX_FULL_SIZE=1 to run it",
 )
 def test_the_widest_layer_of_ldm_4_gets_through():
     fan_in = 17_280  # LAPACK of NumPy's wheels has crashed at this size, on several threads
