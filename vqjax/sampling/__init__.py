@@ -78,9 +78,10 @@ def predictor(
     context = None if ids_B is None else models.embed_classes(config, params, ids_B)
     known_at = None
     if t_T is not None:
+        timesteps_T = jnp.asarray(t_T)
         if "activations" in params:
-            params = params | {"activations": params["activations"].tabulated(jnp.asarray(t_T))}
-        known_at = models.outputs_ahead(config, params, jnp.asarray(t_T), context, dtype)
+            params = params | {"activations": params["activations"].tabulated(timesteps_T)}
+        known_at = models.outputs_ahead(config, params, timesteps_T, context, dtype)
 
     def branches(x: jax.Array, t: jax.Array) -> jax.Array:
         known = None if known_at is None else known_at(t[0])
