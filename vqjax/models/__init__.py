@@ -74,8 +74,9 @@ def predict_noise(
 
     Args:
       params: the whole model's tree; kernels below "unet" may be `VQTensor`. Where "activations"
-        (`core.activations.Activations`) stands beside "unet", every layer that it names reads its
-        input in the range of t_B; kernels may then be `IntegerKernel`, too.
+        (`core.activations.Activations`, or a `RangeTable` that has t_B) stands beside "unet", every
+        layer that it names reads its input in the range of t_B; kernels may then be
+        `IntegerKernel`, too.
       x_BHWC: noisy latent.
       t_B: integer timesteps in [0, config.timesteps).
       context_BNX: from `embed_classes`, in any floating type; None for an unconditional model.
