@@ -52,7 +52,10 @@ Order = Literal["mixed", "trajectory"]
 Optimizer = Any
 """An `optax.GradientTransformation`, whose own type admits trees of arrays alone."""
 
-ADVICE = "try --tuning.rate 0.3 (less above two bits), or fewer --tune-steps"
+ADVICE = (
+    "try --tuning.rate 0.3 (less above two bits), or fewer --tune-steps; compressed layers serve "
+    "both"
+)
 _MOST = 20.0  # times the loss of the first steps: beyond, training is not coming back
 _WARM_UP = 0.05  # of the steps
 

@@ -206,6 +206,7 @@ def test_edited_plans_are_checked_field_by_field():
     data["layers"][names[1]]["codebooks"] = 0
     data["layers"][names[2]]["entries"] = "many"
     data["layers"][names[3]]["colour"] = 3
+    data["layers"][names[5]]["grouping"] = ["linear"]
     del data["layers"][names[4]]["kind"]
     with pytest.raises(VqjaxError) as caught:
         Plan.from_json(json.dumps(data))
@@ -213,6 +214,7 @@ def test_edited_plans_are_checked_field_by_field():
     assert f"{names[1]}: codebooks 0, expected a whole number from 1 to 16" in text
     assert f"{names[2]}: entries 'many', expected a whole number from 2 to 4096" in text
     assert f"{names[3]}: unknown field 'colour'" in text
+    assert f"{names[5]}: grouping ['linear'], expected one of" in text
     assert f"{names[4]}: missing field 'kind'" in text
     with pytest.raises(VqjaxError, match="the plan is no JSON"):
         Plan.from_json("{")

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finished pieces of a run come back from the journal as they went in."""
 
+import json
 import os
 import subprocess
 import sys
@@ -46,6 +47,33 @@ def test_what_a_killed_process_had_begun_is_cleared_away(tmp_path):
     assert list(tmp_path.rglob("*.part*")) == [living]
 
 
+def test_a_run_killed_before_its_first_record_starts_anew(tmp_path):
+    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], stdout=-1)
+    (tmp_path / f".run.json.{int(gone.stdout)}.part").write_text("{")
+    assert Journal.open(tmp_path, {"fingerprint": "f"}).record["status"] == "running"
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_a_run_killed_at_its_end_leaves_no_pieces(tmp_path):
+    journal = Journal.open(tmp_path, {"fingerprint": "f"})
+    journal.store("moments-0", {"a": np.ones(3)}, {})
+    journal.record["status"] = "done"  # and here the process dies
+    journal.save()
+    assert Journal.open(tmp_path, {"fingerprint": "f"}).done
+    assert not (tmp_path / "work").exists()
+
+
+def test_last_stages_may_be_others_until_the_run_is_complete(tmp_path):
+    Journal.open(tmp_path, {"fingerprint": "f", "last_stages": "diverged", "command": "old"})
+    other = {"fingerprint": "f", "last_stages": "slower", "command": "new"}
+    Journal.open(tmp_path, other)
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert (record["last_stages"], record["command"]) == ("slower", "new")
+    Journal.open(tmp_path, other).finish()
+    with pytest.raises(VqjaxError, match=r"with other settings \(new\)"):
+        Journal.open(tmp_path, {"fingerprint": "f", "last_stages": "diverged"})
+
+
 def test_a_folder_has_one_process_at_a_time(tmp_path):
     folder = tmp_path / "run"
     code = (
@@ -84,8 +112,9 @@ def test_a_continued_run_keeps_seconds_and_the_peak_of_memory(tmp_path, monkeypa
 
     attempt(17)
     second = attempt(9)
-    with second.stage("sample"):
-        pass
+    with pytest.raises(KeyboardInterrupt), second.stage("sample"):
+        raise KeyboardInterrupt  # what was spent counts, too
+    assert second.record["seconds"].keys() == {"compress", "sample"}
     assert second.record["peak_memory_after"] == {"compress": 17, "sample": 9}
     assert second.record["seconds"]["compress"] >= 100
     second.finish()

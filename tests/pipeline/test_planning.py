@@ -113,6 +113,9 @@ def test_plans_that_do_not_fit_are_refused_before_any_work(source, job, tmp_path
     wanted = QuantizeSettings(source=str(source), plan=path)
     with pytest.raises(VqjaxError, match=r"--plan .*plan.json: No such file"):
         quantize.prepare(wanted)
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(VqjaxError, match=r"--plan .*plan.json: no text; expected the plan.json"):
+        quantize.prepare(wanted)
     layers = dict(job.plan)
     spec = layers.pop("unet/out/conv/kernel")
     path.write_text(Plan({**layers, "unet/novel/kernel": spec}).to_json())

@@ -108,6 +108,29 @@ def test_unusable_settings_are_refused(source, settings, message):
         quantize.prepare(QuantizeSettings(source=source, **settings))
 
 
+def test_other_tunings_start_from_the_same_compressed_layers(source):
+    def record(**changes) -> dict[str, Any]:
+        return quantize.record_of(quantize.prepare(QuantizeSettings(source=source, **changes)))
+
+    first = record(tune_steps=3)
+    for other in (record(tune_steps=2), record(tune_steps=3, tuning=Tuning(rate=0.3))):
+        assert other["fingerprint"] == first["fingerprint"]
+        assert other["last_stages"] != first["last_stages"]
+    assert record(tune_steps=3, seed=1)["fingerprint"] != first["fingerprint"]
+
+
+def test_one_of_several_connected_processes_does_not_tune(source, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(VqjaxError, match=r"--tune-steps 1: not below jax\.distributed; ask for 0"):
+        quantize.prepare(QuantizeSettings(source=source, tune_steps=1))
+    quantize.prepare(QuantizeSettings(source=source, tune_steps=0))
+
+
+def test_an_export_does_not_replace_the_source(source):
+    with pytest.raises(VqjaxError, match=r"--export .*small.safetensors: would replace the source"):
+        quantize.prepare(QuantizeSettings(source=source, export=pathlib.Path(source)))
+
+
 def test_a_plan_that_integers_cannot_run_is_refused(source, tmp_path):
     job = quantize.prepare(QuantizeSettings(source=source, bits=3))
     assert all(spec.decodes_to_int8 for spec in job.plan.values())

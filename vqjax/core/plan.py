@@ -78,7 +78,7 @@ class LayerSpec:
         if self.kind not in KINDS:
             return [f"kind {self.kind!r}, expected one of {list(KINDS)}"]
         found = []
-        if self.grouping not in grouping.GROUPS:
+        if self.grouping not in tuple(grouping.GROUPS):  # what JSON holds may have no hash
             found.append(f"grouping {self.grouping!r}, expected one of {list(grouping.GROUPS)}")
         elif not grouping.fits(self.grouping, self.group):
             found.append(

@@ -96,7 +96,9 @@ class Journal:
         Args:
           record: must hold "fingerprint". Timings and peaks of memory of an earlier part of the
             run are kept. "parts" holds fingerprints, by option, of what a run may do without: those
-            of earlier attempts stay, as what they left in the folder does.
+            of earlier attempts stay, as what they left in the folder does. "last_stages" is a
+            fingerprint of what decides the last stages alone: until the run is complete it may
+            change, and names of those stages' pieces have to hold it.
           team: the processes of the run; all but the first wait until that one has opened it.
 
         Raises:
@@ -105,7 +107,11 @@ class Journal:
         team = team or Team()
         path = folder / "run.json"
         check_folder(folder)
-        if not team.leads:
+        if team.leads:
+            _clear_leftovers(
+                folder.glob(".run.json.*.part")
+            )  # of one killed before its first record
+        else:
             team.wait_for_leader(folder, lambda: is_done(path))
         if path.exists():
             try:
@@ -114,7 +120,8 @@ class Journal:
                 earlier = dict(found.get("parts", {}))
             except (ValueError, KeyError, TypeError):
                 raise VqjaxError(f"{path}: unreadable; choose another --out or delete it") from None
-            if not known:
+            other = found.get("last_stages") != record.get("last_stages")
+            if not known or (other and found.get("status") == STATUS_DONE):
                 raise VqjaxError(
                     f"{folder} holds a run of another model or with other settings "
                     f"({found.get('command', 'unknown command')})"
@@ -129,10 +136,12 @@ class Journal:
                     )
             record = {**record, **{name: found[name] for name in _KEPT if name in found}}
             if team.leads:
-                _clear_leftovers(folder)
+                _clear_leftovers(folder.rglob(".*.part*"))
                 processes.clear(folder)
             journal = cls(folder, record | ({"parts": parts} if parts else {}), team)
-            if parts != earlier:  # before work for a new one, which a killed run may leave
+            if journal.done and team.leads:
+                journal.drop_pieces()  # which one killed at its very end left
+            if parts != earlier or other:  # before work for a new one, which a killed run may leave
                 journal.save()
             return journal
         if folder.exists() and any(folder.iterdir()):
@@ -148,6 +157,11 @@ class Journal:
     def done(self) -> bool:
         """Whether the run is complete."""
         return self.record["status"] == STATUS_DONE
+
+    def begin(self) -> None:
+        """Marks a run, also a complete one, as one that is being made."""
+        self.record["status"] = STATUS_RUNNING
+        self.save()
 
     def save(self) -> None:
         """Writes `run.json`, which belongs to the leading process."""
@@ -165,13 +179,18 @@ class Journal:
     def stage(self, name: str) -> Iterator[None]:
         """Adds the time spent inside to `seconds[name]`, also over several attempts.
 
-        `peak_memory_after[name]` is the largest resident size of this process so far, or what an
-        earlier attempt came to by then.
+        What an attempt spent that was killed inside is not known. `peak_memory_after[name]` is the
+        largest resident size of this process so far, or what an earlier attempt came to by then.
         """
         start = time.monotonic()
-        yield
+        try:
+            yield
+        finally:
+            self._passed(name, time.monotonic() - start)
+
+    def _passed(self, name: str, elapsed: float) -> None:
         seconds = self.record["seconds"]
-        seconds[name] = round(seconds.get(name, 0.0) + time.monotonic() - start, 3)
+        seconds[name] = round(seconds.get(name, 0.0) + elapsed, 3)
         after = self.record.setdefault("peak_memory_after", {})
         after[name] = max(after.get(name, 0), peak_memory_bytes())
         self.save()
@@ -226,6 +245,10 @@ class Journal:
         self.record["status"] = STATUS_DONE
         self.record["peak_memory_bytes"] = self.peak_memory_bytes
         self.save()
+        self.drop_pieces()
+
+    def drop_pieces(self) -> None:
+        """Removes the finished pieces of a complete run."""
         shutil.rmtree(self.folder / "work", ignore_errors=True)
 
     def _work(self, name: str) -> pathlib.Path:
@@ -253,9 +276,9 @@ def _other_environment(found: Mapping[str, Any], record: Mapping[str, Any]) -> s
     return f", made with {'; '.join(changed)}" if changed else ""
 
 
-def _clear_leftovers(folder: pathlib.Path) -> None:
+def _clear_leftovers(begun: Iterable[pathlib.Path]) -> None:
     """Removes what killed processes had begun to write under temporary names."""
-    for path in list(folder.rglob(".*.part*")):
+    for path in list(begun):
         owner = _TEMPORARY.search(path.name)
         if owner is None or _lives(int(owner.group(1))):
             continue

@@ -105,7 +105,7 @@ def held_out(job: "Job", journal: Journal, done: "Layers") -> dict[str, LayerErr
     found: dict[str, LayerErrors] = {}
     with progress.stage("held-out", calls * len(groups)) as advance:
         for index, paths in enumerate(groups):
-            piece = f"held-out-{index}"
+            piece = f"held-out-{index}-{job.course}"
             kept = journal.load(piece)
             if kept is None:
                 moments = calibrate.second_moments(

@@ -44,7 +44,7 @@ from vqjax.pipeline import (
 from vqjax.pipeline.journal import Journal, alone, fingerprint, is_done
 from vqjax.pipeline.processes import Team
 
-_PIECES = 3
+_PIECES = 4
 """Raised where unfinished work of an earlier version cannot be continued."""
 
 CALIBRATION_SEED = 1_000_003  # added to the seed, so that no report image was calibrated on
@@ -97,6 +97,11 @@ class Job:
     def tune_steps(self) -> int:
         """Steps of distillation."""
         return tune_steps_of(self.model.config, self.settings)
+
+    @property
+    def course(self) -> str:
+        """Tells tunings of one compressed model apart, in names of what is kept of them."""
+        return fingerprint(settings.plain(self.settings)["tuning"], self.tune_steps)[:8]
 
     @property
     def bits(self) -> float:
@@ -298,9 +303,11 @@ def expected_of(
 
 def _read(path: pathlib.Path) -> str:
     try:
-        return path.read_text()
+        return path.read_text(encoding="utf-8")
     except OSError as error:
         raise VqjaxError(f"--plan {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise VqjaxError(f"--plan {path}: no text; expected the plan.json of a run") from None
 
 
 def record_of(job: Job) -> dict[str, Any]:
@@ -308,9 +315,8 @@ def record_of(job: Job) -> dict[str, Any]:
     arrays, _ = leaves.to_arrays(job.model.params)
     source = leaves.content_hash(job.model.config.to_dict(), arrays)
     shown = settings.plain(job.settings)
-    names = ("calibration", "memory", "seed", "act_bits", "tuning")
+    names = ("calibration", "memory", "seed", "act_bits")
     matters: dict[str, Any] = {name: shown[name] for name in names}
-    matters["tune_steps"] = job.tune_steps
     matters["pieces"] = _PIECES
     matters["budget"] = None
     if job.settings.plan is None:
@@ -324,6 +330,7 @@ def record_of(job: Job) -> dict[str, Any]:
         "samples": job.samples,
         "source_sha256": source,
         "fingerprint": fingerprint(source, job.plan.to_json(), matters, job.samples, made_by),
+        "last_stages": job.course,  # after a tuning that diverged, another one starts where it did
         "environment": here,
     }
 
@@ -590,7 +597,8 @@ def _samples(job: Job, journal: Journal, name: str, model: Model) -> results.Sam
     """Same-seed samples of one model, kept across interruptions."""
     from vqjax import sampling
 
-    found = journal.load(f"samples/{name}")
+    piece = f"samples/{name}-{job.course}" if name == "quantized" else f"samples/{name}"
+    found = journal.load(piece)
     if found is None:
         classes = results.class_ids(job.model.config, job.samples)
         title = f"sample {name.replace('_', ' ')}"
@@ -603,5 +611,5 @@ def _samples(job: Job, journal: Journal, name: str, model: Model) -> results.Sam
                 on_batch=advance,
             )
         found = {"images": images, "latents": latents}, {}
-        journal.store(f"samples/{name}", *found)
+        journal.store(piece, *found)
     return results.Samples(found[0]["images"], found[0]["latents"])

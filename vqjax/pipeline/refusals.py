@@ -2,7 +2,10 @@
 """What a quantization refuses before any work, beside what a model and its plan refuse."""
 
 import math
+import pathlib
 from collections.abc import Iterator
+
+import jax
 
 from vqjax.config import LatentDiffusionConfig
 from vqjax.errors import VqjaxError
@@ -23,15 +26,21 @@ def check(wanted: QuantizeSettings) -> None:
 
 
 def check_steps(config: LatentDiffusionConfig, wanted: QuantizeSettings, tune_steps: int) -> None:
-    """Looks at the timesteps of calibration and tuning.
+    """Looks at the timesteps of calibration and tuning, and at who tunes.
 
     Raises:
-      VqjaxError: if there are no such trajectories, or too few of them for a batch of tuning.
+      VqjaxError: if there are no such trajectories, too few of them for a batch of tuning, or
+        several processes below `jax.distributed`, one of which would tune.
     """
     try:
         timesteps = len(ddim_schedule(config, wanted.calibration.steps).timesteps)
     except VqjaxError as error:
         raise VqjaxError(f"--calibration.{error}") from None
+    if tune_steps and jax.process_count() > 1:  # checkpoints of one would wait for all of them
+        raise VqjaxError(
+            f"--tune-steps {tune_steps}: not below jax.distributed; ask for 0, or use the command "
+            "with JAX_COORDINATOR_ADDRESS, whose processes leave jax.distributed before"
+        )
     pairs, batch = timesteps * wanted.tuning.trajectories, wanted.tuning.batch
     if tune_steps and pairs < batch:
         raise VqjaxError(
@@ -71,3 +80,10 @@ def _problems(wanted: QuantizeSettings) -> Iterator[str]:
             yield f"--export {wanted.export}: expected a name that ends in .safetensors"
         elif not wanted.export.parent.is_dir():
             yield f"--export {wanted.export}: no folder {wanted.export.parent}; make it first"
+        elif _is_of(wanted.export, pathlib.Path(wanted.source)):
+            yield f"--export {wanted.export}: would replace the source; choose another name"
+
+
+def _is_of(path: pathlib.Path, source: pathlib.Path) -> bool:
+    """Whether a file is the source, or one of those in its folder."""
+    return path.exists() and path.resolve().is_relative_to(source.resolve())

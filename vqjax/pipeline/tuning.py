@@ -45,7 +45,7 @@ def tuned(job: "Job", journal: Journal, model: Model, visited: list[tuple]) -> M
         model = _kept(journal, "ranges", lambda: _ranged(job, journal, model, visited, bits))
     if job.tune_steps:
         before = model
-        model = _kept(journal, "tuned", lambda: _distilled(job, journal, before))
+        model = _kept(journal, f"tuned-{job.course}", lambda: _distilled(job, journal, before))
     return model
 
 
@@ -76,7 +76,7 @@ def _distilled(job: "Job", journal: Journal, model: Model) -> Model:
             weights_optimizer(recipe.steps, rate),
             ranges_optimizer(recipe.steps, rate),
             recipe,
-            (journal.folder / "work" / "tune").absolute(),
+            (journal.folder / "work" / f"tune-{job.course}").absolute(),
             activations=model.params.get("activations"),
             weight_of_t=lambda t_T: timesteps.at(journal, t_T),
             compile_ahead=compile_ahead(),
