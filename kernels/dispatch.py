@@ -241,6 +241,12 @@ def refusals_of(path: str, unsupported: list[str], device: Device) -> list[str]:
     return [*unsupported, *([refused] if refused else [])]
 
 
+def rules() -> str:
+    """Returns what decides paths on the default device beside the problem: what was asked for, and
+    the digest of what was measured."""
+    return " ".join(filter(None, (wanted(), tuned.digest(current().kind))))
+
+
 def overview() -> list[tuple[str, str]]:
     """Returns each path by name, whether it runs on the default device, and what was asked for."""
     device = current()

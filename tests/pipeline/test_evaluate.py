@@ -241,6 +241,27 @@ def test_samples_of_other_settings_are_not_mixed(twins, whole):
         evaluate.run(wanted(twins, whole, seed=1))
 
 
+def test_samples_of_other_kernels_are_not_mixed(twins, whole, monkeypatch):
+    monkeypatch.setenv("VQJAX_KERNELS", "lut")
+    with pytest.raises(VqjaxError, match="made with kernels auto, here lut"):
+        evaluate.run(wanted(twins, whole))
+
+
+def test_a_complete_evaluation_that_is_made_anew_is_not_complete(
+    twins, whole, tmp_path, monkeypatch
+):
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "_scores", killed)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.run(wanted(twins, out, against=None))
+    assert json.loads((out / "run.json").read_text())["status"] == "running"
+
+
 def test_a_comparison_may_come_and_go(twins, whole, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(whole, out)

@@ -8,6 +8,7 @@ import jax
 
 import vqjax
 from vqjax.kernels import device as device_lib
+from vqjax.kernels import dispatch
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "safetensors")
 
@@ -19,7 +20,7 @@ def versions() -> dict[str, str]:
 
 
 def describe() -> dict[str, str]:
-    """Versions, device kind and platform, for run.json and report.json."""
+    """Versions, device kind, platform and what chooses kernels, for run.json and report.json."""
     device = jax.devices()[0]
     return {
         **versions(),
@@ -28,4 +29,5 @@ def describe() -> dict[str, str]:
         "devices": str(jax.device_count()),
         "processor": device_lib.processor(),
         "platform": platform.platform(),
+        "kernels": dispatch.rules(),
     }

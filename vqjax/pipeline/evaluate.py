@@ -22,7 +22,7 @@ from vqjax.io import images, inception, lpips, published
 from vqjax.io.image_set import ImageSet
 from vqjax.io.image_shards import Shards
 from vqjax.pipeline import environment, features, sampled, sources, twins
-from vqjax.pipeline.journal import Journal, alone, fingerprint, peak_memory_bytes
+from vqjax.pipeline.journal import Journal, alone, fingerprint
 from vqjax.pipeline.processes import Team
 from vqjax.pipeline.sources import Source
 from vqjax.sampling import png
@@ -75,6 +75,7 @@ def _made(job: Evaluation) -> dict[str, Any]:
     """The work of `run`."""
     wanted = job.settings
     journal = Journal.open(wanted.out, record_of(job))
+    journal.begin()  # until the end, a report that is there may be one of other settings
     for side, shards in job.shards.items():
         source, labels = job.sources[side], job.sets[side].labels
         assert source.model is not None
@@ -103,7 +104,7 @@ def _made(job: Evaluation) -> dict[str, Any]:
         "missing": missing(job),
         "notes": _notes(job, models),
         "seconds": journal.record["seconds"],
-        "peak_memory_bytes": peak_memory_bytes(),
+        "peak_memory_bytes": journal.peak_memory_bytes,
         "environment": environment.describe(),
     }
     files = scores_report.build(content, _pictures(job, worst))
@@ -183,8 +184,8 @@ def record_of(job: Evaluation) -> dict[str, Any]:
     """
     wanted, here = job.settings, environment.describe()
     hashes = {side: source.sha256 for side, source in job.sources.items()}
-    # Another kind of device rounds differently: its samples would not be this run's.
-    kind = [here["device"], here["backend"], environment.versions()]
+    # Other devices and kernels round differently: their samples would not be this run's.
+    kind = [here["device"], here["backend"], here["kernels"], environment.versions()]
     sides = {side: fingerprint(hashes[side], _sampled_as(job, side), kind) for side in hashes}
     return {
         "command": settings.command_line("vqjax.evaluate", wanted),
