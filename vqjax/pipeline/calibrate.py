@@ -188,9 +188,11 @@ def second_moments(
                 on_step()
         return sums
 
-    # Sums of a large model are as large as memory allows: those of all batches are one.
+    # Sums of a large model are as large as memory allows: those of all batches are one. Of a small
+    # one they are two on every machine, so that last bits do not depend on its cores.
     numbers = range(len(visited))
-    parts = [[number] for number in numbers] if model.config.small else [numbers]
+    halves = [part for part in (numbers[0::2], numbers[1::2]) if part]
+    parts = halves if model.config.small else [numbers]
     sums = functools.reduce(_added, cores.in_order(sums_of, parts))
     rows = images * steps * (1 if visited[0][2] is None else 2)
     for path, every in held.items():
