@@ -57,6 +57,11 @@ def init_params(config: LatentDiffusionConfig, key: jax.Array) -> Params:
 
 def param_shapes(config: LatentDiffusionConfig) -> Params:
     """The tree of `init_params` as `jax.ShapeDtypeStruct` leaves; nothing is computed."""
+    return jax.tree.map(lambda leaf: leaf, _shapes(config))  # in dicts of the caller's own
+
+
+@functools.cache  # to trace a large model takes seconds
+def _shapes(config: LatentDiffusionConfig) -> Params:
     return jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
 
 

@@ -74,6 +74,13 @@ def trace_layers(config: LatentDiffusionConfig, params: models.Params) -> dict[s
     Args:
       params: arrays or their shapes.
     """
+    leaves, treedef = jax.tree.flatten(params)
+    return dict(_traced(config, treedef, tuple((leaf.shape, leaf.dtype) for leaf in leaves)))
+
+
+@functools.cache  # a run asks several times
+def _traced(config: LatentDiffusionConfig, treedef: Any, types: tuple) -> dict[str, LayerInput]:
+    params = treedef.unflatten([jax.ShapeDtypeStruct(*one) for one in types])
     sizes: dict[str, LayerInput] = {}
 
     def measure(path: str, x: jax.Array, window: dict[str, Any]) -> None:
