@@ -92,6 +92,7 @@ def asked(monkeypatch, source: str) -> tuple[QuantizeSettings, int]:
 
     def sample(source, classes, **options):
         counts.append(len(classes))
+        assert "guidance" not in options  # the model's own, as in the report
         return np.zeros((len(classes), 32, 32, 3), np.uint8)
 
     monkeypatch.setenv("VQJAX_NOTEBOOK_SOURCE", source)

@@ -169,7 +169,7 @@ def generate_with_latents(
     classes: Sequence[int] | np.ndarray,
     *,
     steps: int = 20,
-    guidance: float = 3.0,
+    guidance: float | None = None,
     eta: float = 0.0,
     seed: int = 0,
     first_index: int = 0,
@@ -183,7 +183,8 @@ def generate_with_latents(
 
     Args:
       classes: class id of each image; for an unconditional model only their number counts.
-      steps, eta: of DDIM; `guidance`: of classifier-free guidance, 1 is none.
+      steps, eta: of DDIM.
+      guidance: of classifier-free guidance, 1 is none; by default the model's own.
       seed: image i is drawn from (seed, first_index + i) alone.
       first_index: number of the first image, to continue a series.
       batch_size: most images in one compiled call; of several calls the last is padded, so that one
@@ -203,6 +204,7 @@ def generate_with_latents(
         integers cannot compute.
     """
     config, classes = model.config, np.asarray(classes)
+    guidance = config.guidance if guidance is None else guidance
     run = Run(steps, float(guidance), float(eta), dtype, dispatch.wanted())
     check(config, classes, run, seed=seed, batch_size=batch_size)
     batch_size = min(batch_size, len(classes))
