@@ -117,6 +117,13 @@ def test_other_models_are_compressed_as_large_ones_are_by_default(monkeypatch):
     assert (wanted.samples, wanted.tune_steps, shown) == (40, 100, 40)
 
 
+def test_each_source_has_a_folder_of_its_own(monkeypatch):
+    """Not under its own name: an existing folder goes before the name "digits"."""
+    sources = "digits", "files/model.ckpt", "files/other.ckpt"
+    folders = [str(asked(monkeypatch, source)[0].out) for source in sources]
+    assert folders == ["vqjax-digits", "vqjax-model", "vqjax-other"]
+
+
 def test_a_cpu_has_no_memory_of_its_own(monkeypatch):
     assert asked(monkeypatch, "digits")[0].memory is None
 
