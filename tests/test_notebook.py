@@ -92,6 +92,7 @@ def asked(monkeypatch, source: str) -> tuple[QuantizeSettings, int]:
 
     def sample(source, classes, **options):
         counts.append(len(classes))
+        assert "guidance" not in options  # the model's own, as in the report
         return np.zeros((len(classes), 32, 32, 3), np.uint8)
 
     monkeypatch.setenv("VQJAX_NOTEBOOK_SOURCE", source)
@@ -114,6 +115,13 @@ def test_other_models_are_compressed_as_large_ones_are_by_default(monkeypatch):
     assert wanted.memory == 14  # GB: enough for one layer of cin256-v2 after the other
     wanted, shown = asked(monkeypatch, "digits")
     assert (wanted.samples, wanted.tune_steps, shown) == (40, 100, 40)
+
+
+def test_each_source_has_a_folder_of_its_own(monkeypatch):
+    """Not under its own name: an existing folder goes before the name "digits"."""
+    sources = "digits", "files/model.ckpt", "files/other.ckpt"
+    folders = [str(asked(monkeypatch, source)[0].out) for source in sources]
+    assert folders == ["vqjax-digits", "vqjax-model", "vqjax-other"]
 
 
 def test_a_cpu_has_no_memory_of_its_own(monkeypatch):

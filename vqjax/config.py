@@ -85,7 +85,8 @@ class LatentDiffusionConfig:
         "no class" of classifier-free guidance.
       linear_start, linear_end: ends of the noise schedule; beta is linear in its square root.
       scale_factor: the U-Net sees first-stage latents times this.
-      guidance: classifier-free guidance that reports and scores of this model are made with.
+      guidance: classifier-free guidance of this model's samples, reports and scores, unless another
+        is asked for.
     """
 
     name: str

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images depend on seed, number and class alone; guidance and mistakes."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,9 @@ import vqjax
 from tests.io import models as small
 from vqjax import models, sampling
 from vqjax.errors import VqjaxError
+from vqjax.io import native
+from vqjax.sample import __main__ as command
+from vqjax.sampling import png
 
 MODEL = small.dense(small.CLASSES)
 CLASSES = [0, 1, 2, 0, 1]
@@ -83,6 +88,26 @@ def test_guidance_mixes_both_branches():
     conditional, unconditional = (branch(MODEL.params, some) for some in (ids, none))
     expected = unconditional + 2.5 * (conditional - unconditional)
     np.testing.assert_allclose(guided(MODEL.params, ids), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("asked", "expected"), [(None, 1.25), (1.0, 1.0), (2.5, 2.5)])
+def test_guidance_is_the_models_own_unless_told(asked, expected, tmp_path, monkeypatch):
+    """In the function and in the command, whose grid says which it was."""
+    model, found = small.dense(dataclasses.replace(small.TINY, guidance=1.25)), []
+
+    def compiled(config, params, ids_B, index_B, seed, *, run):
+        found.append(run.guidance)
+        return np.zeros((len(ids_B), 16, 16, 3), np.uint8), np.zeros((len(ids_B), 8, 8, 3))
+
+    monkeypatch.setattr(sampling, "sample_batch", compiled)
+    source, grid = tmp_path / "model.safetensors", tmp_path / "grid.png"
+    native.save_model(source, model)
+    options = {} if asked is None else {"guidance": asked}
+    words = [] if asked is None else ["--guidance", f"{asked:g}"]
+    vqjax.sample(model, [0], steps=1, **options)
+    assert command.main([str(source), *words, "--count", "2", "--out", str(grid)]) == 0
+    assert found == [expected, expected]
+    assert png.read_metadata(grid)["guidance"] == expected
 
 
 def test_rounding_is_half_up():

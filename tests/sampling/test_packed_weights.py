@@ -19,9 +19,11 @@ from vqjax.core.integer import IntegerKernel, PackedIntegerKernel
 from vqjax.core.model import Model
 from vqjax.core.tensor import VQTensor, densify
 from vqjax.errors import VqjaxError
+from vqjax.io.image_shards import Shards
 from vqjax.kernels import device, dispatch, pallas_gpu, tuned
 from vqjax.kernels.device import Device
 from vqjax.kernels.lut_matmul import native
+from vqjax.pipeline import sampled
 from vqjax.sampling import weights
 from vqjax.sampling.schedule import ddim_schedule
 
@@ -256,6 +258,36 @@ def test_a_gpu_holds_small_weights_decoded_while_memory_lasts(share, monkeypatch
     assert weights.LOADED not in placed(params, **settings, limit=0).paths.values()
     monkeypatch.setenv(dispatch.VARIABLE, "pallas")
     assert weights.LOADED not in placed(params, **settings).paths.values()
+
+
+def test_an_evaluation_places_weights_once_as_sample_does(tmp_path, monkeypatch):
+    """Placed again, those left packed would be counted as the whole, and more be decoded."""
+    for module in (dispatch, device):
+        monkeypatch.setattr(module, "current", lambda: H200)
+    monkeypatch.setattr(dispatch, "_failed_trial", lambda *args: ())
+    monkeypatch.setattr(weights, "MEMORY_SHARE", 1.0)
+    model, ids, ran = small.integer(CONFIG), np.arange(8) % 3, []
+
+    def compiled(config, params, ids_B, index_B, seed, *, run):
+        shapes = jax.tree.map(jnp.shape, jax.tree.leaves(params))
+        ran.append(((run, len(ids_B), jax.tree.structure(params), shapes), params))
+        images = np.zeros((len(ids_B), 16, 16, 3), np.uint8)
+        return images, np.zeros((len(ids_B), *config.latent_shape), np.float32)
+
+    monkeypatch.setattr(sampling, "sample_batch", compiled)
+    vqjax.sample(model, ids[:4], steps=2, guidance=1.5)
+    protocol = sampled.Protocol(steps=2, guidance=1.5, eta=0.0, seed=0)
+    shards = Shards(tmp_path, 7, 4, (16, 16))  # the last is padded: one program serves both
+    sampled.sample(model, ids[:7], shards, protocol, "sample")
+    (as_sample, _), *of_shards = ran
+    assert [how for how, _ in of_shards] == [as_sample, as_sample]
+    first, second = (jax.tree.leaves(params) for _, params in of_shards)
+    assert all(one is other for one, other in zip(first, second, strict=True))
+    stored, held = tree.flatten(model.params), tree.flatten(of_shards[0][1])
+    packed = [path for path, leaf in stored.items() if isinstance(leaf, VQTensor)]
+    assert {isinstance(held[path], VQTensor) for path in packed} == {True, False}
+    dense = 2 * sum(stored[path].size for path in packed)
+    assert sum(held[path].nbytes for path in packed) <= weights.MEMORY_SHARE * dense
 
 
 @pytest.mark.parametrize("rows", [2, 10_000], ids=["fused", "staged"])

@@ -16,6 +16,7 @@ from vqjax import progress, sampling
 from vqjax.core import cores
 from vqjax.core.model import Model
 from vqjax.io.image_shards import Shards
+from vqjax.kernels import dispatch
 from vqjax.sampling.weights import place
 
 
@@ -41,32 +42,38 @@ def sample(
     Raises:
       VqjaxError: for classes, steps or eta that the model cannot do.
     """
-    missing = shards.missing()
+    config, missing = model.config, shards.missing()
+    run = sampling.Run(
+        protocol.steps, protocol.guidance, protocol.eta, "float32", dispatch.wanted()
+    )
+    sampling.check(config, labels_N, run, seed=protocol.seed, batch_size=shards.shard)
     free: queue.SimpleQueue = queue.SimpleQueue()
-    rows = sampling.rows(model.config, shards.shard, protocol.guidance)
+    rows = sampling.rows(config, shards.shard, run.guidance)
     for device in jax.local_devices() if missing else ():
-        # Once for all shards; what stays packed is what kernels read so.
-        with jax.default_device(device):
-            placed = place(model.config, jax.device_put(model.params, device), rows=rows)
-        own = dataclasses.replace(model, params=placed.params)
-        for _ in range(cores.at_once(device, together=model.config.small)):
-            free.put((device, own))
+        with jax.default_device(device):  # once for all shards
+            there = jax.device_put(model.params, device)
+            placed = place(config, there, rows=rows, dtype=run.dtype)
+            del there  # what was decoded needs its codes no longer
+        for _ in range(cores.at_once(device, together=config.small)):
+            free.put((device, placed))
 
     @cores.as_here
     def one(number: int) -> int:
         pictures = shards.pictures_of(number)
-        device, own = free.get()
+        device, placed = free.get()
         try:
             with jax.default_device(device):
-                images, latents = sampling.generate_with_latents(
-                    own,
+                images, latents = sampling.generate_placed(
+                    config,
+                    placed,
                     labels_N[pictures.start : pictures.stop],
+                    run=run,
+                    seed=protocol.seed,
                     first_index=pictures.start,
                     batch_size=shards.shard,
-                    **dataclasses.asdict(protocol),
                 )
         finally:
-            free.put((device, own))
+            free.put((device, placed))
         shards.write(number, images, latents)
         return len(images)
 

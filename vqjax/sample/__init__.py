@@ -16,7 +16,7 @@ def sample(
     classes: "Sequence[int] | np.ndarray",
     *,
     steps: int = 20,
-    guidance: float = 3.0,
+    guidance: float | None = None,
     eta: float = 0.0,
     seed: int = 0,
     integer: bool = False,
@@ -29,7 +29,8 @@ def sample(
       model_or_source: what `vqjax.load` returns or takes.
       classes: class id of each image; for an unconditional model only their number counts.
       steps: DDIM steps.
-      guidance: of classifier-free guidance, 1 is none.
+      guidance: of classifier-free guidance, 1 is none; by default the model's own, 1.5 for digits
+        and textures, else 3.
       eta: 0 is deterministic DDIM, 1 has the noise of DDPM.
       seed: image i depends on (seed, i) alone, whatever the number of images.
       integer: multiply int8 by int8, in models with 8-bit activations and 8-bit integer weights.

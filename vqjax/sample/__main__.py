@@ -34,12 +34,13 @@ def _work(settings: SampleSettings) -> None:
     classes = np.resize(np.asarray(ids), settings.count)
     side = model.config.first_stage.resolution
     png.check_grid(settings.count, settings.columns, side, side)
+    guidance = model.config.guidance if settings.guidance is None else settings.guidance
     with progress.stage("sample", settings.count) as advance:
         images = sampling.generate(
             model,
             classes,
             steps=settings.steps,
-            guidance=settings.guidance,
+            guidance=guidance,
             eta=settings.eta,
             seed=settings.seed,
             batch_size=settings.batch,
@@ -49,7 +50,7 @@ def _work(settings: SampleSettings) -> None:
             on_batch=advance,
         )
     parameters = dataclasses.asdict(settings) | {"out": str(settings.out)}
-    parameters |= {"classes": classes.tolist(), "model": model.config.name}
+    parameters |= {"classes": classes.tolist(), "guidance": guidance, "model": model.config.name}
     png.save_grid(
         settings.out, images, settings.columns, parameters | {"versions": environment.versions()}
     )

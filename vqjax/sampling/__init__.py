@@ -22,7 +22,7 @@ from vqjax.errors import VqjaxError
 from vqjax.kernels import dispatch
 from vqjax.sampling import ddim
 from vqjax.sampling.schedule import DDIMSchedule, ddim_schedule
-from vqjax.sampling.weights import place, say_what_stays
+from vqjax.sampling.weights import Placed, place, say_what_stays
 
 BATCH_SIZE = 16
 
@@ -163,13 +163,13 @@ def sample_batch(
     return to_uint8(models.decode(config, params, z_BHWC)), z_BHWC
 
 
-@jax.default_matmul_precision("highest")  # TF32 would change pictures from device to device
+@jax.default_matmul_precision("highest")  # as in `generate_placed`
 def generate_with_latents(
     model: Model,
     classes: Sequence[int] | np.ndarray,
     *,
     steps: int = 20,
-    guidance: float = 3.0,
+    guidance: float | None = None,
     eta: float = 0.0,
     seed: int = 0,
     first_index: int = 0,
@@ -183,7 +183,8 @@ def generate_with_latents(
 
     Args:
       classes: class id of each image; for an unconditional model only their number counts.
-      steps, eta: of DDIM; `guidance`: of classifier-free guidance, 1 is none.
+      steps, eta: of DDIM.
+      guidance: of classifier-free guidance, 1 is none; by default the model's own.
       seed: image i is drawn from (seed, first_index + i) alone.
       first_index: number of the first image, to continue a series.
       batch_size: most images in one compiled call; of several calls the last is padded, so that one
@@ -203,26 +204,54 @@ def generate_with_latents(
         integers cannot compute.
     """
     config, classes = model.config, np.asarray(classes)
-    _check_classes(config, classes)
-    _check_numbers(seed, guidance, batch_size)
-    batch_size = min(batch_size, max(1, len(classes)))
-    ddim_schedule(config, steps, eta)
+    guidance = config.guidance if guidance is None else guidance
     run = Run(steps, float(guidance), float(eta), dtype, dispatch.wanted())
+    check(config, classes, run, seed=seed, batch_size=batch_size)
+    batch_size = min(batch_size, len(classes))
     if integer:
         _check_ranges(model)
-    seen = rows(config, batch_size, guidance)
+    seen = rows(config, batch_size, run.guidance)
     placed = place(
         config, model.params, rows=seen, dtype=dtype, limit=weight_memory, integer=integer
     )
     say_what_stays(placed, weight_memory)
-    params = placed.params
+    return generate_placed(
+        config,
+        placed,
+        classes,
+        run=run,
+        seed=seed,
+        first_index=first_index,
+        batch_size=batch_size,
+        on_batch=on_batch,
+    )
+
+
+@jax.default_matmul_precision("highest")  # TF32 would change pictures from device to device
+def generate_placed(
+    config: LatentDiffusionConfig,
+    placed: Placed,
+    classes: np.ndarray,
+    *,
+    run: Run,
+    seed: int,
+    first_index: int,
+    batch_size: int,
+    on_batch: Callable[[int], None] | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """`generate_with_latents` after `check` and `place`, for callers with many series of images.
+
+    Args:
+      placed: for `rows` of this batch size and guidance, in the dtype of `run`.
+      batch_size: images in one compiled call; the last is padded.
+    """
 
     def sample(start: int) -> tuple[np.ndarray, np.ndarray]:
         index_B = np.arange(start, start + batch_size)
         ids_B = jnp.asarray(classes[np.minimum(index_B, len(classes) - 1)], jnp.int32)
         ids_B = ids_B if config.n_classes else None
         index_B = jnp.asarray(first_index + index_B, jnp.uint32)
-        batch = sample_batch(config, params, ids_B, index_B, jnp.uint32(seed), run=run)
+        batch = sample_batch(config, placed.params, ids_B, index_B, jnp.uint32(seed), run=run)
         images, latents = jax.device_get(batch)
         count = min(batch_size, len(classes) - start)
         return images[:count], latents[:count]
@@ -249,14 +278,23 @@ def generate(model: Model, classes: Sequence[int] | np.ndarray, **settings) -> n
     return generate_with_latents(model, classes, **settings)[0]
 
 
-def _check_numbers(seed: int, guidance: float, batch_size: int) -> None:
+def check(
+    config: LatentDiffusionConfig, classes: np.ndarray, run: Run, *, seed: int, batch_size: int
+) -> None:
+    """Refuses what cannot be sampled; placing a large model's weights takes long.
+
+    Raises:
+      VqjaxError: for a class id that the model does not have, or unusable settings.
+    """
+    _check_classes(config, classes)
     whole = isinstance(seed, int | np.integer)
     if not whole or not 0 <= seed < 2**32:
         raise VqjaxError(f"seed: found {seed}, expected a whole number from 0 to 2^32 - 1")
-    if not math.isfinite(guidance):
-        raise VqjaxError(f"guidance: found {guidance}, expected a finite number; 1 is none")
+    if not math.isfinite(run.guidance):
+        raise VqjaxError(f"guidance: found {run.guidance}, expected a finite number; 1 is none")
     if batch_size < 1:
         raise VqjaxError(f"batch_size: found {batch_size}, expected 1 or more images in a call")
+    ddim_schedule(config, run.steps, run.eta)
 
 
 def _check_classes(config: LatentDiffusionConfig, classes: np.ndarray) -> None:

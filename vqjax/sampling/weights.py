@@ -72,6 +72,8 @@ def place(
     """Decodes the weights that are not better left as they are stored.
 
     Args:
+      params: as they are stored. Placed once more, those that stayed packed would count as all
+        that are quantized, and more than `MEMORY_SHARE` be taken.
       rows: latents that the U-Net sees at a time, both branches of guidance counted.
       dtype: "float32", "bfloat16" or "float16": of the U-Net's computation and decoded weights.
       limit: most GB (10^9 bytes) of decoded weights, or None. Weights that do not fit stay packed
