@@ -16,9 +16,17 @@ class VqjaxError(ValueError):
 
 
 class DoesNotFitError(VqjaxError):
-    """The work needs more memory, disk or bits than there are (exit code 3)."""
+    """The work needs more memory, disk or bits than there are (exit code 3).
+
+    Attributes:
+      needed: bytes of memory that would do; 0 where that is not known.
+    """
 
     exit_code = 3
+
+    def __init__(self, message: str, *, needed: int = 0):
+        super().__init__(message)
+        self.needed = needed
 
 
 class QualityGateError(VqjaxError):

@@ -216,9 +216,9 @@ def test_edited_plans_are_checked_field_by_field():
     assert f"{names[3]}: unknown field 'colour'" in text
     assert f"{names[5]}: grouping ['linear'], expected one of" in text
     assert f"{names[4]}: missing field 'kind'" in text
-    with pytest.raises(VqjaxError, match="the plan is no JSON"):
+    with pytest.raises(VqjaxError, match=r"the plan is no JSON: .*; take the plan\.json of a run"):
         Plan.from_json("{")
-    with pytest.raises(VqjaxError, match='no "layers" object'):
+    with pytest.raises(VqjaxError, match=r'no "layers" object; take the plan\.json of a run'):
         Plan.from_json("[]")
     with pytest.raises(VqjaxError, match="plan version 9, expected 1"):
         Plan.from_json('{"version": 9, "layers": {}}')

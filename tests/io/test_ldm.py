@@ -240,6 +240,8 @@ def test_an_export_is_taken_with_the_config_that_it_was_made_with(tmp_path):
 def test_sources_that_are_none(tmp_path):
     with pytest.raises(VqjaxError, match="no such file or folder"):
         load_model(tmp_path / "nothing.ckpt")
+    with pytest.raises(VqjaxError, match=r"folder; published as model.ckpt: .*/cin/model\.ckpt$"):
+        load_model(tmp_path / "model.ckpt")
     (tmp_path / "model.onnx").write_bytes(b"")
     with pytest.raises(VqjaxError, match=r"unknown kind of file; expected one of \.ckpt"):
         load_model(tmp_path / "model.onnx")

@@ -3,6 +3,7 @@
 
 import dataclasses
 import hashlib
+import pathlib
 
 import pytest
 
@@ -45,3 +46,11 @@ def test_descriptions_tell_sizes_in_bytes():
         published.IMAGENET_REFERENCE.describe()
     )
     assert "1,827,378,153 bytes, sha256 not published" in published.CIN256_V2.describe()
+
+
+@pytest.mark.parametrize("file", published.FILES.values(), ids=lambda file: file.name)
+def test_the_documentation_tells_where_files_are(file):
+    text = (pathlib.Path(__file__).parents[2] / "docs" / "import.md").read_text(encoding="utf-8")
+    size = file.size if isinstance(file.size, str) else f"{file.size:,} bytes"
+    sha256 = f"`{file.sha256}...`" if file.sha256 else "not published"
+    assert f"| `{file.name}` | {file.what} | {size} | {sha256} | <{file.url}> |" in text

@@ -3,6 +3,7 @@
 
 import functools
 import pathlib
+import re
 import types
 from typing import Any
 
@@ -17,9 +18,9 @@ from vqjax.config import PRESETS
 from vqjax.core import folding, tree
 from vqjax.core.plan import kernel_shapes
 from vqjax.errors import DoesNotFitError
-from vqjax.pipeline import calibrate, estimate, memory
+from vqjax.pipeline import calibrate, estimate, memory, quantize
 from vqjax.pipeline.calibrate import LayerInput
-from vqjax.settings import Calibration
+from vqjax.settings import Calibration, QuantizeSettings
 from vqjax.train import distill
 
 DOCS = pathlib.Path(__file__).parents[2] / "docs"
@@ -43,8 +44,8 @@ def published() -> tuple[Any, Any, Any]:
     return config, shapes, {path: sizes[path] for path in kernel_shapes(shapes)}
 
 
-def divided(workers=1, **more) -> memory.Division:
-    return memory.divide(*published(), Calibration(), workers=workers, **more)
+def divided(workers=1, batch=16, **more) -> memory.Division:
+    return memory.divide(*published(), Calibration(batch=batch), workers=workers, **more)
 
 
 def test_without_a_limit_everything_goes_side_by_side():
@@ -122,6 +123,43 @@ def test_the_published_model_takes_what_the_documentation_says(
     documented = "".join((DOCS / name).read_text() for name in ("evaluation.md", "scale.md"))
     assert f"{peak} GB" in documented
     assert (found.at_once, round(found.peak / 1e9, 1)) == (pairs, peak)
+
+
+@pytest.mark.parametrize(
+    ("batch", "accelerated", "least"), [(16, False, 24.5), (2, False, 20.8), (16, True, 12.1)]
+)
+def test_the_published_model_does_with_what_the_documentation_says(batch, accelerated, least):
+    assert f"{least} GB" in (DOCS / "scale.md").read_text(encoding="utf-8")
+    found = divided(batch=batch, limit=least * 1e9, accelerated=accelerated)
+    assert found.peak <= least * 1e9
+    with pytest.raises(DoesNotFitError, match=f"ask for {least} or more"):
+        divided(batch=batch, limit=(least - 0.1) * 1e9, accelerated=accelerated)
+
+
+@pytest.mark.parametrize(
+    ("free", "advice"),
+    [
+        (32.06e9, "32.1 GB can be had; ask for --memory 32, or end other programs"),
+        (22e9, "it needs at least --memory 24.5, or --memory 22 --calibration.batch 1, or end"),
+        (16e9, "it needs at least --memory 24.5, or --memory 20.5 --calibration.batch 1, or end"),
+    ],
+)
+def test_what_a_refused_run_is_told_to_ask_for_is_not_refused_next(monkeypatch, free, advice):
+    config, shapes, sizes = published()
+    wanted = QuantizeSettings(source="model.ckpt")
+    job: Any = types.SimpleNamespace(settings=wanted, model=types.SimpleNamespace(config=config))
+    job.shapes, job.plan, job.sizes, job.division = shapes, sizes, sizes, divided(2, limit=None)
+    monkeypatch.setattr(estimate, "available_memory", lambda: free)
+    with pytest.raises(DoesNotFitError) as refused:
+        quantize._check_memory(job)
+    assert f"takes about 39.4 GB of memory, {free / 1e9:.1f} GB can be had; " in str(refused.value)
+    assert advice in str(refused.value)
+    for gigabytes, batch in re.findall(r"--memory ([\d.]+)(?: --calibration.batch (\d+))?", advice):
+        limit = 1e9 * float(gigabytes)
+        assert divided(batch=int(batch or 16), limit=limit).peak <= limit
+    for enough in (40e9, None):
+        monkeypatch.setattr(estimate, "available_memory", lambda enough=enough: enough)
+        quantize._check_memory(job)
 
 
 def test_what_the_way_back_keeps_is_what_xla_sets_aside():

@@ -32,6 +32,7 @@ MOST_CODEBOOKS = 10
 _LONE_ENTRIES = (8, 10, 12, 14, 15, 16, 20, 24, 28, 32, 40, 48, 64, 128, 256)
 
 _VERSION = 1
+_WHERE = "take the plan.json of a run folder"  # a dry run writes none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,9 +240,9 @@ class Plan(Mapping[str, LayerSpec]):
         try:
             data = json.loads(text)
         except json.JSONDecodeError as error:
-            raise VqjaxError(f"the plan is no JSON: {error}; see `--dry-run` for one") from None
+            raise VqjaxError(f"the plan is no JSON: {error}; {_WHERE}") from None
         if not isinstance(data, dict) or not isinstance(data.get("layers"), dict):
-            raise VqjaxError('the plan has no "layers" object; see `--dry-run` for a whole plan')
+            raise VqjaxError(f'the plan has no "layers" object; {_WHERE}')
         if data.get("version") != _VERSION:
             raise VqjaxError(f"plan version {data.get('version')!r}, expected {_VERSION}")
         problems: list[str] = []

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from vqjax import config as config_lib
 from vqjax.config import LatentDiffusionConfig
 from vqjax.errors import VqjaxError
+from vqjax.io import published
 
 if TYPE_CHECKING:
     from vqjax.core.model import Model
@@ -48,6 +49,9 @@ def load_model(
     if not path.exists():
         if str(source) == "digits":
             return _checked(_load_digits(), config, "digits")
+        known = published.FILES.get(path.name)
+        if known is not None:
+            raise VqjaxError(f"{source}: no such file or folder; published as {known.describe()}")
         raise VqjaxError(f"{source}: no such file or folder, nor the model in the package, digits")
     if path.is_dir():
         folder = orbax_model.find(path)

@@ -125,7 +125,8 @@ def divide(
         what = "a step of tuning" if "tuning" in least.parts else "one layer at a time"
         raise DoesNotFitError(
             f"--memory {limit / 1e9:g}: {what} takes {least.peak / 1e9:.2f} GB; "
-            f"ask for {math.ceil(least.peak / 1e8) / 10:g} or more"
+            f"ask for {math.ceil(least.peak / 1e8) / 10:g} or more",
+            needed=least.peak,
         )
     # Passes must not depend on the machine's cores: moments get their half before layers that are
     # searched beside the first one.

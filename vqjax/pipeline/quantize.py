@@ -172,7 +172,7 @@ def run(wanted: settings.QuantizeSettings) -> Report:
     if wanted.dry_run:
         return Report(wanted.out, {})
     if not is_done(wanted.out / "run.json"):
-        _check_memory(job.division)
+        _check_memory(job)
     with alone(wanted.out) if team.leads else contextlib.nullcontext():
         journal = Journal.open(wanted.out, record_of(job), team)
         if journal.done:
@@ -197,13 +197,31 @@ def run(wanted: settings.QuantizeSettings) -> Report:
     return Report(wanted.out, report)
 
 
-def _check_memory(division: memory.Division) -> None:
+def _check_memory(job: Job) -> None:
     free = estimate.available_memory()
-    if free is not None and division.peak > free:
-        raise DoesNotFitError(
-            f"this run takes about {division.peak / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB "
-            f"can be had; ask for --memory {free / 1e9:.1f} or end other programs"
-        )
+    if free is None or job.division.peak <= free:
+        return
+    limit = math.floor(free / 1e8) / 10  # GB; rounded up it would be more than there is
+
+    def least(batch: int) -> float:
+        """GB that suffice, of calibration in such batches: `limit`, or more."""
+        calibration = dataclasses.replace(job.settings.calibration, batch=batch)
+        wanted = dataclasses.replace(job.settings, memory=limit, calibration=calibration)
+        try:
+            division_of(job.model.config, job.shapes, job.plan, job.sizes, wanted)
+        except DoesNotFitError as error:
+            return math.ceil(error.needed / 1e8) / 10
+        return limit
+
+    advice = f"ask for --memory {limit:g}"
+    if (needed := least(job.settings.calibration.batch)) > limit:
+        advice = f"it needs at least --memory {needed:g}"
+        if (smaller := least(1)) < needed:
+            advice += f", or --memory {smaller:g} --calibration.batch 1"
+    raise DoesNotFitError(
+        f"this run takes about {job.division.peak / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB "
+        f"can be had; {advice}, or end other programs"
+    )
 
 
 def _check_quality(wanted: settings.QuantizeSettings, report: dict[str, Any]) -> None:
