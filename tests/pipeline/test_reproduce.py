@@ -138,6 +138,7 @@ def test_the_cost_grows_with_the_samples():
         ('{"settings": [], "fingerprint": ""}', r"settings: found \[\], expected"),
         ('{"name": "a", "quantize": {}, "more": 1}', "unknown"),
         ('{"settings": {}, "fingerprint": "", "command": "ls"}', "cannot be repeated"),
+        ('{"settings": {}, "fingerprint": "", "command": "a -m \'b"}', "cannot be repeated"),
     ],
 )
 def test_files_that_are_no_runs_are_refused(tmp_path, text, message):
@@ -275,6 +276,19 @@ def test_a_run_of_a_long_command_has_a_short_name(tmp_path):
     found = {"models": {"source": {"n": 4}}, "difference": None}
     (tmp_path / "evaluation.json").write_text(json.dumps(found))
     assert run_file.load(str(tmp_path)).name == f"evaluate {tmp_path.name} 01234567"
+
+
+def test_what_a_command_ran_is_its_module_not_a_name_in_it(tmp_path):
+    wanted = lib.EvaluateSettings(source="runs/vqjax.quantize_a")
+    command = lib.command_line("vqjax.evaluate", wanted)
+    about = {"command": command, "fingerprint": "0123456789", "settings": lib.plain(wanted)}
+    (tmp_path / "run.json").write_text(json.dumps(about))
+    found = {"models": {"source": {"n": 4}}, "difference": None}
+    (tmp_path / "evaluation.json").write_text(json.dumps(found))
+    run = run_file.load(str(tmp_path))
+    assert run.quantize is None
+    assert run.evaluate is not None
+    assert run.evaluate.source == wanted.source
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import importlib.resources
 import json
 import os
 import pathlib
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -199,16 +200,26 @@ def _of_command(content: Mapping[str, Any], path: pathlib.Path) -> Run:
     which = f"{folder.resolve().name} {str(content['fingerprint'])[:8]}"
     wanted = {name: value for name, value in content["settings"].items() if name != "out"}
     there = content.get("environment", {})
-    if "vqjax.quantize" in command:
+    module = _module(command)  # not a word anywhere in it: files are named as people like
+    if module == "vqjax.quantize":
         wanted.pop("export", None)
         if wanted.get("plan") is not None:  # the folder carries a copy
             wanted["plan"] = str(folder / "plan.json")
         quantize = lib.from_plain(lib.QuantizeSettings, wanted, str(path))
         return Run(f"quantize {which}", quantize, None, run_results.of_quantization(folder), there)
-    if "vqjax.evaluate" in command:
+    if module == "vqjax.evaluate":
         evaluate = lib.from_plain(lib.EvaluateSettings, wanted, str(path))
         return Run(f"evaluate {which}", None, evaluate, run_results.of_evaluation(folder), there)
     raise VqjaxError(f"{path}: the run of {command!r} cannot be repeated")
+
+
+def _module(command: str) -> str:
+    """What `python -m MODULE ...` runs; "" where a command has another form."""
+    try:
+        words = shlex.split(command)
+    except ValueError:  # a quotation without an end
+        return ""
+    return words[2] if len(words) > 2 and words[1] == "-m" else ""
 
 
 def _json(text: bytes, where: str) -> Any:
