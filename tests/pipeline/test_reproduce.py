@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs from files: parsed, found, recorded, repeated, compared."""
 
+import gc
 import json
+import math
 import pathlib
+import weakref
 
+import numpy as np
 import pytest
 
 from tests.io import models
 from vqjax import reproduce as command
 from vqjax import settings as lib
 from vqjax.errors import QualityGateError, VqjaxError
-from vqjax.io import native, orbax_model, published
+from vqjax.io import inception, native, orbax_model, published
 from vqjax.pipeline import quantize, reproduce, run_cost, run_file, run_results
 
 pytestmark = pytest.mark.xdist_group("quantize tiny")
@@ -93,9 +97,11 @@ def test_missing_files_are_named_with_where_they_are_and_what_the_run_costs(tmp_
 
 def test_a_file_of_another_size_is_named_and_recorded(tmp_path, monkeypatch, capsys):
     run = json.loads(run_file.packaged()["cin256_w2a8"].read_text())
-    for name in ("model.ckpt", "VIRTUAL_imagenet256_labeled.npz"):
-        (tmp_path / name).write_bytes(b"short")
+    (tmp_path / "model.ckpt").write_bytes(b"short")
+    images_NHWC = np.zeros((1, 2, 2, 3), np.uint8)
+    np.savez(tmp_path / "VIRTUAL_imagenet256_labeled.npz", images_NHWC)
     run["evaluate"]["inception"] = None
+    size = (tmp_path / "VIRTUAL_imagenet256_labeled.npz").stat().st_size
     (tmp_path / "run.json").write_text(json.dumps(run))
     monkeypatch.setattr(reproduce, "_made", lambda run, out: out.mkdir(parents=True) or {})
     monkeypatch.setattr(run_cost, "predict", lambda run: None)
@@ -103,7 +109,7 @@ def test_a_file_of_another_size_is_named_and_recorded(tmp_path, monkeypatch, cap
     notes = reproduce.run(lib.ReproduceSettings(**wanted))["notes"]
     assert [note.split(",")[0] for note in notes] == [
         "model.ckpt: found 5 bytes",
-        "VIRTUAL_imagenet256_labeled.npz: found 5 bytes",
+        f"VIRTUAL_imagenet256_labeled.npz: found {size} bytes",
     ]
     assert "the published file has 1,827,378,153" in capsys.readouterr().err
 
@@ -289,6 +295,69 @@ def test_what_a_command_ran_is_its_module_not_a_name_in_it(tmp_path):
     assert run.quantize is None
     assert run.evaluate is not None
     assert run.evaluate.source == wanted.source
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"inception": "bad.pth"}, r"bad\.pth"),
+        ({"lpips": ["bad.pth"]}, r"bad\.pth"),
+        ({"reference": "bad.npz"}, r"bad\.npz"),
+        ({"reference": "two.npz", "inception": "fake.pth"}, "2 pictures are too few"),
+        ({"count": 3}, "--count 3: expected 4 or more"),
+        ({"steps": 0}, "steps: found 0, expected 1 or more"),
+        ({"eta": -1.0}, "eta: found -1.0, expected 0"),
+        ({"guidance": math.nan}, "--guidance nan: expected a finite number"),
+    ],
+)
+def test_a_mistake_of_the_evaluation_costs_no_quantization(small_run, monkeypatch, change, message):
+    folder, run = small_run.parent, json.loads(small_run.read_text())
+    for name in ("bad.pth", "bad.npz", "fake.pth"):
+        (folder / name).write_bytes(b"something else")
+    np.savez(folder / "two.npz", np.zeros((2, 4, 4, 3), np.uint8))
+    load = inception.load
+    fake = inception.Weights({}, "0" * 64, published=False)
+    monkeypatch.setattr(
+        inception, "load", lambda path: fake if path.name == "fake.pth" else load(path)
+    )
+    small_run.write_text(json.dumps(run | {"evaluate": run["evaluate"] | change}))
+    asked = lib.ReproduceSettings(run=str(small_run), files=folder, out=folder / "out")
+    with pytest.raises(VqjaxError, match=message):
+        reproduce.run(asked)
+    assert not (folder / "out").exists()
+
+
+def test_a_model_that_the_run_names_is_known_before_its_quantization(tmp_path, monkeypatch):
+    monkeypatch.setattr(reproduce, "_made", lambda run, out: out.mkdir() or {})
+    run = {"name": "a", "quantize": {"source": "digits"}, "evaluate": {"steps": 1000}}
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    asked = lib.ReproduceSettings(run=str(tmp_path / "run.json"), out=tmp_path / "out")
+    with pytest.raises(VqjaxError, match="steps: found 1000, expected 1 to 999"):
+        reproduce.run(asked)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_fid_network_is_not_kept_while_a_model_is_quantized(small_run, monkeypatch):
+    loaded = []
+
+    def load(path):
+        weights = inception.Weights({}, "0" * 64, published=False)
+        loaded.append(weakref.ref(weights))
+        return weights
+
+    def quantized(wanted):
+        gc.collect()
+        assert [reference() for reference in loaded] == [None]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(inception, "load", load)
+    monkeypatch.setattr(quantize, "run", quantized)
+    folder, run = small_run.parent, json.loads(small_run.read_text())
+    (folder / "network.pth").write_bytes(b"")
+    run["evaluate"]["inception"] = "network.pth"
+    small_run.write_text(json.dumps(run))
+    with pytest.raises(KeyboardInterrupt):
+        reproduce.run(lib.ReproduceSettings(run=str(small_run), files=folder, out=folder / "out"))
 
 
 @pytest.mark.slow

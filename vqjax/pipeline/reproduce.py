@@ -55,7 +55,8 @@ def run(wanted: settings.ReproduceSettings) -> dict[str, Any]:
     """Makes or continues a run, writes its record and returns it.
 
     Raises:
-      VqjaxError: if it is no run, or files are missing (all are named).
+      VqjaxError: if it is no run, files are missing (all are named), or what its evaluation needs
+        is unusable.
       QualityGateError: if a number is farther from the recorded one than its tolerance.
     """
     assert wanted.run is not None
@@ -77,6 +78,8 @@ def run(wanted: settings.ReproduceSettings) -> dict[str, Any]:
     doubts = run_file.doubts(here)
     for sentence in doubts:  # before the work: it takes hours
         console.print(f"note: {sentence}", soft_wrap=True)
+    if here.quantize is not None and here.evaluate is not None:
+        evaluate.check_ahead(here.evaluate, run_cost.config_of(here.quantize))
     results = _made(here, out)
     seed = [] if wanted.seed is None else ["--seed", str(wanted.seed)]
     record = {
