@@ -141,6 +141,10 @@ def test_the_cost_grows_with_the_samples():
         ('{"name": "a", "quantize": []}', r"quantize: found \[\], expected an object"),
         ('{"name": "a", "quantize": null}', "expected a run"),
         ('{"run": {"name": "a", "evaluate": {}}, "results": 1}', "results: found 1, expected"),
+        (
+            '{"run": {"name": "a", "evaluate": {}}, "notes": "b"}',
+            "notes: found 'b', expected a list",
+        ),
         ('{"settings": [], "fingerprint": ""}', r"settings: found \[\], expected"),
         ('{"name": "a", "quantize": {}, "more": 1}', "unknown"),
         ('{"settings": {}, "fingerprint": "", "command": "ls"}', "cannot be repeated"),
@@ -223,6 +227,33 @@ def test_the_table_shows_ours_and_what_is_not_measured(recorded, tmp_path):
     assert "`python -m vqjax.reproduce cin256_w1.5a8`" in text
     assert str(recorded[0]) in text
     assert "reproduce digits_w2a8" not in text  # it was measured
+
+
+def test_the_table_tells_runs_with_other_files_or_doubts(tmp_path):
+    run = json.loads(run_file.packaged()["cin256_w2a8"].read_text())
+    # Each is the packaged run but for what follows.
+    for name, reference, notes in (
+        ("a", "refs/VIRTUAL_imagenet256_labeled.npz", []),
+        ("b", "refs/my_val.npz", []),
+        ("c", "tfds:imagenet2012/a?split=train", []),
+        ("d", "VIRTUAL_imagenet256_labeled.npz", ["model.ckpt: found 5 bytes"]),
+    ):
+        about = run | {"name": name, "evaluate": run["evaluate"] | {"reference": reference}}
+        record = {"run": about, "results": {"fid": 9.0, "n": 50_000}, "notes": notes}
+        (tmp_path / name).mkdir()
+        (tmp_path / name / run_file.RECORD).write_text(json.dumps(record))
+    text = reproduce.table_text([tmp_path])
+    first, *others = text.split("\n## ")
+    assert f"{tmp_path}/a/" in first
+    for name, reason in (
+        ("b", "- reference: found my_val.npz,"),
+        ("c", "- reference: found tfds:imagenet2012/a?split=train,"),
+        ("d", "- model.ckpt: found 5 bytes"),
+    ):
+        assert f"{tmp_path}/{name}/" not in first
+        (own,) = (part for part in others if part.startswith(f"{name}: 50,000 samples"))
+        assert reason in own
+        assert f"{tmp_path}/{name}/" in own
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from vqjax import settings
 from vqjax.config import PRESETS
 from vqjax.errors import QualityGateError, VqjaxError
 from vqjax.eval import literature, report
-from vqjax.io import native
+from vqjax.io import native, tfds_images
 from vqjax.pipeline import (
     environment,
     evaluate,
@@ -220,6 +220,20 @@ def _row(run: Run, where: str) -> dict[str, Any]:
         "weights": 0.0 if quantized is None else quantized.bits,
         "activations": 0 if quantized is None else quantized.act_bits,
         "protocol": protocol,
+        "files": {
+            "model": None if quantized is None else _base_name(quantized.source),
+            "reference": None if evaluated is None else _base_name(evaluated.reference),
+            "inception": None if evaluated is None else _base_name(evaluated.inception),
+        },
+        "notes": run.notes,
         "results": run.recorded,
         "where": where,
     }
+
+
+def _base_name(file: str | pathlib.Path | None) -> str | None:
+    if file is None:
+        return None
+    named = str(file)
+    # The name of a dataset may hold slashes, but is no path.
+    return named if named.startswith(tfds_images.PREFIX) else pathlib.PurePath(named).name

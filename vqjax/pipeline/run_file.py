@@ -33,6 +33,7 @@ class Run:
         quantization samples its model, against the model it was made from.
       recorded: results to compare with, flat; empty for a run file.
       environment: that they were measured in.
+      notes: `doubts` of the files that they were measured with.
     """
 
     name: str
@@ -40,12 +41,15 @@ class Run:
     evaluate: lib.EvaluateSettings | None
     recorded: dict[str, Any]
     environment: dict[str, str]
+    notes: tuple[str, ...] = ()
 
     def seeded(self, seed: int) -> "Run":
         """The same with other seeds, so with no results to compare with."""
         quantize = self.quantize and dataclasses.replace(self.quantize, seed=seed)
         evaluate = self.evaluate and dataclasses.replace(self.evaluate, seed=seed)
-        return dataclasses.replace(self, quantize=quantize, evaluate=evaluate, recorded={})
+        return dataclasses.replace(
+            self, quantize=quantize, evaluate=evaluate, recorded={}, notes=()
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """What a run file holds."""
@@ -109,7 +113,10 @@ def parse(content: Any, path: pathlib.Path) -> Run:
     if "run" in content:
         run = parse(content["run"], path)
         recorded, there = content.get("results", {}), content.get("environment", {})
-        return dataclasses.replace(run, recorded=recorded, environment=there)
+        notes = content.get("notes", [])
+        if not isinstance(notes, list) or not all(isinstance(note, str) for note in notes):
+            raise VqjaxError(f"{where}: notes: found {notes!r}, expected a list of texts")
+        return dataclasses.replace(run, recorded=recorded, environment=there, notes=tuple(notes))
     if "settings" in content and "fingerprint" in content:
         return _of_command(content, path)
     given = {name for name, value in content.items() if value is not None}
