@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs from files: parsed, found, recorded, repeated, compared."""
 
+import dataclasses
 import gc
 import json
 import math
@@ -213,6 +214,59 @@ def test_a_record_is_repeated_and_compared(recorded, tmp_path, capsys):
     assert again.quantize.seed == 1
     record = json.loads((tmp_path / "fifth" / run_file.RECORD).read_text())
     assert record["command"].endswith(f"{path} --seed 1")
+
+
+def test_a_record_is_repeated_within_other_memory_and_compared(recorded, tmp_path, capsys):
+    path, found = recorded
+    found["model_sha256"] = "b"
+    asked = lib.ReproduceSettings(run=str(path), out=tmp_path / "less", memory=24.0)
+    reproduce.run(asked)
+    printed = capsys.readouterr().out
+    assert "not all bits are equal, on other memory;" in printed
+    assert "within its tolerance" in printed
+    record = json.loads((tmp_path / "less" / run_file.RECORD).read_text())
+    assert record["command"].endswith(f"{path} --memory 24.0")
+    assert record["run"]["quantize"]["memory"] == 24.0
+    found["psnr"] = 20.0
+    with pytest.raises(QualityGateError, match="absent: psnr"):
+        reproduce.run(dataclasses.replace(asked, out=tmp_path / "far"))
+
+
+def test_memory_is_refused_where_nothing_takes_it(tmp_path, capsys):
+    (tmp_path / "run.json").write_text(json.dumps({"name": "scores", "evaluate": {}}))
+    for words, code, message in (
+        ([str(tmp_path / "run.json"), "--memory", "8"], 2, "limits a quantization, and scores has"),
+        (["digits_w2a8", "--memory", "-1"], 2, "--memory -1: expected a number of GB above 0"),
+        (["digits_w2a8", "--memory", "nan"], 2, "--memory nan: expected a number of GB above 0"),
+        (["digits_w2a8", "--memory", "0.1"], 3, "ask for "),
+    ):
+        assert command.main([*words, "--out", str(tmp_path / "out")]) == code
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_runs_within_other_memory_do_not_share_a_folder(tmp_path, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(quantize, "compressed", killed)
+    monkeypatch.chdir(tmp_path)
+    native.save_model(tmp_path / "small.safetensors", models.dense(models.TINY))
+    run = {"name": "small", "quantize": {"source": "small.safetensors", "samples": 4}}
+    (tmp_path / "small.json").write_text(json.dumps(run))
+
+    def asked(memory: float, out: pathlib.Path | None) -> lib.ReproduceSettings:
+        return lib.ReproduceSettings(run="small.json", memory=memory, out=out)
+
+    for out in (tmp_path / "out", None):
+        with pytest.raises(KeyboardInterrupt):
+            reproduce.run(asked(8.0, out))
+    with pytest.raises(VqjaxError, match="with other settings"):
+        reproduce.run(asked(9.0, tmp_path / "out"))
+    with pytest.raises(KeyboardInterrupt):  # where nobody says otherwise each has a folder
+        reproduce.run(asked(9.0, None))
+    folders = (tmp_path / "vqjax-runs").iterdir()
+    assert {folder.name for folder in folders} == {"small_memory8", "small_memory9"}
 
 
 def test_a_run_is_not_repeated_in_its_own_folder(recorded):

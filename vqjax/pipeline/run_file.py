@@ -51,6 +51,21 @@ class Run:
             self, quantize=quantize, evaluate=evaluate, recorded={}, notes=()
         )
 
+    def limited(self, memory: float) -> "Run":
+        """The same within another limit of memory, GB: sums are taken in other parts, so numbers
+        agree within tolerances, where bits need not.
+
+        Raises:
+          VqjaxError: if it has no quantization, which is what has the limit.
+        """
+        if self.quantize is None:
+            raise VqjaxError(
+                f"--memory {memory:g}: it limits a quantization, and {self.name} has none; leave "
+                "it out"
+            )
+        quantize = dataclasses.replace(self.quantize, memory=memory)
+        return dataclasses.replace(self, quantize=quantize)
+
     def to_dict(self) -> dict[str, Any]:
         """What a run file holds."""
         parts = {"quantize": self.quantize, "evaluate": self.evaluate}
