@@ -233,29 +233,37 @@ def check(samples: ImageSet, reference: ImageSet | None) -> None:
       VqjaxError: if a set is too small, stored statistics have other dimensions than the features,
         or the samples' labels are sorted by class.
     """
-    sets = [samples] if reference is None else [samples, reference]
-    for images in sets:
-        if images.count <= metrics.NEIGHBOURS:
-            raise VqjaxError(
-                f"{images.where}: {images.count} pictures are too few: a covariance needs 2, "
-                f"precision and recall {metrics.NEIGHBOURS + 1}, comparable scores "
-                f"{PUBLISHED_COUNT:,}"
-            )
-    for images in sets:
-        if images.statistics is None:
-            continue
-        found = images.statistics.mu.size, images.statistics.mu_s.size
-        if found != (inception.POOLED, inception.SPATIAL):
-            raise VqjaxError(
-                f"{images.where}: statistics of {found[0]} and {found[1]} dimensions, the FID "
-                f"network's features have {inception.POOLED} and {inception.SPATIAL}; they were "
-                f"made with another network"
-            )
+    for images in [samples] if reference is None else [samples, reference]:
+        check_set(images)
     if samples.labels is not None and metrics.sorted_by_class(samples.labels):
         raise VqjaxError(
             f"{samples.where}: the samples are sorted by class, so each split of "
             f"{metrics.INCEPTION_SPLIT:,} holds few classes and the inception score means nothing; "
             f"shuffle pictures and labels before they are saved"
+        )
+
+
+def check_set(images: ImageSet) -> None:
+    """What `check` says of either set alone, so that a reference is looked at before samples are
+    there.
+
+    Raises:
+      VqjaxError: if it is too small, or stored statistics have other dimensions than the features.
+    """
+    if images.count <= metrics.NEIGHBOURS:
+        raise VqjaxError(
+            f"{images.where}: {images.count} pictures are too few: a covariance needs 2, "
+            f"precision and recall {metrics.NEIGHBOURS + 1}, comparable scores "
+            f"{PUBLISHED_COUNT:,}"
+        )
+    if images.statistics is None:
+        return
+    found = images.statistics.mu.size, images.statistics.mu_s.size
+    if found != (inception.POOLED, inception.SPATIAL):
+        raise VqjaxError(
+            f"{images.where}: statistics of {found[0]} and {found[1]} dimensions, the FID "
+            f"network's features have {inception.POOLED} and {inception.SPATIAL}; they were "
+            f"made with another network"
         )
 
 

@@ -11,11 +11,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vqjax.eval.report import Table, number
+from vqjax.io import published
 
 NOT_FOUND, NOT_MEASURED = "not found", "not measured"
 MODEL = "cin256-v2"
 COMPARED = {"count": 50_000, "steps": 20, "guidance": 3.0, "eta": 0.0}
 """What our runs must have to stand in the table of the first protocol."""
+FILES = {
+    "model": published.CIN256_V2.name,
+    "reference": published.IMAGENET_REFERENCE.name,
+    "inception": published.INCEPTION.name,
+}
+"""What they must be made with, too: scores by other files are other scores."""
 _COLUMNS = {"is": ("IS", 2), "fid": ("FID", 2), "sfid": ("sFID", 2)}
 _SHARES = {"precision": ("Precision, %", 2), "recall": ("Recall, %", 2)}
 _DIGITS = {
@@ -35,22 +42,28 @@ def load() -> dict[str, Any]:
 
 
 def tables(ours: Sequence[Mapping[str, Any]]) -> list[Table]:
-    """Every protocol's table; ours stand in the first one, those of other protocols by themselves.
+    """Every protocol's table; ours stand in the first one, those of other protocols, or made with
+    other files than the published ones, by themselves.
 
     Args:
       ours: one dict each: `name`, `model`, `weights` and `activations` (bits), `protocol` (count,
-        steps, guidance, eta), and `results` (flat, as `vqjax.pipeline.run_results` names them;
-        empty where the run was not made).
+        steps, guidance, eta), `files` (base names, None for none, of those in `FILES`), `notes`
+        (what speaks against their content), `results` (flat, as `vqjax.pipeline.run_results` names
+        them; empty where the run was not made), and `where` it is.
     """
     protocols = load()["protocols"]
-    comparable = [run for run in ours if run["model"] == MODEL and run["protocol"] == COMPARED]
+    comparable = [
+        run
+        for run in ours
+        if run["model"] == MODEL and run["protocol"] == COMPARED and not _doubts(run)
+    ]
     digits = [run for run in ours if run["model"] == "digits"]
     rest = [run for run in ours if run not in comparable and run not in digits]
     found = [_published(protocols[0], comparable)]
     if digits:
         found.append(_of_digits(digits))
     found += [
-        Table(f"{run['name']}: {_said(run['protocol'])}", "Ours.", _head(), [_our_row(run)])
+        Table(f"{run['name']}: {_said(run['protocol'])}", _note(run), _head(), [_our_row(run)])
         for run in rest
     ]
     return found + [_published(protocol, []) for protocol in protocols[1:]]
@@ -59,6 +72,26 @@ def tables(ours: Sequence[Mapping[str, Any]]) -> list[Table]:
 def sources() -> list[str]:
     """One line for each tag of the tables."""
     return [f"[{tag}] {text}" for tag, text in load()["sources"].items()]
+
+
+def _doubts(run: Mapping[str, Any]) -> list[str]:
+    """Why scores of a run do not compare with published ones, whatever its protocol."""
+    others = []
+    if run["model"] == MODEL:  # what is published of other models is not known here
+        others = [
+            f"{kind}: found {run['files'][kind] or 'none'}, published results have {name}"
+            for kind, name in FILES.items()
+            if run["files"][kind] != name
+        ]
+    return [*others, *run["notes"]]
+
+
+def _note(run: Mapping[str, Any]) -> str:
+    doubts = _doubts(run)
+    if not doubts:
+        return "Ours."
+    listed = [f"- {doubt}" for doubt in doubts]
+    return "\n".join(["Ours. Not to be compared with published results:", *listed])
 
 
 def _head() -> list[str]:

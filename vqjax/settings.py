@@ -213,6 +213,9 @@ class ReproduceSettings:
     """Folder of the run, continued if unfinished; default: vqjax-runs/ and the name of the run."""
     seed: int | None = None
     """In place of the run's own seeds, to see how much they matter; nothing is compared then."""
+    memory: float | None = None
+    """Most GB that the quantization takes, as --memory of python -m vqjax.quantize, in place of the
+    run's own limit. A record's numbers are compared all the same, within their tolerances."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,8 @@ def ours(**changes):
         "weights": 2.0,
         "activations": 8,
         "protocol": dict(literature.COMPARED),
+        "files": dict(literature.FILES),
+        "notes": (),
         "results": {"fid": 12.345, "precision": 0.9, "full.fid": 11.0, "psnr": 24.5},
         "where": "record.json",
     }
@@ -52,6 +54,32 @@ def test_other_protocols_are_not_mixed_in(change):
     assert not any("vqjax" in row[1] for row in first.rows)
     assert "cin256-v2 W2A8" in own.heading
     assert len(own.rows) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (
+            {"files": literature.FILES | {"reference": "my_val.npz"}},
+            "- reference: found my_val.npz, published results have VIRTUAL_imagenet256_labeled.npz",
+        ),
+        ({"files": literature.FILES | {"inception": "a.pb"}}, "- inception: found a.pb, published"),
+        ({"files": literature.FILES | {"model": "a.ckpt"}}, "- model: found a.ckpt, published"),
+        ({"files": literature.FILES | {"reference": None}}, "- reference: found none, published"),
+        ({"notes": ("model.ckpt: found 5 bytes",)}, "- model.ckpt: found 5 bytes"),
+    ],
+)
+def test_other_files_are_not_mixed_in_and_the_table_says_why(change, reason):
+    first, own, *_ = literature.tables([ours(**change)])
+    assert not any("vqjax" in row[1] for row in first.rows)
+    assert "cin256-v2 W2A8" in own.heading
+    assert reason in own.note
+    assert [row[:2] for row in own.rows] == [["2/8", "vqjax"]]
+
+
+def test_a_run_of_another_model_is_not_told_which_files_it_lacks():
+    run = ours(model="lsun_bedrooms", files=literature.FILES | {"reference": "beds.npz"})
+    assert literature.tables([run])[1].note == "Ours."
 
 
 def test_digits_have_a_table_of_their_own():

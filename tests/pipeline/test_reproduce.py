@@ -1,16 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs from files: parsed, found, recorded, repeated, compared."""
 
+import dataclasses
+import gc
 import json
+import math
 import pathlib
+import weakref
 
+import numpy as np
 import pytest
 
 from tests.io import models
 from vqjax import reproduce as command
 from vqjax import settings as lib
 from vqjax.errors import QualityGateError, VqjaxError
-from vqjax.io import native, orbax_model, published
+from vqjax.io import inception, native, orbax_model, published
 from vqjax.pipeline import quantize, reproduce, run_cost, run_file, run_results
 
 pytestmark = pytest.mark.xdist_group("quantize tiny")
@@ -93,9 +98,11 @@ def test_missing_files_are_named_with_where_they_are_and_what_the_run_costs(tmp_
 
 def test_a_file_of_another_size_is_named_and_recorded(tmp_path, monkeypatch, capsys):
     run = json.loads(run_file.packaged()["cin256_w2a8"].read_text())
-    for name in ("model.ckpt", "VIRTUAL_imagenet256_labeled.npz"):
-        (tmp_path / name).write_bytes(b"short")
+    (tmp_path / "model.ckpt").write_bytes(b"short")
+    images_NHWC = np.zeros((1, 2, 2, 3), np.uint8)
+    np.savez(tmp_path / "VIRTUAL_imagenet256_labeled.npz", images_NHWC)
     run["evaluate"]["inception"] = None
+    size = (tmp_path / "VIRTUAL_imagenet256_labeled.npz").stat().st_size
     (tmp_path / "run.json").write_text(json.dumps(run))
     monkeypatch.setattr(reproduce, "_made", lambda run, out: out.mkdir(parents=True) or {})
     monkeypatch.setattr(run_cost, "predict", lambda run: None)
@@ -103,7 +110,7 @@ def test_a_file_of_another_size_is_named_and_recorded(tmp_path, monkeypatch, cap
     notes = reproduce.run(lib.ReproduceSettings(**wanted))["notes"]
     assert [note.split(",")[0] for note in notes] == [
         "model.ckpt: found 5 bytes",
-        "VIRTUAL_imagenet256_labeled.npz: found 5 bytes",
+        f"VIRTUAL_imagenet256_labeled.npz: found {size} bytes",
     ]
     assert "the published file has 1,827,378,153" in capsys.readouterr().err
 
@@ -135,9 +142,14 @@ def test_the_cost_grows_with_the_samples():
         ('{"name": "a", "quantize": []}', r"quantize: found \[\], expected an object"),
         ('{"name": "a", "quantize": null}', "expected a run"),
         ('{"run": {"name": "a", "evaluate": {}}, "results": 1}', "results: found 1, expected"),
+        (
+            '{"run": {"name": "a", "evaluate": {}}, "notes": "b"}',
+            "notes: found 'b', expected a list",
+        ),
         ('{"settings": [], "fingerprint": ""}', r"settings: found \[\], expected"),
         ('{"name": "a", "quantize": {}, "more": 1}', "unknown"),
         ('{"settings": {}, "fingerprint": "", "command": "ls"}', "cannot be repeated"),
+        ('{"settings": {}, "fingerprint": "", "command": "a -m \'b"}', "cannot be repeated"),
     ],
 )
 def test_files_that_are_no_runs_are_refused(tmp_path, text, message):
@@ -204,6 +216,59 @@ def test_a_record_is_repeated_and_compared(recorded, tmp_path, capsys):
     assert record["command"].endswith(f"{path} --seed 1")
 
 
+def test_a_record_is_repeated_within_other_memory_and_compared(recorded, tmp_path, capsys):
+    path, found = recorded
+    found["model_sha256"] = "b"
+    asked = lib.ReproduceSettings(run=str(path), out=tmp_path / "less", memory=24.0)
+    reproduce.run(asked)
+    printed = capsys.readouterr().out
+    assert "not all bits are equal, on other memory;" in printed
+    assert "within its tolerance" in printed
+    record = json.loads((tmp_path / "less" / run_file.RECORD).read_text())
+    assert record["command"].endswith(f"{path} --memory 24.0")
+    assert record["run"]["quantize"]["memory"] == 24.0
+    found["psnr"] = 20.0
+    with pytest.raises(QualityGateError, match="absent: psnr"):
+        reproduce.run(dataclasses.replace(asked, out=tmp_path / "far"))
+
+
+def test_memory_is_refused_where_nothing_takes_it(tmp_path, capsys):
+    (tmp_path / "run.json").write_text(json.dumps({"name": "scores", "evaluate": {}}))
+    for words, code, message in (
+        ([str(tmp_path / "run.json"), "--memory", "8"], 2, "limits a quantization, and scores has"),
+        (["digits_w2a8", "--memory", "-1"], 2, "--memory -1: expected a number of GB above 0"),
+        (["digits_w2a8", "--memory", "nan"], 2, "--memory nan: expected a number of GB above 0"),
+        (["digits_w2a8", "--memory", "0.1"], 3, "ask for "),
+    ):
+        assert command.main([*words, "--out", str(tmp_path / "out")]) == code
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_runs_within_other_memory_do_not_share_a_folder(tmp_path, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(quantize, "compressed", killed)
+    monkeypatch.chdir(tmp_path)
+    native.save_model(tmp_path / "small.safetensors", models.dense(models.TINY))
+    run = {"name": "small", "quantize": {"source": "small.safetensors", "samples": 4}}
+    (tmp_path / "small.json").write_text(json.dumps(run))
+
+    def asked(memory: float, out: pathlib.Path | None) -> lib.ReproduceSettings:
+        return lib.ReproduceSettings(run="small.json", memory=memory, out=out)
+
+    for out in (tmp_path / "out", None):
+        with pytest.raises(KeyboardInterrupt):
+            reproduce.run(asked(8.0, out))
+    with pytest.raises(VqjaxError, match="with other settings"):
+        reproduce.run(asked(9.0, tmp_path / "out"))
+    with pytest.raises(KeyboardInterrupt):  # where nobody says otherwise each has a folder
+        reproduce.run(asked(9.0, None))
+    folders = (tmp_path / "vqjax-runs").iterdir()
+    assert {folder.name for folder in folders} == {"small_memory8", "small_memory9"}
+
+
 def test_a_run_is_not_repeated_in_its_own_folder(recorded):
     path, _ = recorded
     with pytest.raises(VqjaxError, match="choose another --out"):
@@ -216,6 +281,33 @@ def test_the_table_shows_ours_and_what_is_not_measured(recorded, tmp_path):
     assert "`python -m vqjax.reproduce cin256_w1.5a8`" in text
     assert str(recorded[0]) in text
     assert "reproduce digits_w2a8" not in text  # it was measured
+
+
+def test_the_table_tells_runs_with_other_files_or_doubts(tmp_path):
+    run = json.loads(run_file.packaged()["cin256_w2a8"].read_text())
+    # Each is the packaged run but for what follows.
+    for name, reference, notes in (
+        ("a", "refs/VIRTUAL_imagenet256_labeled.npz", []),
+        ("b", "refs/my_val.npz", []),
+        ("c", "tfds:imagenet2012/a?split=train", []),
+        ("d", "VIRTUAL_imagenet256_labeled.npz", ["model.ckpt: found 5 bytes"]),
+    ):
+        about = run | {"name": name, "evaluate": run["evaluate"] | {"reference": reference}}
+        record = {"run": about, "results": {"fid": 9.0, "n": 50_000}, "notes": notes}
+        (tmp_path / name).mkdir()
+        (tmp_path / name / run_file.RECORD).write_text(json.dumps(record))
+    text = reproduce.table_text([tmp_path])
+    first, *others = text.split("\n## ")
+    assert f"{tmp_path}/a/" in first
+    for name, reason in (
+        ("b", "- reference: found my_val.npz,"),
+        ("c", "- reference: found tfds:imagenet2012/a?split=train,"),
+        ("d", "- model.ckpt: found 5 bytes"),
+    ):
+        assert f"{tmp_path}/{name}/" not in first
+        (own,) = (part for part in others if part.startswith(f"{name}: 50,000 samples"))
+        assert reason in own
+        assert f"{tmp_path}/{name}/" in own
 
 
 @pytest.fixture
@@ -275,6 +367,82 @@ def test_a_run_of_a_long_command_has_a_short_name(tmp_path):
     found = {"models": {"source": {"n": 4}}, "difference": None}
     (tmp_path / "evaluation.json").write_text(json.dumps(found))
     assert run_file.load(str(tmp_path)).name == f"evaluate {tmp_path.name} 01234567"
+
+
+def test_what_a_command_ran_is_its_module_not_a_name_in_it(tmp_path):
+    wanted = lib.EvaluateSettings(source="runs/vqjax.quantize_a")
+    command = lib.command_line("vqjax.evaluate", wanted)
+    about = {"command": command, "fingerprint": "0123456789", "settings": lib.plain(wanted)}
+    (tmp_path / "run.json").write_text(json.dumps(about))
+    found = {"models": {"source": {"n": 4}}, "difference": None}
+    (tmp_path / "evaluation.json").write_text(json.dumps(found))
+    run = run_file.load(str(tmp_path))
+    assert run.quantize is None
+    assert run.evaluate is not None
+    assert run.evaluate.source == wanted.source
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"inception": "bad.pth"}, r"bad\.pth"),
+        ({"lpips": ["bad.pth"]}, r"bad\.pth"),
+        ({"reference": "bad.npz"}, r"bad\.npz"),
+        ({"reference": "two.npz", "inception": "fake.pth"}, "2 pictures are too few"),
+        ({"count": 3}, "--count 3: expected 4 or more"),
+        ({"steps": 0}, "steps: found 0, expected 1 or more"),
+        ({"eta": -1.0}, "eta: found -1.0, expected 0"),
+        ({"guidance": math.nan}, "--guidance nan: expected a finite number"),
+    ],
+)
+def test_a_mistake_of_the_evaluation_costs_no_quantization(small_run, monkeypatch, change, message):
+    folder, run = small_run.parent, json.loads(small_run.read_text())
+    for name in ("bad.pth", "bad.npz", "fake.pth"):
+        (folder / name).write_bytes(b"something else")
+    np.savez(folder / "two.npz", np.zeros((2, 4, 4, 3), np.uint8))
+    load = inception.load
+    fake = inception.Weights({}, "0" * 64, published=False)
+    monkeypatch.setattr(
+        inception, "load", lambda path: fake if path.name == "fake.pth" else load(path)
+    )
+    small_run.write_text(json.dumps(run | {"evaluate": run["evaluate"] | change}))
+    asked = lib.ReproduceSettings(run=str(small_run), files=folder, out=folder / "out")
+    with pytest.raises(VqjaxError, match=message):
+        reproduce.run(asked)
+    assert not (folder / "out").exists()
+
+
+def test_a_model_that_the_run_names_is_known_before_its_quantization(tmp_path, monkeypatch):
+    monkeypatch.setattr(reproduce, "_made", lambda run, out: out.mkdir() or {})
+    run = {"name": "a", "quantize": {"source": "digits"}, "evaluate": {"steps": 1000}}
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    asked = lib.ReproduceSettings(run=str(tmp_path / "run.json"), out=tmp_path / "out")
+    with pytest.raises(VqjaxError, match="steps: found 1000, expected 1 to 999"):
+        reproduce.run(asked)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_fid_network_is_not_kept_while_a_model_is_quantized(small_run, monkeypatch):
+    loaded = []
+
+    def load(path):
+        weights = inception.Weights({}, "0" * 64, published=False)
+        loaded.append(weakref.ref(weights))
+        return weights
+
+    def quantized(wanted):
+        gc.collect()
+        assert [reference() for reference in loaded] == [None]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(inception, "load", load)
+    monkeypatch.setattr(quantize, "run", quantized)
+    folder, run = small_run.parent, json.loads(small_run.read_text())
+    (folder / "network.pth").write_bytes(b"")
+    run["evaluate"]["inception"] = "network.pth"
+    small_run.write_text(json.dumps(run))
+    with pytest.raises(KeyboardInterrupt):
+        reproduce.run(lib.ReproduceSettings(run=str(small_run), files=folder, out=folder / "out"))
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ import dataclasses
 import io
 import math
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -13,7 +13,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from vqjax import sampling, settings
+from vqjax import settings
 from vqjax.config import LatentDiffusionConfig
 from vqjax.errors import VqjaxError
 from vqjax.eval import adm, judges, scores_report
@@ -25,7 +25,7 @@ from vqjax.pipeline import environment, features, sampled, sources, twins
 from vqjax.pipeline.journal import Journal, alone, fingerprint
 from vqjax.pipeline.processes import Team
 from vqjax.pipeline.sources import Source
-from vqjax.sampling import png
+from vqjax.sampling import png, schedule
 
 SMALL_COUNT = 10_000
 _SMALL_BATCH, _LARGE_BATCH = 100, 16
@@ -53,6 +53,14 @@ class Evaluation:
     weights: inception.Weights | None
     reference: ImageSet | None
     reference_sha256: str
+    lpips_params: dict[str, jax.Array] | None
+
+
+class _Beside(NamedTuple):
+    """What is looked at beside sources; None where the user gave none."""
+
+    weights: inception.Weights | None
+    reference: ImageSet | None
     lpips_params: dict[str, jax.Array] | None
 
 
@@ -130,10 +138,8 @@ def prepare(wanted: settings.EvaluateSettings) -> Evaluation:
             "evaluation runs in one process, on all of its devices; start it once, without "
             "JAX_COORDINATOR_ADDRESS"
         )
-    for name, least in (("count", 4), ("batch", 1)):
-        value = getattr(wanted, name)
-        if value is not None and value < least:
-            raise VqjaxError(f"--{name} {value}: expected {least} or more")
+    _check_counts(wanted)
+    beside = _open_beside(wanted)
     texts = {"source": wanted.source} | ({"against": wanted.against} if wanted.against else {})
     opened = {side: sources.open_source(text, wanted.config) for side, text in texts.items()}
     _check_twins(opened)
@@ -154,22 +160,35 @@ def prepare(wanted: settings.EvaluateSettings) -> Evaluation:
             sets[side] = shards[side].image_set(source.where, labels)
     if "against" in sets:
         twins.check(sets["source"], sets["against"])
-    weights = None if wanted.inception is None else inception.load(wanted.inception)
-    reference = None if wanted.reference is None else images.open_images(wanted.reference)
-    if weights is not None:
+    if beside.weights is not None:
         for pictures in sets.values():
-            adm.check(pictures, reference)
+            adm.check(pictures, beside.reference)
     return Evaluation(
         settings=wanted,
         sources=opened,
         sets=sets,
         shards=shards,
         protocol=_protocol(wanted, opened),
-        weights=weights,
-        reference=reference,
+        weights=beside.weights,
+        reference=beside.reference,
         reference_sha256=sources.hash_of_pictures(wanted.reference) if wanted.reference else "",
-        lpips_params=None if wanted.lpips is None else lpips.load(*wanted.lpips),
+        lpips_params=beside.lpips_params,
     )
+
+
+def check_ahead(wanted: settings.EvaluateSettings, config: LatentDiffusionConfig | None) -> None:
+    """What `prepare` refuses whatever its sources are, for who makes the source first: that may
+    take hours. Nothing of what it opens is kept.
+
+    Args:
+      config: of the models to be sampled; None where it is not known.
+
+    Raises:
+      VqjaxError: for numbers of the protocol, and for files, that are unusable.
+    """
+    _check_counts(wanted)
+    _check_protocol(wanted, config)
+    _open_beside(wanted)
 
 
 def default_count(config: LatentDiffusionConfig) -> int:
@@ -237,6 +256,21 @@ def missing(job: Evaluation) -> list[str]:
     return found
 
 
+def _check_counts(wanted: settings.EvaluateSettings) -> None:
+    for name, least in (("count", 4), ("batch", 1)):
+        value = getattr(wanted, name)
+        if value is not None and value < least:
+            raise VqjaxError(f"--{name} {value}: expected {least} or more")
+
+
+def _open_beside(wanted: settings.EvaluateSettings) -> _Beside:
+    weights = None if wanted.inception is None else inception.load(wanted.inception)
+    reference = None if wanted.reference is None else images.open_images(wanted.reference)
+    if weights is not None and reference is not None:
+        adm.check_set(reference)
+    return _Beside(weights, reference, None if wanted.lpips is None else lpips.load(*wanted.lpips))
+
+
 def _check_twins(opened: dict[str, Source]) -> None:
     configs = [source.model.config for source in opened.values() if source.model is not None]
     if len(configs) < 2:
@@ -286,16 +320,26 @@ def _protocol(
     if not models:
         return None
     for model in models:  # a schedule that there is not is refused before the folder is claimed
-        sampling.ddim_schedule(model.config, wanted.steps, wanted.eta)
+        _check_protocol(wanted, model.config)
     guidance = models[0].config.guidance if wanted.guidance is None else wanted.guidance
-    if not math.isfinite(guidance):
-        raise VqjaxError(f"--guidance {guidance}: expected a finite number")
     return sampled.Protocol(
         steps=wanted.steps,
         guidance=guidance,
         eta=wanted.eta,
         seed=wanted.seed,
     )
+
+
+def _check_protocol(
+    wanted: settings.EvaluateSettings, config: LatentDiffusionConfig | None
+) -> None:
+    """Refuses numbers that a model cannot be sampled with; where it is not known, that none can."""
+    schedule.check(wanted.steps, wanted.eta, None if config is None else config.timesteps)
+    guidance = wanted.guidance
+    if guidance is None and config is not None:
+        guidance = config.guidance
+    if guidance is not None and not math.isfinite(guidance):
+        raise VqjaxError(f"--guidance {guidance}: expected a finite number")
 
 
 def _about(job: Evaluation, side: str) -> dict[str, Any]:

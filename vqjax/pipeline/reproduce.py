@@ -17,12 +17,13 @@ from vqjax import settings
 from vqjax.config import PRESETS
 from vqjax.errors import QualityGateError, VqjaxError
 from vqjax.eval import literature, report
-from vqjax.io import native
+from vqjax.io import native, tfds_images
 from vqjax.pipeline import (
     environment,
     evaluate,
     journal,
     quantize,
+    refusals,
     run_cost,
     run_file,
     run_results,
@@ -55,13 +56,18 @@ def run(wanted: settings.ReproduceSettings) -> dict[str, Any]:
     """Makes or continues a run, writes its record and returns it.
 
     Raises:
-      VqjaxError: if it is no run, or files are missing (all are named).
+      VqjaxError: if it is no run, files are missing (all are named), or what its evaluation needs
+        is unusable.
       QualityGateError: if a number is farther from the recorded one than its tolerance.
     """
     assert wanted.run is not None
-    asked = run_file.load(wanted.run)
+    asked = given = run_file.load(wanted.run)
     if wanted.seed is not None:
         asked = asked.seeded(wanted.seed)
+    if wanted.memory is not None:
+        asked = asked.limited(wanted.memory)
+    if asked.quantize is not None:
+        refusals.check(asked.quantize)
     if asked.evaluate is not None and Team.current().count > 1:
         raise VqjaxError("a run with an evaluation is made by one process, on all of its devices")
     out = wanted.out or _FOLDER / _slug(asked, wanted)
@@ -77,11 +83,12 @@ def run(wanted: settings.ReproduceSettings) -> dict[str, Any]:
     doubts = run_file.doubts(here)
     for sentence in doubts:  # before the work: it takes hours
         console.print(f"note: {sentence}", soft_wrap=True)
+    if here.quantize is not None and here.evaluate is not None:
+        evaluate.check_ahead(here.evaluate, run_cost.config_of(here.quantize))
     results = _made(here, out)
-    seed = [] if wanted.seed is None else ["--seed", str(wanted.seed)]
     record = {
         "name": asked.name,
-        "command": shlex.join(["python", "-m", "vqjax.reproduce", wanted.run, *seed]),
+        "command": _command(wanted),
         "run": asked.to_dict(),
         "results": results,
         "notes": doubts,
@@ -90,7 +97,8 @@ def run(wanted: settings.ReproduceSettings) -> dict[str, Any]:
     native.write_atomically(out / RECORD, (json.dumps(record, indent=2) + "\n").encode())
     print(f"record: {out / RECORD}")
     if asked.recorded:
-        _judge(asked, record)
+        limits = [run.quantize and run.quantize.memory for run in (given, asked)]
+        _judge(asked, record, ["memory"] if limits[0] != limits[1] else [])
     return record
 
 
@@ -130,8 +138,12 @@ def _made(wanted: Run, out: pathlib.Path) -> dict[str, Any]:
     return results
 
 
-def _judge(asked: Run, record: Mapping[str, Any]) -> None:
-    """Prints every number beside the recorded one; raises QualityGateError if one is too far."""
+def _judge(asked: Run, record: Mapping[str, Any], changed: list[str]) -> None:
+    """Prints every number beside the recorded one; raises QualityGateError if one is too far.
+
+    Args:
+      changed: what is another than in the recorded run, beside its environment.
+    """
     found = run_results.compare(asked.recorded, record["results"])
     table = Table(title="Recorded and repeated", title_justify="left")
     for column in ("", "recorded", "repeated", "verdict"):
@@ -142,7 +154,7 @@ def _judge(asked: Run, record: Mapping[str, Any]) -> None:
     console.print(table)
     kind = ("device", "backend", *environment.PACKAGES, "vqjax", "python")
     there, now = asked.environment, record["environment"]
-    changed = [name for name in kind if there.get(name) != now.get(name)]
+    changed = changed + [name for name in kind if there.get(name) != now.get(name)]
     if all(row.verdict == "equal" for row in found):
         print("all numbers and bits are equal")
         return
@@ -160,10 +172,21 @@ def _short(value: Any) -> str:
     return str(value)[:16]
 
 
+def _command(wanted: settings.ReproduceSettings) -> str:
+    """What repeats the run, without what only this machine has: --files and --out."""
+    words = ["python", "-m", "vqjax.reproduce", str(wanted.run)]
+    for name in ("seed", "memory"):
+        if (value := getattr(wanted, name)) is not None:
+            words += [f"--{name}", str(value)]
+    return shlex.join(words)
+
+
 def _slug(asked: Run, wanted: settings.ReproduceSettings) -> str:
     name = re.sub(r"[^a-z0-9.]+", "_", asked.name.lower()).strip("_.")
     seed = "" if wanted.seed is None else f"_seed{wanted.seed}"
-    return name + seed + ("_again" if asked.recorded else "")
+    # A folder of its own, since the folder of a quantization refuses one within another limit.
+    memory = "" if wanted.memory is None else f"_memory{wanted.memory:g}"
+    return name + seed + memory + ("_again" if asked.recorded else "")
 
 
 def _check_elsewhere(record: pathlib.Path, out: pathlib.Path) -> None:
@@ -217,6 +240,20 @@ def _row(run: Run, where: str) -> dict[str, Any]:
         "weights": 0.0 if quantized is None else quantized.bits,
         "activations": 0 if quantized is None else quantized.act_bits,
         "protocol": protocol,
+        "files": {
+            "model": None if quantized is None else _base_name(quantized.source),
+            "reference": None if evaluated is None else _base_name(evaluated.reference),
+            "inception": None if evaluated is None else _base_name(evaluated.inception),
+        },
+        "notes": run.notes,
         "results": run.recorded,
         "where": where,
     }
+
+
+def _base_name(file: str | pathlib.Path | None) -> str | None:
+    if file is None:
+        return None
+    named = str(file)
+    # The name of a dataset may hold slashes, but is no path.
+    return named if named.startswith(tfds_images.PREFIX) else pathlib.PurePath(named).name

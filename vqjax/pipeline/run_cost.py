@@ -45,6 +45,18 @@ class Cost:
         return f"about {whole} on {device} ({parts}){memory}; {size(self.disk)} on disk"
 
 
+def config_of(
+    wanted: settings.QuantizeSettings | settings.EvaluateSettings,
+) -> LatentDiffusionConfig | None:
+    """Of the model that these settings start from; None where they do not name it.
+
+    Raises:
+      VqjaxError: if they name a configuration that there is not.
+    """
+    name = wanted.config or (EMBEDDED if wanted.source == EMBEDDED else None)
+    return None if name is None else find(name)
+
+
 def predict(run: Run) -> Cost | None:
     """Predicts a run of a model; None where the run does not say which configuration it has.
 
@@ -53,10 +65,9 @@ def predict(run: Run) -> Cost | None:
     """
     wanted = run.quantize or run.evaluate
     assert wanted is not None
-    name = wanted.config or (EMBEDDED if wanted.source == EMBEDDED else None)
-    if name is None:
+    config = config_of(wanted)
+    if config is None:
         return None
-    config = find(name)
     params = folding.fold(config, models.param_shapes(config)).params
     shapes = {path: tuple(leaf.shape) for path, leaf in tree.flatten(params).items()}
     sizes = calibrate.trace_layers(config, params)

@@ -9,6 +9,7 @@ import importlib.resources
 import json
 import os
 import pathlib
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,6 +33,7 @@ class Run:
         quantization samples its model, against the model it was made from.
       recorded: results to compare with, flat; empty for a run file.
       environment: that they were measured in.
+      notes: `doubts` of the files that they were measured with.
     """
 
     name: str
@@ -39,12 +41,30 @@ class Run:
     evaluate: lib.EvaluateSettings | None
     recorded: dict[str, Any]
     environment: dict[str, str]
+    notes: tuple[str, ...] = ()
 
     def seeded(self, seed: int) -> "Run":
         """The same with other seeds, so with no results to compare with."""
         quantize = self.quantize and dataclasses.replace(self.quantize, seed=seed)
         evaluate = self.evaluate and dataclasses.replace(self.evaluate, seed=seed)
-        return dataclasses.replace(self, quantize=quantize, evaluate=evaluate, recorded={})
+        return dataclasses.replace(
+            self, quantize=quantize, evaluate=evaluate, recorded={}, notes=()
+        )
+
+    def limited(self, memory: float) -> "Run":
+        """The same within another limit of memory, GB: sums are taken in other parts, so numbers
+        agree within tolerances, where bits need not.
+
+        Raises:
+          VqjaxError: if it has no quantization, which is what has the limit.
+        """
+        if self.quantize is None:
+            raise VqjaxError(
+                f"--memory {memory:g}: it limits a quantization, and {self.name} has none; leave "
+                "it out"
+            )
+        quantize = dataclasses.replace(self.quantize, memory=memory)
+        return dataclasses.replace(self, quantize=quantize)
 
     def to_dict(self) -> dict[str, Any]:
         """What a run file holds."""
@@ -108,7 +128,10 @@ def parse(content: Any, path: pathlib.Path) -> Run:
     if "run" in content:
         run = parse(content["run"], path)
         recorded, there = content.get("results", {}), content.get("environment", {})
-        return dataclasses.replace(run, recorded=recorded, environment=there)
+        notes = content.get("notes", [])
+        if not isinstance(notes, list) or not all(isinstance(note, str) for note in notes):
+            raise VqjaxError(f"{where}: notes: found {notes!r}, expected a list of texts")
+        return dataclasses.replace(run, recorded=recorded, environment=there, notes=tuple(notes))
     if "settings" in content and "fingerprint" in content:
         return _of_command(content, path)
     given = {name for name, value in content.items() if value is not None}
@@ -199,16 +222,26 @@ def _of_command(content: Mapping[str, Any], path: pathlib.Path) -> Run:
     which = f"{folder.resolve().name} {str(content['fingerprint'])[:8]}"
     wanted = {name: value for name, value in content["settings"].items() if name != "out"}
     there = content.get("environment", {})
-    if "vqjax.quantize" in command:
+    module = _module(command)  # not a word anywhere in it: files are named as people like
+    if module == "vqjax.quantize":
         wanted.pop("export", None)
         if wanted.get("plan") is not None:  # the folder carries a copy
             wanted["plan"] = str(folder / "plan.json")
         quantize = lib.from_plain(lib.QuantizeSettings, wanted, str(path))
         return Run(f"quantize {which}", quantize, None, run_results.of_quantization(folder), there)
-    if "vqjax.evaluate" in command:
+    if module == "vqjax.evaluate":
         evaluate = lib.from_plain(lib.EvaluateSettings, wanted, str(path))
         return Run(f"evaluate {which}", None, evaluate, run_results.of_evaluation(folder), there)
     raise VqjaxError(f"{path}: the run of {command!r} cannot be repeated")
+
+
+def _module(command: str) -> str:
+    """What `python -m MODULE ...` runs; "" where a command has another form."""
+    try:
+        words = shlex.split(command)
+    except ValueError:  # a quotation without an end
+        return ""
+    return words[2] if len(words) > 2 and words[1] == "-m" else ""
 
 
 def _json(text: bytes, where: str) -> Any:

@@ -31,6 +31,26 @@ class DDIMSchedule:
     sigmas: np.ndarray
 
 
+def check(steps: int, eta: float, timesteps: int | None = None) -> None:
+    """Refuses what there is no schedule of.
+
+    Args:
+      timesteps: that the model was trained on; None where the model is not known.
+
+    Raises:
+      VqjaxError: if `steps` is not in [1, timesteps - 1] or `eta` is negative.
+    """
+    if steps < 1 or (timesteps is not None and steps >= timesteps):
+        expected = (
+            "1 or more"
+            if timesteps is None
+            else f"1 to {timesteps - 1} (the model was trained on {timesteps} timesteps)"
+        )
+        raise VqjaxError(f"steps: found {steps}, expected {expected}")
+    if not 0 <= eta < float("inf"):
+        raise VqjaxError(f"eta: found {eta}, expected 0 (deterministic) or more, 1 for DDPM noise")
+
+
 def ddim_schedule(config: LatentDiffusionConfig, steps: int, eta: float = 0.0) -> DDIMSchedule:
     """The original's uniform choice of timesteps: every (T // steps)-th, beginning at 1.
 
@@ -41,13 +61,7 @@ def ddim_schedule(config: LatentDiffusionConfig, steps: int, eta: float = 0.0) -
     Raises:
       VqjaxError: if `steps` is not in [1, T - 1] or `eta` is negative.
     """
-    if not 1 <= steps < config.timesteps:
-        raise VqjaxError(
-            f"steps: found {steps}, expected 1 to {config.timesteps - 1} "
-            f"(the model was trained on {config.timesteps} timesteps)"
-        )
-    if not 0 <= eta < float("inf"):
-        raise VqjaxError(f"eta: found {eta}, expected 0 (deterministic) or more, 1 for DDPM noise")
+    check(steps, eta, config.timesteps)
     all_alphas = alphas_cumprod(config).astype(np.float32).astype(np.float64)
     timesteps = np.arange(0, config.timesteps, config.timesteps // steps) + 1
     timesteps = timesteps[timesteps < config.timesteps]
