@@ -369,6 +369,15 @@ def test_a_run_of_a_long_command_has_a_short_name(tmp_path):
     assert run_file.load(str(tmp_path)).name == f"evaluate {tmp_path.name} 01234567"
 
 
+def test_a_run_that_is_being_made_anew_is_not_repeated(tmp_path):
+    command = "python -m vqjax.evaluate run"
+    about = {"command": command, "fingerprint": "f", "settings": {}, "status": "running"}
+    (tmp_path / "run.json").write_text(json.dumps(about))
+    (tmp_path / "evaluation.json").write_text("{}")  # of the settings before
+    with pytest.raises(VqjaxError, match=f"not complete; go on with it first: {command}"):
+        run_file.load(str(tmp_path))
+
+
 def test_what_a_command_ran_is_its_module_not_a_name_in_it(tmp_path):
     wanted = lib.EvaluateSettings(source="runs/vqjax.quantize_a")
     command = lib.command_line("vqjax.evaluate", wanted)

@@ -17,6 +17,7 @@ from vqjax import settings as lib
 from vqjax.errors import VqjaxError, gathered
 from vqjax.io import published, tfds_images
 from vqjax.pipeline import run_results
+from vqjax.pipeline.journal import STATUS_RUNNING
 from vqjax.pipeline.sources import EMBEDDED
 
 RECORD = "reproduction.json"
@@ -218,6 +219,8 @@ def _in_folder(folder: pathlib.Path) -> pathlib.Path:
 def _of_command(content: Mapping[str, Any], path: pathlib.Path) -> Run:
     """The run that a run.json of `vqjax.quantize` or `vqjax.evaluate` tells of."""
     command, folder = str(content.get("command")), path.parent
+    if content.get("status") == STATUS_RUNNING:  # a report there may be of settings before these
+        raise VqjaxError(f"{path}: the run is not complete; go on with it first: {command}")
     # Not the command itself, which may be longer than a folder's name can be.
     which = f"{folder.resolve().name} {str(content['fingerprint'])[:8]}"
     wanted = {name: value for name, value in content["settings"].items() if name != "out"}
