@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import sys
 import typing
 from typing import Any, Literal, Self
 
@@ -127,12 +128,15 @@ class LatentDiffusionConfig:
         """The inverse of `to_dict`.
 
         Raises:
-          VqjaxError: names every missing or unknown field, or every value of another type.
+          VqjaxError: names every missing or unknown field, or every value of another type, or
+            every value that `misfits` finds.
         """
         data = dict(data)
         data["unet"] = _build(UNetConfig, data.get("unet", {}), "unet")
         data["first_stage"] = _build(AutoencoderConfig, data.get("first_stage", {}), "first_stage")
-        return _build(cls, data, "model config")
+        config = _build(cls, data, "model config")
+        check(config)
+        return config
 
     @classmethod
     def cin256_v2(cls) -> Self:
@@ -238,9 +242,11 @@ def find(wanted: "str | os.PathLike | LatentDiffusionConfig") -> LatentDiffusion
         have defaults being optional. A configuration itself is returned.
 
     Raises:
-      VqjaxError: if it is neither, or the file's fields are not those of a configuration.
+      VqjaxError: if it is neither, the file's fields are not those of a configuration, or there are
+        `misfits`.
     """
     if isinstance(wanted, LatentDiffusionConfig):
+        check(wanted)
         return wanted
     if wanted in PRESETS:
         return PRESETS[str(wanted)]()
@@ -260,6 +266,52 @@ def find(wanted: "str | os.PathLike | LatentDiffusionConfig") -> LatentDiffusion
         return LatentDiffusionConfig.from_dict(data)
     except VqjaxError as error:
         raise VqjaxError(f"--config {path}: {error}") from None
+
+
+def misfits(config: LatentDiffusionConfig) -> list[str]:
+    """Values that no model can be computed with, a line each: field, what was found and expected.
+
+    Types are taken to be right. Each value is looked at alone: not whether sizes divide each other.
+    """
+    unet, stage = config.unet, config.first_stage
+    least = {"timesteps": 2, "num_res_blocks": 0, "transformer_depth": 0, "n_classes": 0}
+    least["n_embed"] = 1 if stage.kind == "vq" else 0
+    if unet.num_head_channels is not None:
+        least["num_heads"] = unet.num_heads  # ignored, and -1 by default in the original
+    found = []
+    for where, part in (("unet.", unet), ("first_stage.", stage), ("", config)):
+        for name, kind in typing.get_type_hints(type(part)).items():
+            value = getattr(part, name)
+            expected = _expected(name, kind, value, least.get(name, 1))
+            if expected is not None:
+                found.append(f"{where}{name}: found {value!r}, expected {expected}")
+    start, end = config.linear_start, config.linear_end
+    if not 0 < start <= end < 1:  # beta: a variance that is added, a part of the whole
+        wanted = "0 < linear_start <= linear_end < 1"
+        found.append(f"linear_start, linear_end: found {start!r}, {end!r}, expected {wanted}")
+    if not 0 < config.scale_factor <= sys.float_info.max:
+        found.append(f"scale_factor: found {config.scale_factor!r}, expected a number above 0")
+    if not abs(config.guidance) <= sys.float_info.max:
+        found.append(f"guidance: found {config.guidance!r}, expected a finite number")
+    return found
+
+
+def _expected(name: str, kind: Any, value: Any, least: int) -> str | None:
+    """What a whole number, or several, should be; None where it is, and for all else."""
+    if typing.get_origin(kind) is tuple:
+        empty = name in ("attention_resolutions", "attn_resolutions")
+        if (value or empty) and all(item >= 1 for item in value):
+            return None
+        return f"whole numbers of 1 or more, {'or none' if empty else 'at least one'}"
+    if kind not in (int, int | None) or value is None or value >= least:
+        return None
+    return f"{least} or more" if kind is int else f"{least} or more, or null"
+
+
+def check(config: LatentDiffusionConfig) -> None:
+    """Raises VqjaxError, which lists the `misfits`, where there are any."""
+    if problems := misfits(config):
+        raise gathered(problems, "model config: values that do not fit:")
 
 
 def _build(cls: type, data: Any, where: str) -> Any:

@@ -371,6 +371,13 @@ def test_ends_of_the_schedule_are_the_librarys_where_its_file_does_not_say(tmp_p
     assert (found.linear_start, found.linear_end) == (0.0001, 0.02)
 
 
+def test_values_that_no_model_has_are_named(tmp_path):
+    schedule = CELEBAHQ["scheduler"] | {"beta_start": -0.0015, "num_train_timesteps": 0}
+    write_json(tmp_path, CELEBAHQ | {"scheduler": schedule})
+    with pytest.raises(VqjaxError, match=r"(?s)timesteps: found 0, .*linear_end: found -0\.0015, "):
+        read(tmp_path)
+
+
 def test_folders_without_a_usable_config(tmp_path):
     write(tmp_path, models.PLAIN)
     scheduler = tmp_path / "scheduler" / "scheduler_config.json"

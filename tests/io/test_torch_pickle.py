@@ -140,6 +140,15 @@ def test_names_of_what_was_not_built_are_kept(tmp_path):
     assert torch_pickle.load(tmp_path / "m.ckpt").stubs == ("os.system",)
 
 
+def test_a_hundred_names_of_what_was_not_built_are_enough(tmp_path):
+    calls = b"".join(b"cos\nf%03d%b\n)R" % (index, b"x" * 500) for index in range(102))
+    torch_writer.save_zip(tmp_path / "m.ckpt", {"x": Raw(b"(" + calls + b"l")})
+    loaded = torch_pickle.load(tmp_path / "m.ckpt")
+    assert [name[:7] for name in loaded.stubs] == [f"os.f{index:03d}" for index in range(100)]
+    assert {len(name) for name in loaded.stubs} == {200}
+    assert repr(loaded.contents["x"][101]) == "<stub of an object whose name came after 100 others>"
+
+
 BASE = np.zeros(8, np.float32)
 ABSURD_VIEWS = {
     "beyond": View(BASE, 1, (8,), (1,)),
@@ -167,6 +176,11 @@ def test_absurd_tensors_are_refused(container, case, tmp_path):
         torch_pickle.load(tmp_path / "m.ckpt")
 
 
+def text(raw: bytes) -> bytes:
+    """The opcode that puts it on the stack."""
+    return b"X" + struct.pack("<I", len(raw)) + raw
+
+
 BOMBS = {
     "long": (b"\x8b\xff\xff\xff\x7f", "an integer of 2147483647 bytes"),
     "negative long": (b"\x8b\xff\xff\xff\xff", "an integer of -1 bytes"),
@@ -181,6 +195,8 @@ BOMBS = {
     "buffer": (b"\x97", "has no place"),
     "arguments": (b"cos\nsystem\nNR", "without a tuple"),
     "empty class": (b"(o", "without a class"),
+    "long module": (text(b"a" * 1025) + text(b"b") + b"\x93", "name has 1025 characters, at most"),
+    "long name": (text(b"a") + text(b"b" * (1 << 20)) + b"\x93", "name has 1048576 characters"),
     "steps": (b"N0" * 2_100_000, "more than 4000000 pickle instructions"),
 }
 
@@ -198,6 +214,12 @@ HUGE = {
     "deep tuples": b")" + b"\x85" * 200_000,
     "deep key": b"}(" + b")" + b"\x85" * 100_000 + b"K\x01u",  # a deep tuple as a dict key
     "memo index": b"K\x01r\xff\xff\xff\xff",  # near 2**32
+    # Names as long as they may be: 300 MB, were each call to keep its own copy.
+    "calls": b"(" + text(b"a" * 1024) * 2 + b"\x93q\0" + b"h\0)R" * 150_000 + b"l",
+    # Each is named after the one before it: 400 MB, were the names kept whole.
+    "tensors on stubs": b"(ctorch._utils\n_rebuild_tensor_v2\nq\0cos\nsystem\n)Rq\1"
+    + b"h\0(h\1NNNtRq\1" * 8000
+    + b"l",
     "shared": b"](" + b"N" * 1000 + b"e" + b"2\x86" * 1000,  # 2**1000 references
 }
 

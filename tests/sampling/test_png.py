@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """PNG grids: layout, parameters there and back, no half-written file."""
 
+import os
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -55,7 +57,14 @@ def test_a_place_for_no_grid_is_refused_before_sampling(tmp_path, monkeypatch, c
 
     monkeypatch.setattr(sampling, "generate", sampled)
     (tmp_path / "file").write_text("")
-    for out, message in ((tmp_path, "is a folder"), (tmp_path / "file" / "a.png", "is a file")):
+    locked = tmp_path / "locked"
+    locked.mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: path != locked)
+    for out, message in (
+        (tmp_path, "is a folder"),
+        (tmp_path / "file" / "a.png", "is a file"),
+        (locked / "new" / "a.png", f"{locked} takes no new files"),
+    ):
         assert command.main(["digits", "--out", str(out)]) == 2
         assert message in capsys.readouterr().err
     assert command.main(["digits", "--count", "20000", "--out", str(tmp_path / "a.png")]) == 2

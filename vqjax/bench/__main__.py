@@ -52,7 +52,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def _work(settings: Settings) -> None:
     from vqjax.errors import VqjaxError
+    from vqjax.io import places
 
+    for name in ("json", "figure"):  # the first result may take long, a figure is drawn last
+        path = getattr(settings, name, None)
+        if path is not None:
+            made = path.parent == getattr(settings, "work", None)
+            places.check_file(f"--{name}", path, makes_folders=made)
     if isinstance(settings, BenchTuneSettings):
         from vqjax.bench import tune
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vqjax.config import PRESETS, AutoencoderConfig, LatentDiffusionConfig, UNetConfig
+from vqjax.config import PRESETS, AutoencoderConfig, LatentDiffusionConfig, UNetConfig, misfits
 from vqjax.core.model import Model
 from vqjax.errors import VqjaxError, gathered
 from vqjax.io import keys, ldm, safetensors_reader, torch_pickle
@@ -316,6 +316,7 @@ def read_config(
             scale_factor=_scale_factor(found["first_stage"]),
             **_schedule(found.get("scheduler")),
         )
+        problems += misfits(config)
     except (KeyError, TypeError, ValueError, IndexError) as error:
         problems.append(f"{type(error).__name__}: {error}")
     if problems:

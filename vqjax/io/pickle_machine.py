@@ -15,7 +15,8 @@ from vqjax.errors import VqjaxError
 
 MAX_BYTES = 64 << 20
 MAX_STEPS = 4_000_000
-_MAX_LINE = 1024  # names and numbers of the text opcodes
+_MAX_LINE = 1024  # names, and numbers of the text opcodes
+_MAX_STUB_NAME = 200
 _MAX_INTEGER_BYTES = 64
 _SCALARS = (str, bytes, bool, float, type(None))
 
@@ -31,12 +32,15 @@ class Global(NamedTuple):
 
 
 class Stub:
-    """Stands for an object that we do not build. Takes any construction and state, keeps none."""
+    """Stands for an object that we do not build. Takes any construction and state, keeps none.
+
+    The name is cut: a few bytes of a pickle can make another stub of a long one.
+    """
 
     __slots__ = ("name",)
 
     def __init__(self, name: str):
-        self.name = name
+        self.name = name[:_MAX_STUB_NAME]
 
     def __repr__(self) -> str:
         return f"<stub of {self.name}>"
@@ -178,6 +182,12 @@ class _Machine:
     def global_(self, module: Any, name: Any) -> None:
         if not (isinstance(module, str) and isinstance(name, str)):
             _fail(f"a global at byte {self.position} whose name is no text")
+        longest = max(len(module), len(name))
+        if longest > _MAX_LINE:  # every call of it would copy that much
+            _fail(
+                f"a global at byte {self.position} whose name has {longest} characters, "
+                f"at most {_MAX_LINE} make sense"
+            )
         self.push(Global(module, name))
 
 

@@ -28,6 +28,7 @@ _MAX_DIMENSIONS = 16
 _MAX_COUNT = 1 << 48
 _MAX_EXPANDED = 4096  # elements of a tensor that repeats the values of a smaller storage
 _MAX_STUB_NAMES = 100
+_OTHER_STUB = Stub(f"an object whose name came after {_MAX_STUB_NAMES} others")
 _MAX_KEY = 200  # characters of a storage name; PyTorch writes numbers
 
 # Storage class -> type in the file (little endian). Others become stubs.
@@ -52,7 +53,7 @@ class TorchFile:
 
     Attributes:
       contents: plain containers with `LazyTensor` where tensors were.
-      stubs: names of the objects that were not built, sorted; at most 100.
+      stubs: names of the objects that were not built, sorted; at most 100, of 200 characters.
     """
 
     contents: Any
@@ -96,7 +97,7 @@ class _Reader:
 
     def __init__(self, path: pathlib.Path):
         self.path = path
-        self.stubs: dict[str, None] = {}
+        self.stubs: dict[str, Stub] = {}
         self.last: tuple[str, np.ndarray] | None = None
 
     def storage_bytes(self, storage: _Storage) -> tuple[int, int | None]:
@@ -117,9 +118,11 @@ class _Reader:
         return self.stub(name)
 
     def stub(self, name: str) -> Stub:
+        """One for each name, however often it is called, so that names take bounded memory."""
+        made = Stub(name)
         if len(self.stubs) < _MAX_STUB_NAMES:
-            self.stubs[name[:200]] = None
-        return Stub(name)
+            return self.stubs.setdefault(made.name, made)
+        return self.stubs.get(made.name, _OTHER_STUB)
 
     def persistent(self, identity: Any) -> Any:
         if not isinstance(identity, tuple) or len(identity) < 2:

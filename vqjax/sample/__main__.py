@@ -22,13 +22,14 @@ def _work(settings: SampleSettings) -> None:
 
     from vqjax import io, progress, sampling
     from vqjax.errors import VqjaxError
+    from vqjax.io import places
     from vqjax.pipeline import environment
     from vqjax.sampling import png
 
     for name in ("count", "batch", "columns"):
         if getattr(settings, name) < 1:
             raise VqjaxError(f"--{name} {getattr(settings, name)}: expected 1 or more")
-    png.check_path(settings.out)
+    places.check_file("--out", settings.out, makes_folders=True)
     model = io.load_model(settings.source, config=settings.config)
     ids = settings.classes or tuple(range(max(model.config.null_class, 1)))
     classes = np.resize(np.asarray(ids), settings.count)

@@ -45,20 +45,6 @@ def tile(images_NHWC: np.ndarray, columns: int, *, gap: int = _GAP) -> np.ndarra
     return canvas
 
 
-def check_path(path: str | os.PathLike) -> None:
-    """Says before pictures are made where `save_grid` could not put them.
-
-    Raises:
-      VqjaxError: if `path` is a folder, or what should be its folder is none.
-    """
-    target = pathlib.Path(path)
-    if target.is_dir():
-        raise VqjaxError(f"{target} is a folder, expected a file such as {target / 'grid.png'}")
-    above = next(folder for folder in target.absolute().parents if folder.exists())
-    if not above.is_dir():
-        raise VqjaxError(f"{target}: {above} is a file, expected a folder; choose another --out")
-
-
 def check_grid(count: int, columns: int, height: int, width: int) -> None:
     """Says, before pictures are made, that `save_grid` would refuse a grid of them.
 
