@@ -37,6 +37,11 @@ class Device:
             return self.kind
         return f"{self.kind}, compute capability {self.capability[0]}.{self.capability[1]}"
 
+    @property
+    def multiplies_tiles(self) -> bool:
+        """Whether kernels use tensor cores here: Triton does from compute capability 8.0 on."""
+        return self.capability is not None and self.capability >= CAPABILITIES["pallas"]
+
     def refuses(self, path: str) -> str | None:
         """Returns why kernels of a path cannot run here, or None."""
         if path == "native":

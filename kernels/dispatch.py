@@ -29,6 +29,7 @@ from vqjax.kernels.device import Device, current
 from vqjax.kernels.lut_matmul import counts, native
 from vqjax.kernels.problem import Problem
 from vqjax.kernels.schedule import Schedule
+from vqjax.kernels.vq_conv import window
 
 VARIABLE = "VQJAX_KERNELS"
 WANTED = ("auto", "xla", "pallas", "triton", "native", "lut")
@@ -40,7 +41,12 @@ PLATFORMS = {"pallas": "cuda", "triton": "cuda", "native": "cpu"}
 
 UNMEASURED = "it is taken by name, or where it was measured to be fastest"
 
-_UNREAD = {"pallas": gpu_arrays.unread, "triton": gpu_arrays.unread, "native": native.unsupported}
+
+def _unread_by_gpus(problem: Problem) -> list[str]:
+    return gpu_arrays.unread(problem) + (window.unread(problem) if problem.op == "vq_conv" else [])
+
+
+_UNREAD = {"pallas": _unread_by_gpus, "triton": _unread_by_gpus, "native": native.unsupported}
 
 _log = logging.getLogger("vqjax.kernels")
 _asked: contextvars.ContextVar[str | None] = contextvars.ContextVar("asked", default=None)
@@ -134,7 +140,8 @@ def choose(problem: Problem, refusals: Refusals, device: Device) -> Choice:
         why = f"measured on {device.kind}"
     else:
         path = candidates[0]
-        made = schedule.by_rule(problem) if PLATFORMS.get(path) == "cuda" else None
+        on_gpu = PLATFORMS.get(path) == "cuda"
+        made = schedule.by_rule(problem, device.multiplies_tiles) if on_gpu else None
         if name != "auto":
             why = f"{VARIABLE}={name}"
         elif path == "xla":
@@ -159,8 +166,8 @@ def _logged(problem: Problem, device: Device, choice: Choice) -> Choice:
 
 
 @functools.cache
-def _log_once(line: str) -> None:
-    _log.info(line)
+def _log_once(line: str, level: int = logging.INFO) -> None:
+    _log.log(level, line)
 
 
 class Kernel(NamedTuple):
@@ -297,5 +304,7 @@ def _failed_trial(
         trial(small)
     except Exception as error:  # whatever it is, there is another path
         text = str(error).strip().splitlines() or [""]
-        return (f"a small kernel fails on {device} ({type(error).__name__}: {text[0]})",)
+        why = f"a small kernel fails on {device} ({type(error).__name__}: {text[0]})"
+        _log_once(f"kernels are passed over: {why}", logging.WARNING)
+        return (why,)
     return ()

@@ -11,7 +11,7 @@ import numpy as np
 
 from vqjax.kernels.books import CODE_BITS
 from vqjax.kernels.problem import Problem, Scaling
-from vqjax.kernels.schedule import SMALLEST, Tiles
+from vqjax.kernels.schedule import Tiles, smallest
 
 _MOST_BOOKS = 8
 _MOST_ELEMENTS = 2**31 - 1  # indices are 32 bits
@@ -80,7 +80,7 @@ def try_small(
     """
     operands = _sample(problem, x_shape)
     expected = _result(definition, operands)
-    for schedule in SMALLEST:
+    for schedule in smallest(problem.rows):
         found = _result(functools.partial(run, problem=problem, schedule=schedule), operands)
         error = np.max(np.abs(found - expected)) / np.max(np.abs(expected))
         if not error <= _MOST_ERROR[problem.dtype]:

@@ -80,7 +80,14 @@ def _build(source: bytes, file: pathlib.Path, flags: tuple[str, ...]) -> None:
     if compiler is None:
         raise VqjaxError(f"no C++ compiler: none of {', '.join(COMPILERS)} is there, CXX is unset")
     _log.info("building native code with %s, once on this machine", compiler)
-    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        _compile(compiler, source, file, flags)
+    except OSError as error:
+        raise VqjaxError(f"cannot keep native code in {file.parent}: {error}") from None
+
+
+def _compile(compiler: str, source: bytes, file: pathlib.Path, flags: tuple[str, ...]) -> None:
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
         code, made = pathlib.Path(folder) / "native.cc", pathlib.Path(folder) / file.name
         code.write_bytes(source)

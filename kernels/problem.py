@@ -219,8 +219,9 @@ class Problem:
 
     def kind_of_kernel(self) -> "Problem":
         """Returns a small problem of the same code and types: its kernel is alike, and compiled
-        soon."""
-        return dataclasses.replace(self, rows=16, inputs=16, outputs=16, strides=(1, 1))
+        soon. Tiles of 64 rows are other instructions than lower ones (wgmma, on Hopper)."""
+        rows = 64 if self.rows > 32 else 16
+        return dataclasses.replace(self, rows=rows, inputs=16, outputs=16, strides=(1, 1))
 
     def abstract(self, x_shape: tuple[int, ...]) -> Any:
         """Returns the shapes and types of the operands, without a bias: `Operands`, or in integer

@@ -19,8 +19,9 @@ FUSED_ROWS = 256
 """Most rows that the rules give to the fused schedule: its tiles then decode a weight twice."""
 
 FUSED_ROWS_FLOAT32 = 32
-"""The same in float32, which tensor cores do not multiply: for more rows arithmetic takes longer
-than to read a decoded weight (28 on an H200, 20 on an A100), and registers hold no such tiles."""
+"""The same in float32, which tensor cores do not multiply, and of all types where they do not: for
+more rows arithmetic takes longer than to read a decoded weight (28 on an H200, 20 on an A100), and
+registers hold no such tiles."""
 
 _LEAST = 16  # side of the smallest matrix product on tensor cores
 _MOST_ROWS = 128
@@ -78,11 +79,10 @@ class Schedule:
         return f"{self.kind}, tiles {t.rows}x{t.outputs}x{t.depth}, {t.splits} splits"
 
 
-SMALLEST = (
-    Schedule("fused", Tiles(_LEAST, _LEAST, _LEAST)),
-    Schedule("staged", Tiles(_LEAST, _LEAST, _LEAST)),
-)
-"""Both schedules with the least work for a compiler."""
+def smallest(rows: int = _LEAST) -> tuple[Schedule, Schedule]:
+    """Returns both schedules with the least work for a compiler, for tiles of so many rows."""
+    fused = Tiles(max(power_of_two(rows), _LEAST), _LEAST, _LEAST)
+    return Schedule("fused", fused), Schedule("staged", Tiles(_LEAST, _LEAST, _LEAST))
 
 
 def vectors_of(depth: int, problem: Problem) -> int:
@@ -100,16 +100,22 @@ def bias_dtype(problem: Problem, schedule: Schedule | None) -> str:
     return problem.dtype if staged and problem.window > 1 and not problem.integer else "float32"
 
 
-def by_rule(problem: Problem) -> Schedule:
-    """Returns the schedule of a problem, from its sizes alone."""
-    if problem.rows > (FUSED_ROWS_FLOAT32 if problem.dtype == "float32" else FUSED_ROWS):
+def by_rule(problem: Problem, tensor_cores: bool = True) -> Schedule:
+    """Returns the schedule of a problem, from its sizes and from what multiplies it.
+
+    Args:
+      tensor_cores: whether the device multiplies tiles by them where the type allows it.
+    """
+    tensor_cores &= problem.dtype != "float32"
+    if problem.rows > (FUSED_ROWS if tensor_cores else FUSED_ROWS_FLOAT32):
         return Schedule("staged", Tiles(_LEAST, 32, 128))
-    return _fused(problem, 32 if problem.rows <= 32 else 64, _depth(problem))
+    return _fused(problem, 32 if problem.rows <= 32 else 64, _depth(problem, tensor_cores))
 
 
-def _depth(problem: Problem) -> int:
-    """Registers hold half as much in float32, and of vectors that are read place by place."""
-    return 64 if problem.window == 1 and problem.dtype != "float32" else 32
+def _depth(problem: Problem, tensor_cores: bool) -> int:
+    """Registers hold half as much without tensor cores, and of vectors that are read place by
+    place."""
+    return 64 if problem.window == 1 and tensor_cores else 32
 
 
 def _fused(problem: Problem, outputs: int, depth: int) -> Schedule:
@@ -136,20 +142,24 @@ def _stages(problem: Problem) -> int:
     return 1 if whole_vectors and books_of(problem, rounded=True).row_bytes >= 16 else 2
 
 
-def candidates(problem: Problem) -> tuple[Schedule, ...]:
+def candidates(problem: Problem, tensor_cores: bool = True) -> tuple[Schedule, ...]:
     """Returns schedules worth timing beside a weight that was decoded at load: that of the rules,
     and fused ones around it.
 
     The staged schedule decodes first and then does the same as a decoded weight, so that its tiles
     decide nothing; and where the rules choose it, fused ones wait for the same arithmetic.
+
+    Args:
+      tensor_cores: as for `by_rule`.
     """
-    rule = by_rule(problem)
+    rule = by_rule(problem, tensor_cores)
+    depth_by_rule = _depth(problem, tensor_cores and problem.dtype != "float32")
     if rule.kind == "staged":
         return (rule,)
     made = [
         dataclasses.replace(tiles, splits=splits, stages=stages)
         for outputs in (32, 64)
-        for depth in (_depth(problem) // 2, _depth(problem))
+        for depth in (depth_by_rule // 2, depth_by_rule)
         for tiles in [_fused(problem, outputs, depth).tiles]
         for splits in (tiles.splits, 1)  # with one, nothing is added up afterwards
         for stages in (1, 2)

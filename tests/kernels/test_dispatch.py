@@ -129,6 +129,21 @@ def test_a_path_can_be_asked_for_in_code(monkeypatch):
     assert dispatch.wanted() == "xla"
 
 
+@pytest.mark.parametrize("path", ["pallas", "triton"])
+def test_what_a_named_path_does_not_read_is_for_xla(path, monkeypatch):
+    """Those are layers of a network whose others it reads."""
+    monkeypatch.setenv(dispatch.VARIABLE, path)
+    convolution = dataclasses.replace(PROBLEM, op="vq_conv", window=3)
+    for problem in (
+        dataclasses.replace(PROBLEM, books=12),
+        dataclasses.replace(PROBLEM, entries=12),
+        dataclasses.replace(convolution, group=18),
+        dataclasses.replace(convolution, group=8),
+    ):
+        choice = dispatch.choose(problem, {path: ["not read"]}, H200)
+        assert (choice.path, choice.keeps) == ("xla", False)
+
+
 def test_devices_without_kernels_give_everything_to_xla(monkeypatch):
     for device, expected in ((CPU, True), (T4, True), (H200, False)):
         monkeypatch.setattr(dispatch, "current", lambda device=device: device)
@@ -235,7 +250,9 @@ def test_a_kernel_that_does_not_compile_is_passed_over(monkeypatch, caplog):
     operands = specs.random_operands(PROBLEM, (1, 960))
     with caplog.at_level(logging.INFO, "vqjax.kernels"):
         assert dispatch.run(PROBLEM, operands, ways) is operands.x
-    (line,) = caplog.messages
+    warning, line = caplog.messages
+    assert warning.startswith("kernels are passed over: a small kernel fails on NVIDIA H200")
+    assert caplog.records[0].levelno == logging.WARNING  # which Python shows by itself
     assert "a small kernel fails on NVIDIA H200" in line
     assert "(RuntimeError: out of shared memory)" in line
     monkeypatch.setenv(dispatch.VARIABLE, "pallas")

@@ -20,7 +20,7 @@ from vqjax.core.integer import integer_kernel, integerize
 from vqjax.errors import VqjaxError
 from vqjax.kernels import decode, dispatch
 from vqjax.kernels.problem import IntegerOperands, Problem
-from vqjax.kernels.schedule import SMALLEST, Schedule, Tiles
+from vqjax.kernels.schedule import Schedule, Tiles, smallest
 from vqjax.kernels.vq_conv import pallas as conv_pallas
 from vqjax.kernels.vq_conv import ref as conv_ref
 from vqjax.kernels.vq_conv.window import Window
@@ -30,7 +30,7 @@ from vqjax.kernels.vq_matmul import ref as matmul_ref
 from vqjax.models import packed
 
 CODES = st.sampled_from([(1, 256), (2, 4096), (3, 16), (8, 16)])
-SCHEDULES = st.sampled_from([*SMALLEST, Schedule("fused", Tiles(16, 16, 32, splits=2))])
+SCHEDULES = st.sampled_from([*smallest(), Schedule("fused", Tiles(16, 16, 32, splits=2))])
 POINT = ((0, 0), (0, 0))
 
 
@@ -187,14 +187,14 @@ def test_packed_and_decoded_integers_are_equal(name):
 
 def test_integers_lower():
     for device_kind in CAPABILITIES:
-        for schedule in SMALLEST:
+        for schedule in smallest():
             problem = problem_of("vq_matmul", 16, (40, 24), (4, 16), 8)
             run = functools.partial(matmul_pallas.vq_matmul, problem=problem, schedule=schedule)
             text = lowered(device_kind, run, problem.abstract((16, 40)))
             assert text.count("__gpu$xla.gpu.triton") == 1
         window = Window(3, (1, 1), POINT)
         problem = problem_of("vq_conv", 16, (40, 24), (4, 16), 9, window=3)
-        options: dict[str, Any] = {"problem": problem, "schedule": SMALLEST[0], "window": window}
+        options: dict[str, Any] = {"problem": problem, "schedule": smallest()[0], "window": window}
         run = functools.partial(conv_pallas.vq_conv, **options)
         text = lowered(device_kind, run, problem.abstract((1, 6, 6, 40)))
         assert text.count("__gpu$xla.gpu.triton") == 1
@@ -236,11 +236,11 @@ def test_misfits_are_said_before_anything_runs():
 def test_tensor_cores_multiply_integers(device_kind, tmp_path, monkeypatch):
     made = kept_modules(monkeypatch, tmp_path)
     problem = problem_of("vq_matmul", 16, (960, 64), (4, 16), 8)
-    run = functools.partial(matmul_pallas.vq_matmul, problem=problem, schedule=SMALLEST[0])
+    run = functools.partial(matmul_pallas.vq_matmul, problem=problem, schedule=smallest()[0])
     lowered(device_kind, run, problem.abstract((16, 960)))
     window = Window(3, (1, 1), POINT)
     problem = problem_of("vq_conv", 16, (96, 64), (4, 16), 9, window=3)
-    options: dict[str, Any] = {"problem": problem, "schedule": SMALLEST[0], "window": window}
+    options: dict[str, Any] = {"problem": problem, "schedule": smallest()[0], "window": window}
     conv = functools.partial(conv_pallas.vq_conv, **options)
     lowered(device_kind, conv, problem.abstract((1, 6, 6, 96)))
     for text in made:

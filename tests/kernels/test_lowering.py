@@ -9,7 +9,7 @@ from jax.sharding import AbstractDevice, AbstractMesh
 
 from tests.kernels.machine_code import CAPABILITIES, assembled, kept_modules
 from vqjax.kernels.problem import Problem
-from vqjax.kernels.schedule import SMALLEST, Schedule, by_rule
+from vqjax.kernels.schedule import Schedule, by_rule, smallest
 from vqjax.kernels.specs import Layer
 from vqjax.kernels.vq_conv import pallas as conv_pallas
 from vqjax.kernels.vq_conv.specs import LAYERS as CONV_LAYERS
@@ -36,7 +36,7 @@ def of_layer(layer: Layer, batch: int, dtype: str, schedule: Schedule | None = N
 
 
 @pytest.mark.parametrize("device_kind", CAPABILITIES)
-@pytest.mark.parametrize("schedule", SMALLEST, ids=lambda schedule: schedule.kind)
+@pytest.mark.parametrize("schedule", smallest(), ids=lambda schedule: schedule.kind)
 @pytest.mark.parametrize("layer", [MATMUL_LAYERS[0], CONV_LAYERS[0]], ids=lambda layer: layer.op)
 def test_kernels_lower(layer, schedule, device_kind):
     text = lowered(device_kind, *of_layer(layer, 1, "bfloat16", schedule))
@@ -50,7 +50,7 @@ def test_kernels_lower(layer, schedule, device_kind):
 def test_every_code_lowers(code, dtype):
     books, entries, stored = code
     problem = Problem("vq_matmul", 16, 40, 24, books, entries, 6, dtype, stored)
-    run = functools.partial(matmul_pallas.vq_matmul, problem=problem, schedule=SMALLEST[0])
+    run = functools.partial(matmul_pallas.vq_matmul, problem=problem, schedule=smallest()[0])
     text = lowered("NVIDIA H200", run, problem.abstract((16, 40)))
     assert text.count("__gpu$xla.gpu.triton") == 1
 
@@ -69,7 +69,7 @@ def test_every_layer_of_the_models_lowers(device_kind):
 def test_kernels_compile_to_machine_code(layer, device_kind, tmp_path, monkeypatch):
     """Further than lowering goes."""
     made = kept_modules(monkeypatch, tmp_path)
-    schedule = SMALLEST[0]
+    schedule = smallest()[0]
     lowered(device_kind, *of_layer(layer, 2, "bfloat16", schedule))
     options = {"num_warps": schedule.tiles.warps, "num_stages": schedule.tiles.stages}
     found = assembled(made[0], device_kind, tmp_path, options)

@@ -197,6 +197,13 @@ def test_without_a_compiler_the_reason_is_said(compiler, reason, monkeypatch, tm
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
+def test_a_cache_that_cannot_be_written_is_a_reason(monkeypatch, tmp_path):
+    (tmp_path / "native").write_text("no folder")
+    monkeypatch.setattr(native_library.platformdirs, "user_cache_path", lambda name: tmp_path)
+    with pytest.raises(VqjaxError, match=r"cannot keep native code in .*native: "):
+        native_library.load.__wrapped__(native.PACKAGE, native.SOURCE)
+
+
 def test_convolutions_of_the_model_reach_it(monkeypatch):
     seen = []
     monkeypatch.setattr(native, "build", lambda problem: None)

@@ -7,7 +7,7 @@ import pytest
 
 from vqjax.kernels import specs
 from vqjax.kernels.problem import Problem
-from vqjax.kernels.schedule import FUSED_ROWS_FLOAT32, by_rule, candidates, vectors_of
+from vqjax.kernels.schedule import FUSED_ROWS_FLOAT32, by_rule, candidates, smallest, vectors_of
 
 LINEAR = Problem("vq_matmul", 64, 960, 960, 4, 16, 6, "float32", "int8")
 TYPES = ("float32", "float16", "bfloat16")
@@ -39,6 +39,24 @@ def test_float32_is_fused_for_few_rows_in_tiles_that_registers_hold():
             for one in candidates(problem):
                 assert one.tiles.rows * one.tiles.outputs <= MOST * THREADS * one.tiles.warps
                 assert one.tiles.depth <= 32
+
+
+def test_without_tensor_cores_all_types_have_the_tiles_of_float32():
+    """On compute capability 7.5, tiles of 128x64x64 in float16 spill 2,000 bytes of each thread."""
+    for rows in (1, 32, 33, 256):
+        half, single = (
+            dataclasses.replace(LINEAR, rows=rows, dtype=t) for t in ("float16", "float32")
+        )
+        assert by_rule(half, tensor_cores=False) == by_rule(single)
+        assert candidates(half, tensor_cores=False) == candidates(single)
+
+
+def test_tiles_of_more_rows_are_tried_with_other_instructions():
+    rows = {
+        n: smallest(dataclasses.replace(LINEAR, rows=n).kind_of_kernel().rows)[0].tiles.rows
+        for n in (1, 32, 33, 256)
+    }
+    assert rows == {1: 16, 32: 16, 33: 64, 256: 64}
 
 
 def test_vectors_that_are_read_place_by_place_are_fewer():

@@ -12,7 +12,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, PartitionSpec
 
 from vqjax.kernels import specs
 from vqjax.kernels.problem import Operands, Problem
-from vqjax.kernels.schedule import SMALLEST
+from vqjax.kernels.schedule import smallest
 from vqjax.kernels.transform import transformable
 from vqjax.kernels.vq_conv.api import vq_conv
 from vqjax.kernels.vq_matmul import pallas, ref
@@ -31,7 +31,7 @@ def reference(operands: Operands) -> jax.Array:
 
 
 def kernel(operands: Operands, *, interpret: bool = True) -> jax.Array:
-    return pallas.vq_matmul(operands, problem_of(operands), SMALLEST[0], interpret=interpret)
+    return pallas.vq_matmul(operands, problem_of(operands), smallest()[0], interpret=interpret)
 
 
 operation = transformable(kernel, reference)

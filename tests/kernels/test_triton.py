@@ -27,7 +27,7 @@ from tests.kernels.test_pallas import TOL, convolved, weight
 from vqjax.errors import VqjaxError
 from vqjax.kernels import device, dispatch, specs, triton_gpu
 from vqjax.kernels.problem import Operands, Problem
-from vqjax.kernels.schedule import SMALLEST, Schedule, Tiles, by_rule
+from vqjax.kernels.schedule import Schedule, Tiles, by_rule, smallest
 from vqjax.kernels.transform import transformable
 from vqjax.kernels.vq_conv.specs import LAYERS as CONV_LAYERS
 from vqjax.kernels.vq_matmul import api, ref
@@ -47,7 +47,7 @@ NO_GPU = MISSING or device.current().refuses("triton")
 
 def cases() -> list[Case]:
     """Every code width, way to store codebooks, type and schedule; sizes beside the tiles'."""
-    schedules = itertools.cycle((*SMALLEST, Schedule("fused", Tiles(16, 16, 16, splits=2))))
+    schedules = itertools.cycle((*smallest(), Schedule("fused", Tiles(16, 16, 16, splits=2))))
     dtypes = itertools.cycle(sorted(TOL))
     codes = [
         (1, 256, "int8"),
@@ -165,7 +165,7 @@ def lowered(run, operands) -> str:
 @pytest.mark.parametrize("layer", [MATMUL_LAYERS[0], CONV_LAYERS[0]], ids=lambda layer: layer.op)
 def test_kernels_lower(layer, capability):
     """Triton compiles them to PTX here."""
-    for schedule in SMALLEST:
+    for schedule in smallest():
         text = lowered(*of_case(of_layer(layer, 1, "bfloat16", schedule), capability))
         assert text.count("triton_kernel_call") == 1
 
@@ -254,7 +254,7 @@ def test_kernels_compile_to_machine_code(capability, tmp_path, monkeypatch):
 
     monkeypatch.setattr(triton_gpu, "launch", launch)
     for layer in (MATMUL_LAYERS[0], CONV_LAYERS[1]):
-        for schedule in (by_rule(layer.problem(1, "bfloat16")), SMALLEST[1]):
+        for schedule in (by_rule(layer.problem(1, "bfloat16")), smallest()[1]):
             case = of_layer(layer, 1, "bfloat16", schedule)
             jax.eval_shape(*of_case(case))
     assert len(made) == 4
@@ -281,7 +281,7 @@ def test_full_size_layers_agree(dtype, batch):
 @pytest.mark.skipif(bool(NO_GPU), reason=str(NO_GPU))
 def test_gradients_are_those_of_the_definition():
     problem = Problem("vq_matmul", 4, 16, 12, 2, 16, 8, "float32", "float16")
-    run, _ = of_case(Case(problem, SMALLEST[0], (4, 16)))
+    run, _ = of_case(Case(problem, smallest()[0], (4, 16)))
     operands = specs.random_operands(problem, (4, 16))
 
     def reference(operands: Operands) -> jax.Array:

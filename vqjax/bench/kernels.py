@@ -604,7 +604,8 @@ def _entries(case: Case, here: device.Device) -> Iterator[tuned.Entry]:
         if reasons:
             _log.info("%s: no %s: %s", tuned.key(case.problem), path, "; ".join(reasons))
             continue
-        for schedule in [None] if path == "native" else candidates(case.problem):
+        on_gpu = () if path == "native" else candidates(case.problem, here.multiplies_tiles)
+        for schedule in on_gpu or [None]:
             yield path, schedule
 
 

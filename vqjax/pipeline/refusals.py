@@ -9,6 +9,7 @@ import jax
 
 from vqjax.config import LatentDiffusionConfig
 from vqjax.errors import VqjaxError
+from vqjax.io import places
 from vqjax.sampling.schedule import ddim_schedule
 from vqjax.settings import FLOAT_BITS, QuantizeSettings, check_seed
 
@@ -78,10 +79,13 @@ def _problems(wanted: QuantizeSettings) -> Iterator[str]:
     if wanted.export is not None:
         if wanted.export.suffix != ".safetensors":
             yield f"--export {wanted.export}: expected a name that ends in .safetensors"
-        elif not wanted.export.parent.is_dir():
-            yield f"--export {wanted.export}: no folder {wanted.export.parent}; make it first"
         elif _is_of(wanted.export, pathlib.Path(wanted.source)):
             yield f"--export {wanted.export}: would replace the source; choose another name"
+        else:
+            try:
+                places.check_file("--export", wanted.export)
+            except VqjaxError as error:
+                yield str(error)
 
 
 def _is_of(path: pathlib.Path, source: pathlib.Path) -> bool:
