@@ -23,7 +23,13 @@ METHOD_COLOURS = {
     "codebooks": "#2a9d9d",
     "straight_through": "#5b9a4a",
     "pv": "#dd8a2f",
+    "pv_decay": "#b5651d",
+    "pv_restart": "#f2c14e",
     "semi_pv": "#3f78c4",
+    "semi_pv_first": "#7aa6dc",
+    "semi_pv_keep": "#1f4e8c",
+    "semi_pv_restart": "#9268c0",
+    "semi_pv_trust": "#5fb3c9",
     "scalar": "#cf5650",
 }
 KIND_COLOURS = {

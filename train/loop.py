@@ -57,9 +57,9 @@ def train(
       The state after the last step.
 
     Raises:
-      DivergedError: if a loss is not finite or losses grow beyond `most`; names the step. The last
-        checkpoint in `folder` is from before they began to: none is written while they are above
-        the root of that.
+      DivergedError: if a loss, or a state to be kept, is not finite, or losses grow beyond `most`;
+        names the step. The last checkpoint in `folder` is from before they began to: none is
+        written while they are above the root of that.
     """
     # A save ends before the next step: in the background it would only warn that it is waited for.
     options = ocp.CheckpointManagerOptions(
@@ -70,7 +70,7 @@ def train(
         watch = _Watch(name, most, advice)
         if first:
             state, seen = _restored(manager, first, state)
-            watch.restore(seen)
+            watch.restore(first, seen)
         saved = time.monotonic()
         with progress.stage(name, steps, done=first) as advance:
             for index in range(first, steps):
@@ -78,8 +78,9 @@ def train(
                 watch.add(index, {key: float(value) for key, value in metrics.items()})
                 due = time.monotonic() - saved > SAVE_INTERVAL and watch.sound
                 if due or index == steps - 1:
+                    watch.look(index, state)
                     _save(manager, index + 1, state, watch.seen)
-                    saved = time.monotonic()
+                    watch.kept, saved = index + 1, time.monotonic()
                 advance(1, watch.note())
     return state
 
@@ -112,6 +113,11 @@ def shapes_of(state: Any) -> Any:
     return jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
 
 
+@jax.jit
+def _finite(arrays: list[jax.Array]) -> jax.Array:
+    return jnp.all(jnp.stack([jnp.isfinite(array).all() for array in arrays]))
+
+
 class _Watch:
     """Keeps the metrics of the last steps, and tells when they say that training diverged."""
 
@@ -119,14 +125,16 @@ class _Watch:
         self._name, self._most, self._advice = name, most, advice
         self._recent: collections.deque[dict[str, float]] = collections.deque(maxlen=WINDOW)
         self._early: list[float] = []
+        self.kept = 0  # steps of the last checkpoint
 
     @property
     def seen(self) -> dict[str, list]:
         """What a resumed run has to know to stop where an unbroken one does."""
         return {"recent": list(self._recent), "early": self._early}
 
-    def restore(self, seen: dict[str, list]) -> None:
-        """Takes what an earlier part of the run saw."""
+    def restore(self, kept: int, seen: dict[str, list]) -> None:
+        """Takes what an earlier part of the run saw, by its checkpoint."""
+        self.kept = kept
         self._recent.extend(seen["recent"])
         self._early = list(seen["early"])
 
@@ -144,10 +152,20 @@ class _Watch:
         limit = self._most * float(np.mean(self._early))
         if math.isfinite(loss) and not self._last() > limit:
             return
-        raise DivergedError(
-            f"{self._name}: loss {loss:.4g} at step {index}, {np.mean(self._early):.4g} in the "
-            f"first steps: it diverged. The last good state is kept; {self._advice}"
+        first = float(np.mean(self._early))
+        raise self._diverged(f"loss {loss:.4g} at step {index}, {first:.4g} in the first steps")
+
+    def look(self, index: int, state: Any) -> None:
+        """Raises DivergedError where a state is no number: its loss is that of the next step."""
+        floats = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
+        if floats and not _finite(floats):
+            raise self._diverged(f"NaN or infinity in the state after step {index}")
+
+    def _diverged(self, what: str) -> DivergedError:
+        kept = (
+            f"The state after {self.kept} steps is kept" if self.kept else "Nothing was saved yet"
         )
+        return DivergedError(f"{self._name}: {what}: it diverged. {kept}; {self._advice}")
 
     def note(self) -> str:
         """The means for the progress line."""

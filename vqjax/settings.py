@@ -238,7 +238,20 @@ class BenchAqSettings:
     """Of the search, and of a model's weights and inputs."""
 
 
-Method = Literal["none", "codebooks", "straight_through", "pv", "pv_restart", "semi_pv", "scalar"]
+Method = Literal[
+    "none",
+    "codebooks",
+    "straight_through",
+    "pv",
+    "pv_decay",
+    "pv_restart",
+    "semi_pv",
+    "semi_pv_first",
+    "semi_pv_keep",
+    "semi_pv_restart",
+    "semi_pv_trust",
+    "scalar",
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -279,7 +292,10 @@ class BenchAblationSettings:
         "scalar",
     )
     """Ways of tuning; "scalar" is uniform quantization with learned steps, the bits rounded up.
-    "pv_restart" forgets the moments of all codes where new trajectories begin."""
+    Parts of "semi_pv": "pv_decay" decays the moments of codebooks alone, "semi_pv_keep" leaves
+    them; "semi_pv_first" invalidates first moments alone. "semi_pv_trust" lets a V step change a
+    weight by a hundredth of its norm. "pv_restart" and "semi_pv_restart" forget the moments of all
+    codes where new trajectories begin: every 25 steps with --order trajectory, else every 100."""
     seeds: int = 3
     """Of tuning and of the samples, from --seed on."""
     count: int = 10_000

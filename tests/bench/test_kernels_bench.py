@@ -147,7 +147,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(device, "current", lambda: H200)
     monkeypatch.setattr(triton_gpu, "missing", lambda: "triton is not installed")
     monkeypatch.setitem(kernels.LIMITS, "gpu", kernels.Limits(2, 3, 1e12))
-    monkeypatch.setattr(kernels, "candidates", lambda problem: SCHEDULES)
+    monkeypatch.setattr(kernels, "candidates", lambda problem, tensor_cores: SCHEDULES)
 
     def scheduled(case, operands, *, path, schedule):
         assert path == "pallas"

@@ -50,7 +50,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_step(tmp_path):
         state, metrics = step(state, index)
         return state, {"loss": jnp.where(index == 2, jnp.nan, metrics["loss"])}
 
-    with pytest.raises(loop.DivergedError, match=r"run: loss nan at step 2.*last good state"):
+    with pytest.raises(loop.DivergedError, match=r"run: loss nan at step 2.*Nothing was saved yet"):
         loop.train("run", start(), diverging, 5, tmp_path)
 
 
@@ -62,6 +62,22 @@ def test_growing_losses_stop_before_they_overflow(tmp_path, monkeypatch):
 
     with pytest.raises(loop.DivergedError, match=r"it diverged.*try 0.1"):
         loop.train("run", start(), growing, 99, tmp_path, most=5, advice="try 0.1")
+
+
+def test_a_state_that_is_no_number_is_not_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "SAVE_INTERVAL", -1.0)  # after every step
+
+    def overflowing(state, index):
+        return {"w": jnp.where(index < 2, state["w"], jnp.inf)}, {"loss": jnp.float32(1)}
+
+    with pytest.raises(
+        loop.DivergedError,
+        match=r"NaN or infinity in the state after step 2: .*"
+        r"The state after 2 steps is kept",
+    ):
+        loop.train("run", {"w": jnp.ones(3)}, overflowing, 3, tmp_path)
+    found = loop.train("run", loop.shapes_of({"w": jnp.ones(3)}), overflowing, 2, tmp_path)
+    np.testing.assert_array_equal(found["w"], np.ones(3))
 
 
 @pytest.mark.parametrize("jump", [12, 50, 95])

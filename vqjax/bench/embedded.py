@@ -51,7 +51,12 @@ VARIANTS = {
     "straight_through": pv.STRAIGHT_THROUGH,
     "pv": pv.PV,
     "pv_restart": pv.PV,
+    "pv_decay": dataclasses.replace(pv.PV, codebook_moments="decay"),
     "semi_pv": pv.SEMI_PV,
+    "semi_pv_first": dataclasses.replace(pv.SEMI_PV, invalidate="first"),
+    "semi_pv_keep": dataclasses.replace(pv.SEMI_PV, codebook_moments="keep"),
+    "semi_pv_restart": pv.SEMI_PV,
+    "semi_pv_trust": dataclasses.replace(pv.SEMI_PV, trust_ratio=0.01),
 }
 _BATCH = 100  # samples of one compiled call
 _HELD_OUT = 2500  # pairs of a latent and a timestep, all of so many trajectories as a batch has
@@ -170,7 +175,7 @@ def tuned(start: Compressed, method: str, seed: int, teaching: Teaching) -> Mode
         weight_of_t=lambda t_T: timesteps.at(start.journal, t_T),
         **ahead,
         metrics=metrics,
-        on_restart=pv.invalidate_all if method == "pv_restart" else None,
+        on_restart=pv.invalidate_all if method.endswith("_restart") else None,
         name=f"{method} {start.job.bits:g}",
     )
     if method != "scalar":
