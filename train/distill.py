@@ -39,7 +39,6 @@ from vqjax import models, sampling
 from vqjax.config import LatentDiffusionConfig
 from vqjax.core import cores
 from vqjax.core.activations import Activations
-from vqjax.core.host import to_device
 from vqjax.core.model import Model
 from vqjax.core.noise import alphas_cumprod
 from vqjax.errors import VqjaxError
@@ -400,7 +399,7 @@ class Lessons:
         config = teacher.config
         self.grid_T = grid(config, recipe)
         self._recipe, self._sharding, self._config = recipe, sharding, config
-        self._params = teacher.params
+        self._params = jax.device_put(teacher.params, NamedSharding(sharding.mesh, PartitionSpec()))
         self._teach = functools.partial(trajectories, config, recipe.guidance)
         self._round = -1
         mixed = recipe.order == "mixed"
@@ -441,6 +440,7 @@ class Lessons:
     def _sample(self, number: int) -> Taught:
         """All pairs of one round, in host memory."""
         seed, count, config = self._recipe.seed, self._together, self._config
+        mesh = self._sharding.mesh
         rng = np.random.default_rng((seed, number, 1))
         ids_P = rng.integers(0, max(config.null_class, 1), count).astype(np.int32)
         index_P = np.arange(number * count, (number + 1) * count, dtype=np.uint32)
@@ -451,12 +451,18 @@ class Lessons:
         def teach(first: int) -> Taught:
             chosen = slice(first, first + self._recipe.together)
             noise = sampling.image_noise(seed, index_P[chosen], config.latent_shape)
-            ids = to_device(ids_P[chosen]) if config.n_classes else None
-            return jax.device_get(self._teach(self._params, ids, noise, t_TP[:, chosen]))
+            ids = ids_P[chosen] if config.n_classes else None
+            # The last call may have fewer: every device computes all of them then.
+            split = len(noise) % mesh.size == 0
+            rows = self._sharding.spec if split else PartitionSpec()
+            columns = NamedSharding(mesh, PartitionSpec(None, *rows))
+            given = jax.device_put((ids, noise), NamedSharding(mesh, rows))
+            walk = self._teach(self._params, *given, jax.device_put(t_TP[:, chosen], columns))
+            return jax.device_get(walk)
 
         # No more in a call than a step takes.
         firsts = range(0, count, self._recipe.together)
-        parts = cores.in_order(teach, firsts, together=config.small)
+        parts = cores.in_order(teach, firsts, together=config.small and mesh.size == 1)
         whole = jax.tree.map(lambda *rows: np.concatenate(rows, axis=1), *parts)
         return jax.tree.map(lambda rows: rows.reshape(-1, *rows.shape[2:]), whole)
 

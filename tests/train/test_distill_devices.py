@@ -29,7 +29,8 @@ def watched(name, state, step, *rest, **more):
 t.loop.train = watched
 variant = t.dataclasses.replace(t.pv.CODEBOOKS_ONLY, lr=1e-5)
 for count, at_once in ((1, 0), (8, 0), (8, 8)):
-    t.RECIPE = t.dataclasses.replace(t.RECIPE, batch=16, at_once=at_once)
+    # As many trajectories as pairs in a call: the teacher's work is split, too.
+    t.RECIPE = t.dataclasses.replace(t.RECIPE, batch=16, at_once=at_once, trajectories=16)
     folder = pathlib.Path(sys.argv[1]) / f"{count}-{at_once}"
     # Small steps, and codes stay: what a rounding error moves would be another run from there on.
     t.taught(folder, 3, variant, devices=jax.devices()[:count])

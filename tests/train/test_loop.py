@@ -1,6 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """A killed training run continues to the same bits."""
 
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,6 +39,32 @@ def test_an_interrupted_run_ends_with_the_same_bits(tmp_path):
     resumed = loop.train("part", start(), step, 9, tmp_path / "part")
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(resumed), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+_KILLED = """
+import os, pathlib, signal, sys
+from tests.train import test_loop as t
+t.loop.SAVE_INTERVAL = -1.0  # after every step
+def dying(state, index):
+    if index == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return t.step(state, index)
+t.loop.train("run", t.start(), dying, 9, pathlib.Path(sys.argv[1]))
+"""
+
+
+def test_a_run_that_was_killed_between_checkpoints_ends_with_the_same_bits(tmp_path):
+    root = pathlib.Path(__file__).parents[2]
+    died = subprocess.run(
+        [sys.executable, "-c", _KILLED, str(tmp_path / "run")],
+        env={**os.environ, "PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu"},
+        check=False,
+    )
+    assert died.returncode == -signal.SIGKILL
+    assert loop.begun(tmp_path / "run")
+    whole = loop.train("whole", start(), step, 9, tmp_path / "whole")
+    resumed = loop.train("run", start(), step, 9, tmp_path / "run")
+    jax.tree.map(np.testing.assert_array_equal, resumed, whole)
 
 
 def test_a_complete_run_is_not_repeated(tmp_path):
