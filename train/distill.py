@@ -295,6 +295,14 @@ def decoded(weights: Mapping[str, Any]) -> dict[str, Any]:
     )
 
 
+def parameters(dense: Student, activations: Activations | None) -> models.Params:
+    """What the network of a student computes with: its kernels, decoded before, and its ranges."""
+    params = dict(dense.weights)
+    if dense.ranges is not None and activations is not None:
+        params["activations"] = dense.ranges.to_activations(activations)
+    return params
+
+
 @functools.partial(jax.jit, static_argnames=("config", "guidance", "remat", "parts"))
 def loss_and_gradients(
     config: LatentDiffusionConfig,
@@ -319,11 +327,13 @@ def loss_and_gradients(
     """
 
     def loss_of(dense: Student, part: Taught) -> jax.Array:
-        params = dict(dense.weights)
-        if dense.ranges is not None and activations is not None:
-            params["activations"] = dense.ranges.to_activations(activations)
         return weighted_loss(
-            config, params, part, guidance=guidance, weight_T=weight_T, remat=remat
+            config,
+            parameters(dense, activations),
+            part,
+            guidance=guidance,
+            weight_T=weight_T,
+            remat=remat,
         )
 
     value_and_grad = jax.value_and_grad(loss_of)

@@ -258,7 +258,8 @@ Method = Literal[
 class BenchTuneSettings:
     """Times a step of tuning, part by part: teacher, student forward and backward, P step, V step.
 
-    Weights of a model other than digits are random: what a step costs does not depend on them."""
+    Weights are random, inputs of layers have 8 bits: what a step costs does not depend on the
+    weights."""
 
     model: Preset = "digits"
     """Preset whose U-Net is tuned."""

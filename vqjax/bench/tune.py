@@ -24,6 +24,7 @@ from vqjax import config as config_lib
 from vqjax.bench import random_weights
 from vqjax.bench.clock import together
 from vqjax.core import tree
+from vqjax.core.activations import Activations
 from vqjax.core.coded import CodedWeight
 from vqjax.core.model import Model
 from vqjax.io import native
@@ -34,6 +35,7 @@ from vqjax.train import distill, pv
 
 PARTS = ("teacher", "forward", "backward", "P step", "V step")
 _STEPS = 1000  # of the schedules, which do not run
+_ACT_BITS = 8  # as by default: ranges of what layers read are trained, too
 
 
 def run(wanted: BenchTuneSettings) -> None:
@@ -41,7 +43,8 @@ def run(wanted: BenchTuneSettings) -> None:
     config = config_lib.PRESETS[wanted.model]()
     model = random_weights.dense_model(config, wanted.seed)
     quantized = random_weights.quantized_model(config, wanted.bits, wanted.seed)
-    student = tuning.student_of(quantized)
+    quantized = random_weights.with_ranges(quantized, _ACT_BITS)
+    student, activations = tuning.student_of(quantized), quantized.params["activations"]
     del quantized
     seconds: dict[str, float] = {}
     found = {
@@ -52,9 +55,9 @@ def run(wanted: BenchTuneSettings) -> None:
         "batch": wanted.tuning.batch,
         "seconds": seconds,
     }
-    for part, median_seconds in measure(wanted, model, student):
+    for part, median_seconds in measure(wanted, model, student, activations):
         seconds[part] = median_seconds
-        found["peak_memory_bytes"] = peak_memory_bytes()
+        found["peak_memory_bytes"] = _peak_memory_bytes()
         if part == PARTS[-1]:
             found["v_step_share"] = share_of_v_step(seconds)
         if wanted.json is not None:  # after each: the last takes longest to compile
@@ -63,7 +66,7 @@ def run(wanted: BenchTuneSettings) -> None:
 
 
 def measure(
-    wanted: BenchTuneSettings, model: Model, student: distill.Student
+    wanted: BenchTuneSettings, model: Model, student: distill.Student, activations: Activations
 ) -> Iterator[tuple[str, float]]:
     """Yields each part of a step with its median seconds, compilation apart."""
     shapes = {path: tuple(leaf.shape) for path, leaf in tree.flatten(model.params).items()}
@@ -85,30 +88,35 @@ def measure(
         return jax.tree.map(lambda rows: rows[0], pairs)
 
     @jax.jit
-    def forward(weights, taught):
-        dense = distill.decoded(weights)
-        error = distill.guided_error(model.config, dense, taught, recipe.guidance)
-        return jnp.mean(error**2)
+    def forward(student, activations, taught):
+        dense = distill.Student(distill.decoded(student.weights), student.ranges)
+        return distill.weighted_loss(
+            model.config,
+            distill.parameters(dense, activations),
+            taught,
+            guidance=recipe.guidance,
+            weight_T=weight_T,
+        )
 
     both = jax.jit(
         functools.partial(
             distill.loss_and_gradients,
             model.config,
-            activations=None,
+            activations=activations,
             guidance=recipe.guidance,
             weight_T=weight_T,
             remat=recipe.remat,
         )
     )
     like = jax.eval_shape(lambda: first(teach(*lesson)))
-    calls = (teach, lesson), (forward, (student.weights, like)), (both, (student, like))
+    calls = (teach, lesson), (forward, (student, activations, like)), (both, (student, like))
     taught_by, loss_of, gradients_of = together(
         lambda call: call[0].lower(*call[1]).compile(), calls
     )
     taught = first(taught_by(*lesson))
     # Every pair that the teacher made is used once.
     yield "teacher", median(taught_by, wanted.repeat, *lesson) / len(t_TP)
-    forward_seconds = median(loss_of, wanted.repeat, student.weights, taught)
+    forward_seconds = median(loss_of, wanted.repeat, student, activations, taught)
     yield "forward", forward_seconds
     yield "backward", median(gradients_of, wanted.repeat, student, taught) - forward_seconds
     gradients = gradients_of(student, taught)[1].weights
@@ -159,6 +167,12 @@ def median(work: Callable[..., Any], repeat: int, *arguments: Any) -> float:
         jax.block_until_ready(work(*arguments))
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds)
+
+
+def _peak_memory_bytes() -> int:
+    """Of an accelerator, where there is one, else of this process."""
+    of_device = jax.local_devices()[0].memory_stats() or {}
+    return of_device.get("peak_bytes_in_use", peak_memory_bytes())
 
 
 def share_of_v_step(seconds: Mapping[str, float]) -> float:
