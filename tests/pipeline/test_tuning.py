@@ -146,6 +146,7 @@ def test_a_plan_that_integers_cannot_run_is_refused(source, tmp_path):
 
 @pytest.mark.slow
 def test_tuning_is_a_stage_of_a_run(tmp_path, monkeypatch, quick_search):
+    """With inputs of four bits; those of eight have tests of the whole elsewhere."""
     source, file = tmp_path / "tiny.safetensors", tmp_path / "plan.json"
     native.save_model(source, small.dense(small.TINY))
     kernels = kernel_shapes(quantize.prepare(QuantizeSettings(source=str(source))).shapes)
@@ -160,6 +161,7 @@ def test_tuning_is_a_stage_of_a_run(tmp_path, monkeypatch, quick_search):
         plan=file,
         out=tmp_path / "out",
         samples=4,
+        act_bits=4,
         calibration=Calibration(images=2, steps=3, batch=2),
         tuning=Tuning(batch=2, trajectories=2, rate=1.0),  # that of eight bits moves no float16
         tune_steps=2,
@@ -171,6 +173,12 @@ def test_tuning_is_a_stage_of_a_run(tmp_path, monkeypatch, quick_search):
     moved = [np.any(np.asarray(old[path].codes) != np.asarray(new[path].codes)) for path in layers]
     assert sum(moved) > 0
     assert old[searched].nbytes == new[searched].nbytes
+    assert vqjax.load(run.out).params["activations"].bits == 4
+    rounded, integers = (
+        vqjax.sample(run.out, [1, 2], steps=2, integer=integer).astype(int)
+        for integer in (False, True)
+    )
+    assert np.abs(rounded - integers).max() <= 2  # levels, of 255
 
 
 def test_rates_shrink_with_the_errors_of_codes():
