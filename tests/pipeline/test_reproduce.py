@@ -16,7 +16,7 @@ from vqjax import reproduce as command
 from vqjax import settings as lib
 from vqjax.errors import QualityGateError, VqjaxError
 from vqjax.io import inception, native, orbax_model, published
-from vqjax.pipeline import quantize, reproduce, run_cost, run_file, run_results
+from vqjax.pipeline import evaluate, quantize, reproduce, run_cost, run_file, run_results
 
 pytestmark = pytest.mark.xdist_group("quantize tiny")
 
@@ -166,6 +166,8 @@ def test_mistakes_of_the_command(tmp_path, capsys):
         ([str(tmp_path)], "holds neither reproduction.json nor run.json"),
         (["digits_w2a8", "--out", __file__], "test_reproduce.py is a file, expected a folder"),
         (["--table", "--results", str(tmp_path / "absent")], "no such folder"),
+        (["digits_w2a8", "--results", str(tmp_path / "absent")], "no such folder"),
+        (["digits_w2a8", "--table"], "--table beside digits_w2a8: --table runs nothing"),
     ):
         assert command.main(words) == 2
         assert message in capsys.readouterr().err
@@ -308,6 +310,64 @@ def test_the_table_tells_runs_with_other_files_or_doubts(tmp_path):
         (own,) = (part for part in others if part.startswith(f"{name}: 50,000 samples"))
         assert reason in own
         assert f"{tmp_path}/{name}/" in own
+
+
+def sections(printed: str) -> dict[str, str]:
+    """What stands below each heading of the tables."""
+    parts = printed.split("\n## ")[1:]
+    return {part.splitlines()[0]: part for part in parts}
+
+
+def test_a_run_ends_with_its_table(recorded, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    _, found = recorded
+    path = tmp_path / "second" / run_file.RECORD
+    reproduce.run(lib.ReproduceSettings(run="digits_w2a8", out=path.parent))
+    printed = capsys.readouterr().out
+    assert printed.index(f"record: {path}") < printed.index("## ")
+    (digits,) = sections(printed).values()
+    assert digits.startswith("Embedded digits")
+    assert str(path) in digits
+    assert "eval/results/digits_w4a8.json" in digits
+    assert "Sources:" not in digits  # nobody else has measured these
+
+    out = tmp_path / "vqjax-runs" / "a"
+    run = json.loads(run_file.packaged()["cin256_w2a8"].read_text())
+    (tmp_path / "a.json").write_text(json.dumps(run))
+    monkeypatch.setattr(run_file, "resolved", lambda run, files: run)
+    monkeypatch.setattr(run_file, "doubts", lambda run: [])
+    monkeypatch.setattr(evaluate, "check_ahead", lambda wanted, config: None)
+    found |= {"fid": 9.876, "n": 50_000}
+    reproduce.run(lib.ReproduceSettings(run="a.json", out=out))
+    (published_ones,) = sections(capsys.readouterr().out).values()
+    (ours,) = (line for line in published_ones.splitlines() if str(out) in line)
+    assert "9.88" in ours
+    assert "| QuEST |" in published_ones
+    assert "[Q] QuEST, arXiv 2402.03666" in published_ones
+
+    monkeypatch.setattr(run_file, "doubts", lambda run: ["model.ckpt: found 5 bytes"])
+    out = tmp_path / "vqjax-runs" / "b"
+    reproduce.run(lib.ReproduceSettings(run="a.json", out=out))
+    first, own = sections(capsys.readouterr().out).values()
+    assert str(out) not in first
+    assert "- model.ckpt: found 5 bytes" in own
+    assert str(out / run_file.RECORD) in own
+
+
+def test_the_table_looks_where_runs_go_and_names_what_it_cannot_read(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert command.main(["--table"]) == 0  # no such folder yet
+    run = json.loads(run_file.packaged()["digits_w2a8"].read_text())
+    for name, text in (("a", json.dumps({"run": run, "results": {"n": 8}})), ("b", "{")):
+        (tmp_path / "vqjax-runs" / name).mkdir(parents=True)
+        (tmp_path / "vqjax-runs" / name / run_file.RECORD).write_text(text)
+    capsys.readouterr()
+    for words in (["--table"], ["--table", "--results", str(tmp_path / "vqjax-runs")]):
+        assert command.main(words) == 0
+        shown = capsys.readouterr().out
+        assert shown.count("vqjax-runs/a/reproduction.json") == 1
+        assert "Left out, since they are unreadable:" in shown
+        assert "vqjax-runs/b/reproduction.json: not JSON" in shown
 
 
 @pytest.fixture
