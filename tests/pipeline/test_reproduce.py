@@ -16,7 +16,15 @@ from vqjax import reproduce as command
 from vqjax import settings as lib
 from vqjax.errors import QualityGateError, VqjaxError
 from vqjax.io import inception, native, orbax_model, published
-from vqjax.pipeline import evaluate, quantize, reproduce, run_cost, run_file, run_results
+from vqjax.pipeline import (
+    environment,
+    evaluate,
+    quantize,
+    reproduce,
+    run_cost,
+    run_file,
+    run_results,
+)
 
 pytestmark = pytest.mark.xdist_group("quantize tiny")
 
@@ -105,6 +113,7 @@ def test_a_file_of_another_size_is_named_and_recorded(tmp_path, monkeypatch, cap
     size = (tmp_path / "VIRTUAL_imagenet256_labeled.npz").stat().st_size
     (tmp_path / "run.json").write_text(json.dumps(run))
     monkeypatch.setattr(reproduce, "_made", lambda run, out: out.mkdir(parents=True) or {})
+    monkeypatch.setattr(reproduce, "_inputs", lambda run, out: {})
     monkeypatch.setattr(run_cost, "predict", lambda run: None)
     wanted = {"run": str(tmp_path / "run.json"), "files": tmp_path, "out": tmp_path / "out"}
     notes = reproduce.run(lib.ReproduceSettings(**wanted))["notes"]
@@ -142,6 +151,7 @@ def test_the_cost_grows_with_the_samples():
         ('{"name": "a", "quantize": []}', r"quantize: found \[\], expected an object"),
         ('{"name": "a", "quantize": null}', "expected a run"),
         ('{"run": {"name": "a", "evaluate": {}}, "results": 1}', "results: found 1, expected"),
+        ('{"run": {"name": "a", "evaluate": {}}, "inputs": 1}', "inputs: found 1, expected"),
         (
             '{"run": {"name": "a", "evaluate": {}}, "notes": "b"}',
             "notes: found 'b', expected a list",
@@ -191,6 +201,7 @@ def recorded(tmp_path, monkeypatch):
     """A record, and a way to say what its repetition finds."""
     found = {"psnr": 25.0, "model_sha256": "a"}
     monkeypatch.setattr(reproduce, "_made", lambda run, out: out.mkdir(parents=True) or found)
+    monkeypatch.setattr(reproduce, "_inputs", lambda run, out: {"source": "0" * 64})
     monkeypatch.setattr(run_cost, "predict", lambda run: None)
     run = lib.ReproduceSettings(run="digits_w2a8", out=tmp_path / "first")
     reproduce.run(run)
@@ -216,6 +227,67 @@ def test_a_record_is_repeated_and_compared(recorded, tmp_path, capsys):
     assert again.quantize.seed == 1
     record = json.loads((tmp_path / "fifth" / run_file.RECORD).read_text())
     assert record["command"].endswith(f"{path} --seed 1")
+
+
+def test_what_may_explain_other_bits_is_named(recorded, tmp_path, monkeypatch, capsys):
+    path, found = recorded
+    record = json.loads(path.read_text())
+    inputs = {"source": "0", "reference": "1", "inception": "2", "code": "3"}
+    files = {"reference": "refs/val.npz", "inception": "net.pth"}
+    record["run"]["quantize"]["source"] = "ldm/model.ckpt"
+    record["run"]["evaluate"] |= files
+    monkeypatch.setattr(run_file, "resolved", lambda run, files: run)
+    monkeypatch.setattr(evaluate, "check_ahead", lambda wanted, config: None)
+    monkeypatch.setattr(reproduce, "_inputs", lambda run, out: inputs)
+    found["model_sha256"] = "b"
+    same = record["environment"]
+    less = {name: value for name, value in same.items() if name not in ("processor", "kernels")}
+    for number, (before, there, said) in enumerate(
+        [
+            (inputs, same, "on the same files, kind of device and versions;"),
+            (inputs | {"source": "9"}, same, "on other source model.ckpt;"),
+            (inputs | {"reference": "9", "code": "9"}, same, "on other reference val.npz, code;"),
+            (
+                inputs | {"inception": "9"},
+                same | {"processor": "a toaster", "kernels": "lut"},
+                "on other inception net.pth, processor, kernels;",
+            ),
+            (
+                {},
+                less | {"jax": "0.1"},
+                "on other jax (not recorded: source model.ckpt, reference val.npz, inception "
+                "net.pth, code, processor, kernels);",
+            ),
+        ]
+    ):
+        path.write_text(json.dumps(record | {"inputs": before, "environment": there}))
+        reproduce.run(lib.ReproduceSettings(run=str(path), out=tmp_path / f"again{number}"))
+        assert f"not all bits are equal, {said}" in capsys.readouterr().out
+
+
+def test_inputs_of_a_part_that_follows_another_are_not_what_was_made():
+    scored = {"sha256": {"source": "made", "against": "0", "reference": "1", "inception": "2"}}
+    quantized = {"source_sha256": "0"}
+    assert run_results.inputs(quantized, scored) == {
+        "source": "0",
+        "reference": "1",
+        "inception": "2",
+    }
+    assert run_results.inputs(None, scored) == scored["sha256"]
+    assert run_results.inputs({}, None) == {}  # of a version that kept none
+
+
+def test_the_digest_of_the_code_follows_the_code(tmp_path, monkeypatch):
+    (tmp_path / "lut").mkdir()
+    (tmp_path / "__init__.py").write_text("")
+    monkeypatch.setattr(environment.kernels, "__file__", str(tmp_path / "__init__.py"))
+    found = [environment.code()]
+    for name, text in (("lut/a.py", "1"), ("lut/a.py", "2"), ("lut/native.cc", "2")):
+        (tmp_path / name).write_text(text)
+        found.append(environment.code())
+    (tmp_path / "lut" / "a.txt").write_text("")
+    assert environment.code() == found[-1]
+    assert len(set(found)) == 4
 
 
 def test_a_record_is_repeated_within_other_memory_and_compared(recorded, tmp_path, capsys):
@@ -382,6 +454,7 @@ def small_run(tmp_path, monkeypatch):
         (wanted.out / "report.json").write_text(json.dumps(report))
         command = f"python -m vqjax.quantize {'long/' * 60}model.ckpt"
         about = {"command": command, "fingerprint": "0123456789", "environment": {}}
+        about["source_sha256"] = "0" * 64
         (wanted.out / "run.json").write_text(json.dumps(about | {"settings": lib.plain(wanted)}))
 
     monkeypatch.setattr(quantize, "run", quantized)
@@ -407,7 +480,11 @@ def test_a_run_and_its_parts_are_repeated_to_the_same_bits(small_run, capsys):
     assert {"model_sha256", "samples_sha256", "report.psnr"} <= first.keys()
     record = json.loads((folder / "first" / run_file.RECORD).read_text())
     assert record["run"]["quantize"]["source"] == "small.safetensors"  # no path of this machine
+    assert record["inputs"] == {"source": "0" * 64, "code": environment.code()}
+    assert run_file.load(str(folder / "first")).inputs == record["inputs"]
+    assert run_file.load(str(folder / "first" / "quantized")).inputs == {"source": "0" * 64}
     about = json.loads((folder / "first" / "evaluation" / "run.json").read_text())
+    assert run_file.load(str(folder / "first" / "evaluation")).inputs == about["sha256"]
     assert about["settings"]["against"] == str(folder / "small.safetensors")
     for path, name in (
         (pathlib.Path(), "second"),  # the folder: by its record

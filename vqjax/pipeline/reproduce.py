@@ -34,6 +34,7 @@ from vqjax.pipeline.run_file import RECORD, Run
 
 QUANTIZED, EVALUATION = "quantized", "evaluation"
 _FOLDER = pathlib.Path("vqjax-runs")
+_MACHINE = "device", "backend", "processor", "kernels"  # of `environment.describe`
 
 
 def main(wanted: settings.ReproduceSettings) -> None:
@@ -99,6 +100,7 @@ def run(wanted: settings.ReproduceSettings) -> dict[str, Any]:
         "run": asked.to_dict(),
         "results": results,
         "notes": doubts,
+        "inputs": _inputs(here, out),
         "environment": environment.describe(),
     }
     native.write_atomically(out / RECORD, (json.dumps(record, indent=2) + "\n").encode())
@@ -165,6 +167,13 @@ def _made(wanted: Run, out: pathlib.Path) -> dict[str, Any]:
     return results
 
 
+def _inputs(made: Run, out: pathlib.Path) -> dict[str, str]:
+    """SHA-256 of what the finished run in `out` was made of, and of the code."""
+    parts = (QUANTIZED, made.quantize), (EVALUATION, made.evaluate)
+    about = [wanted and json.loads((out / part / "run.json").read_text()) for part, wanted in parts]
+    return run_results.inputs(*about) | {"code": environment.code()}
+
+
 def _judge(asked: Run, record: Mapping[str, Any], changed: list[str]) -> None:
     """Prints every number beside the recorded one; raises QualityGateError if one is too far.
 
@@ -179,18 +188,32 @@ def _judge(asked: Run, record: Mapping[str, Any], changed: list[str]) -> None:
         table.add_row(row.name, _short(row.before), _short(row.after), row.verdict)
     console = Console(highlight=False)
     console.print(table)
-    kind = ("device", "backend", *environment.PACKAGES, "vqjax", "python")
-    there, now = asked.environment, record["environment"]
-    changed = changed + [name for name in kind if there.get(name) != now.get(name)]
     if all(row.verdict == "equal" for row in found):
         print("all numbers and bits are equal")
         return
-    why = f"other {', '.join(changed)}" if changed else "the same kind of device and versions"
+    kind = (*_MACHINE, *environment.PACKAGES, "vqjax", "python")
+    before = {_input(asked, name): value for name, value in asked.inputs.items()}
+    before |= {name: asked.environment[name] for name in kind if name in asked.environment}
+    now = {_input(asked, name): value for name, value in record["inputs"].items()}
+    now |= {name: record["environment"][name] for name in kind}
+    changed = changed + [name for name in now if name in before and before[name] != now[name]]
+    why = (
+        f"other {', '.join(changed)}" if changed else "the same files, kind of device and versions"
+    )
+    if unknown := [name for name in now if name not in before]:
+        why += f" (not recorded: {', '.join(unknown)})"
     print(f"not all bits are equal, on {why}; tolerances: vqjax.pipeline.run_results.TOLERANCES")
     far = [row.name for row in found if row.verdict in ("outside", "absent")]
     if far:
         raise QualityGateError(f"outside of the tolerance or absent: {', '.join(far)}")
     print("every number is within its tolerance")
+
+
+def _input(asked: Run, name: str) -> str:
+    """An input as people know it: with the name of its file."""
+    made_from = name == "source" and asked.quantize is not None
+    file = getattr(asked.quantize if made_from else asked.evaluate, name, None)
+    return f"{name} {_base_name(file)}" if file is not None else name
 
 
 def _short(value: Any) -> str:
