@@ -192,6 +192,9 @@ class EvaluateSettings:
     out: pathlib.Path = pathlib.Path("vqjax-evaluation")
     """Folder of samples, scores and report. The same command continues an unfinished one; samples
     that are there serve again when other scores are asked for."""
+    export_npz: pathlib.Path | None = None
+    """Also write the source's samples and labels as this one .npz, as the ADM evaluator takes
+    them; samples that are there are not made again."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

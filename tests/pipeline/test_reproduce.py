@@ -536,6 +536,7 @@ def test_what_a_command_ran_is_its_module_not_a_name_in_it(tmp_path):
         ({"reference": "bad.npz"}, r"bad\.npz"),
         ({"reference": "two.npz", "inception": "fake.pth"}, "2 pictures are too few"),
         ({"count": 3}, "--count 3: expected 4 or more"),
+        ({"export_npz": "a.txt"}, "expected a name that ends in .npz"),
         ({"steps": 0}, "steps: found 0, expected 1 or more"),
         ({"eta": -1.0}, "eta: found -1.0, expected 0"),
         ({"guidance": math.nan}, "--guidance nan: expected a finite number"),

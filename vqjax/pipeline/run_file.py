@@ -243,6 +243,7 @@ def _of_command(content: Mapping[str, Any], path: pathlib.Path) -> Run:
         recorded, inputs = run_results.of_quantization(folder), run_results.inputs(content, None)
         return Run(f"quantize {which}", quantize, None, recorded, there, inputs=inputs)
     if module == "vqjax.evaluate":
+        wanted.pop("export_npz", None)
         evaluate = lib.from_plain(lib.EvaluateSettings, wanted, str(path))
         recorded, inputs = run_results.of_evaluation(folder), run_results.inputs(None, content)
         return Run(f"evaluate {which}", None, evaluate, recorded, there, inputs=inputs)
