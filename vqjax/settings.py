@@ -192,6 +192,9 @@ class EvaluateSettings:
     out: pathlib.Path = pathlib.Path("vqjax-evaluation")
     """Folder of samples, scores and report. The same command continues an unfinished one; samples
     that are there serve again when other scores are asked for."""
+    export_npz: pathlib.Path | None = None
+    """Also write the source's samples and labels as this one .npz, as the ADM evaluator takes
+    them; samples that are there are not made again."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -204,9 +207,11 @@ class ReproduceSettings:
     """A run file, one in the package by name (such as digits_w2a8), the reproduction.json of an
     earlier run, the run.json of a quantization or an evaluation, or the folder of either."""
     table: bool = False
-    """Print our results beside the literature's; runs nothing."""
+    """Print our results beside the literature's; runs nothing, so RUN is left out. A run prints its
+    own part of the table at the end."""
     results: tuple[pathlib.Path, ...] = ()
-    """Folders of finished runs, for --table; those in the package are shown anyway."""
+    """Folders of finished runs, for the table; those in the package and in vqjax-runs/ are shown
+    anyway."""
     files: pathlib.Path = pathlib.Path(".")
     """Folder of the files that a run names."""
     out: pathlib.Path | None = None

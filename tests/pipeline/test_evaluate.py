@@ -23,7 +23,7 @@ from vqjax.errors import VqjaxError
 from vqjax.eval import adm, fidelity
 from vqjax.io import adm_npz, image_set, inception, native
 from vqjax.models import inception as network
-from vqjax.pipeline import evaluate, features, sampled, sources
+from vqjax.pipeline import evaluate, features, run_file, sampled, sources
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -344,6 +344,47 @@ def test_mistakes_end_with_code_2(twins, tmp_path, capsys):
         assert command.main([*map(str, words), "--out", str(tmp_path / "run")]) == 2, words
         assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_samples_are_exported_for_other_programs(twins, whole, tmp_path, monkeypatch, capsys):
+    out, target = tmp_path / "run", tmp_path / "new" / "samples.npz"
+    shutil.copytree(whole, out)
+    before = shards(out)
+
+    def sampled_again(*arguments):
+        raise AssertionError("the samples are there")
+
+    monkeypatch.setattr(sampled.sampling, "generate_placed", sampled_again)
+    evaluate.run(wanted(twins, out, export_npz=target))
+    assert f"samples: {target}" in capsys.readouterr().out
+    assert shards(out) == before
+    assert [file.name for file in target.parent.iterdir()] == ["samples.npz"]
+    files = sorted((out / "samples" / "source").glob("images-*.npy"))
+    with np.load(target) as found:
+        assert found["arr_0"].dtype == np.uint8
+        np.testing.assert_array_equal(found["arr_0"], np.concatenate([np.load(f) for f in files]))
+        np.testing.assert_array_equal(found["arr_1"], sources.class_ids(models.TINY, 10, seed=0))
+    assert adm_npz.open_npz(target).count == 10
+    assert run_file.load(str(out)).evaluate.export_npz is None  # a repetition leaves it alone
+
+
+def test_an_export_that_cannot_be_is_refused_before_work(twins, tmp_path, capsys):
+    adm_npz.save_npz(tmp_path / "a.npz", [pictures(1)], count=12)
+    (tmp_path / "file").write_text("")
+    real = save_folder(tmp_path / "real", pictures(2, 4))
+    before = (tmp_path / "a.npz").read_bytes()
+    for words, target, message in (
+        ([twins[0]], "file/a.npz", "file is a file, expected a folder"),
+        ([twins[0]], "samples.npy", "samples.npy: expected a name that ends in .npz"),
+        ([tmp_path / "a.npz"], "b.npz", "a.npz is pictures already, expected a model"),
+        ([twins[0], "--reference", tmp_path / "a.npz"], "a.npz", "a part of --reference"),
+        ([twins[0], "--against", real], "real/a.npz", "a part of --against"),
+    ):
+        place = ["--export-npz", tmp_path / target, "--out", tmp_path / "run"]
+        assert command.main([*map(str, [*words, *place])]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    assert (tmp_path / "a.npz").read_bytes() == before
 
 
 def test_a_run_folder_must_be_one(tmp_path, capsys):

@@ -16,7 +16,15 @@ from vqjax import reproduce as command
 from vqjax import settings as lib
 from vqjax.errors import QualityGateError, VqjaxError
 from vqjax.io import inception, native, orbax_model, published
-from vqjax.pipeline import quantize, reproduce, run_cost, run_file, run_results
+from vqjax.pipeline import (
+    environment,
+    evaluate,
+    quantize,
+    reproduce,
+    run_cost,
+    run_file,
+    run_results,
+)
 
 pytestmark = pytest.mark.xdist_group("quantize tiny")
 
@@ -105,6 +113,7 @@ def test_a_file_of_another_size_is_named_and_recorded(tmp_path, monkeypatch, cap
     size = (tmp_path / "VIRTUAL_imagenet256_labeled.npz").stat().st_size
     (tmp_path / "run.json").write_text(json.dumps(run))
     monkeypatch.setattr(reproduce, "_made", lambda run, out: out.mkdir(parents=True) or {})
+    monkeypatch.setattr(reproduce, "_inputs", lambda run, out: {})
     monkeypatch.setattr(run_cost, "predict", lambda run: None)
     wanted = {"run": str(tmp_path / "run.json"), "files": tmp_path, "out": tmp_path / "out"}
     notes = reproduce.run(lib.ReproduceSettings(**wanted))["notes"]
@@ -142,6 +151,7 @@ def test_the_cost_grows_with_the_samples():
         ('{"name": "a", "quantize": []}', r"quantize: found \[\], expected an object"),
         ('{"name": "a", "quantize": null}', "expected a run"),
         ('{"run": {"name": "a", "evaluate": {}}, "results": 1}', "results: found 1, expected"),
+        ('{"run": {"name": "a", "evaluate": {}}, "inputs": 1}', "inputs: found 1, expected"),
         (
             '{"run": {"name": "a", "evaluate": {}}, "notes": "b"}',
             "notes: found 'b', expected a list",
@@ -166,6 +176,8 @@ def test_mistakes_of_the_command(tmp_path, capsys):
         ([str(tmp_path)], "holds neither reproduction.json nor run.json"),
         (["digits_w2a8", "--out", __file__], "test_reproduce.py is a file, expected a folder"),
         (["--table", "--results", str(tmp_path / "absent")], "no such folder"),
+        (["digits_w2a8", "--results", str(tmp_path / "absent")], "no such folder"),
+        (["digits_w2a8", "--table"], "--table beside digits_w2a8: --table runs nothing"),
     ):
         assert command.main(words) == 2
         assert message in capsys.readouterr().err
@@ -189,6 +201,7 @@ def recorded(tmp_path, monkeypatch):
     """A record, and a way to say what its repetition finds."""
     found = {"psnr": 25.0, "model_sha256": "a"}
     monkeypatch.setattr(reproduce, "_made", lambda run, out: out.mkdir(parents=True) or found)
+    monkeypatch.setattr(reproduce, "_inputs", lambda run, out: {"source": "0" * 64})
     monkeypatch.setattr(run_cost, "predict", lambda run: None)
     run = lib.ReproduceSettings(run="digits_w2a8", out=tmp_path / "first")
     reproduce.run(run)
@@ -214,6 +227,67 @@ def test_a_record_is_repeated_and_compared(recorded, tmp_path, capsys):
     assert again.quantize.seed == 1
     record = json.loads((tmp_path / "fifth" / run_file.RECORD).read_text())
     assert record["command"].endswith(f"{path} --seed 1")
+
+
+def test_what_may_explain_other_bits_is_named(recorded, tmp_path, monkeypatch, capsys):
+    path, found = recorded
+    record = json.loads(path.read_text())
+    inputs = {"source": "0", "reference": "1", "inception": "2", "code": "3"}
+    files = {"reference": "refs/val.npz", "inception": "net.pth"}
+    record["run"]["quantize"]["source"] = "ldm/model.ckpt"
+    record["run"]["evaluate"] |= files
+    monkeypatch.setattr(run_file, "resolved", lambda run, files: run)
+    monkeypatch.setattr(evaluate, "check_ahead", lambda wanted, config: None)
+    monkeypatch.setattr(reproduce, "_inputs", lambda run, out: inputs)
+    found["model_sha256"] = "b"
+    same = record["environment"]
+    less = {name: value for name, value in same.items() if name not in ("processor", "kernels")}
+    for number, (before, there, said) in enumerate(
+        [
+            (inputs, same, "on the same files, kind of device and versions;"),
+            (inputs | {"source": "9"}, same, "on other source model.ckpt;"),
+            (inputs | {"reference": "9", "code": "9"}, same, "on other reference val.npz, code;"),
+            (
+                inputs | {"inception": "9"},
+                same | {"processor": "a toaster", "kernels": "lut"},
+                "on other inception net.pth, processor, kernels;",
+            ),
+            (
+                {},
+                less | {"jax": "0.1"},
+                "on other jax (not recorded: source model.ckpt, reference val.npz, inception "
+                "net.pth, code, processor, kernels);",
+            ),
+        ]
+    ):
+        path.write_text(json.dumps(record | {"inputs": before, "environment": there}))
+        reproduce.run(lib.ReproduceSettings(run=str(path), out=tmp_path / f"again{number}"))
+        assert f"not all bits are equal, {said}" in capsys.readouterr().out
+
+
+def test_inputs_of_a_part_that_follows_another_are_not_what_was_made():
+    scored = {"sha256": {"source": "made", "against": "0", "reference": "1", "inception": "2"}}
+    quantized = {"source_sha256": "0"}
+    assert run_results.inputs(quantized, scored) == {
+        "source": "0",
+        "reference": "1",
+        "inception": "2",
+    }
+    assert run_results.inputs(None, scored) == scored["sha256"]
+    assert run_results.inputs({}, None) == {}  # of a version that kept none
+
+
+def test_the_digest_of_the_code_follows_the_code(tmp_path, monkeypatch):
+    (tmp_path / "lut").mkdir()
+    (tmp_path / "__init__.py").write_text("")
+    monkeypatch.setattr(environment.kernels, "__file__", str(tmp_path / "__init__.py"))
+    found = [environment.code()]
+    for name, text in (("lut/a.py", "1"), ("lut/a.py", "2"), ("lut/native.cc", "2")):
+        (tmp_path / name).write_text(text)
+        found.append(environment.code())
+    (tmp_path / "lut" / "a.txt").write_text("")
+    assert environment.code() == found[-1]
+    assert len(set(found)) == 4
 
 
 def test_a_record_is_repeated_within_other_memory_and_compared(recorded, tmp_path, capsys):
@@ -310,6 +384,64 @@ def test_the_table_tells_runs_with_other_files_or_doubts(tmp_path):
         assert f"{tmp_path}/{name}/" in own
 
 
+def sections(printed: str) -> dict[str, str]:
+    """What stands below each heading of the tables."""
+    parts = printed.split("\n## ")[1:]
+    return {part.splitlines()[0]: part for part in parts}
+
+
+def test_a_run_ends_with_its_table(recorded, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    _, found = recorded
+    path = tmp_path / "second" / run_file.RECORD
+    reproduce.run(lib.ReproduceSettings(run="digits_w2a8", out=path.parent))
+    printed = capsys.readouterr().out
+    assert printed.index(f"record: {path}") < printed.index("## ")
+    (digits,) = sections(printed).values()
+    assert digits.startswith("Embedded digits")
+    assert str(path) in digits
+    assert "eval/results/digits_w4a8.json" in digits
+    assert "Sources:" not in digits  # nobody else has measured these
+
+    out = tmp_path / "vqjax-runs" / "a"
+    run = json.loads(run_file.packaged()["cin256_w2a8"].read_text())
+    (tmp_path / "a.json").write_text(json.dumps(run))
+    monkeypatch.setattr(run_file, "resolved", lambda run, files: run)
+    monkeypatch.setattr(run_file, "doubts", lambda run: [])
+    monkeypatch.setattr(evaluate, "check_ahead", lambda wanted, config: None)
+    found |= {"fid": 9.876, "n": 50_000}
+    reproduce.run(lib.ReproduceSettings(run="a.json", out=out))
+    (published_ones,) = sections(capsys.readouterr().out).values()
+    (ours,) = (line for line in published_ones.splitlines() if str(out) in line)
+    assert "9.88" in ours
+    assert "| QuEST |" in published_ones
+    assert "[Q] QuEST, arXiv 2402.03666" in published_ones
+
+    monkeypatch.setattr(run_file, "doubts", lambda run: ["model.ckpt: found 5 bytes"])
+    out = tmp_path / "vqjax-runs" / "b"
+    reproduce.run(lib.ReproduceSettings(run="a.json", out=out))
+    first, own = sections(capsys.readouterr().out).values()
+    assert str(out) not in first
+    assert "- model.ckpt: found 5 bytes" in own
+    assert str(out / run_file.RECORD) in own
+
+
+def test_the_table_looks_where_runs_go_and_names_what_it_cannot_read(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert command.main(["--table"]) == 0  # no such folder yet
+    run = json.loads(run_file.packaged()["digits_w2a8"].read_text())
+    for name, text in (("a", json.dumps({"run": run, "results": {"n": 8}})), ("b", "{")):
+        (tmp_path / "vqjax-runs" / name).mkdir(parents=True)
+        (tmp_path / "vqjax-runs" / name / run_file.RECORD).write_text(text)
+    capsys.readouterr()
+    for words in (["--table"], ["--table", "--results", str(tmp_path / "vqjax-runs")]):
+        assert command.main(words) == 0
+        shown = capsys.readouterr().out
+        assert shown.count("vqjax-runs/a/reproduction.json") == 1
+        assert "Left out, since they are unreadable:" in shown
+        assert "vqjax-runs/b/reproduction.json: not JSON" in shown
+
+
 @pytest.fixture
 def small_run(tmp_path, monkeypatch):
     """A run of a small model by its file, whose quantization is at hand already."""
@@ -322,6 +454,7 @@ def small_run(tmp_path, monkeypatch):
         (wanted.out / "report.json").write_text(json.dumps(report))
         command = f"python -m vqjax.quantize {'long/' * 60}model.ckpt"
         about = {"command": command, "fingerprint": "0123456789", "environment": {}}
+        about["source_sha256"] = "0" * 64
         (wanted.out / "run.json").write_text(json.dumps(about | {"settings": lib.plain(wanted)}))
 
     monkeypatch.setattr(quantize, "run", quantized)
@@ -347,7 +480,11 @@ def test_a_run_and_its_parts_are_repeated_to_the_same_bits(small_run, capsys):
     assert {"model_sha256", "samples_sha256", "report.psnr"} <= first.keys()
     record = json.loads((folder / "first" / run_file.RECORD).read_text())
     assert record["run"]["quantize"]["source"] == "small.safetensors"  # no path of this machine
+    assert record["inputs"] == {"source": "0" * 64, "code": environment.code()}
+    assert run_file.load(str(folder / "first")).inputs == record["inputs"]
+    assert run_file.load(str(folder / "first" / "quantized")).inputs == {"source": "0" * 64}
     about = json.loads((folder / "first" / "evaluation" / "run.json").read_text())
+    assert run_file.load(str(folder / "first" / "evaluation")).inputs == about["sha256"]
     assert about["settings"]["against"] == str(folder / "small.safetensors")
     for path, name in (
         (pathlib.Path(), "second"),  # the folder: by its record
@@ -399,6 +536,7 @@ def test_what_a_command_ran_is_its_module_not_a_name_in_it(tmp_path):
         ({"reference": "bad.npz"}, r"bad\.npz"),
         ({"reference": "two.npz", "inception": "fake.pth"}, "2 pictures are too few"),
         ({"count": 3}, "--count 3: expected 4 or more"),
+        ({"export_npz": "a.txt"}, "expected a name that ends in .npz"),
         ({"steps": 0}, "steps: found 0, expected 1 or more"),
         ({"eta": -1.0}, "eta: found -1.0, expected 0"),
         ({"guidance": math.nan}, "--guidance nan: expected a finite number"),

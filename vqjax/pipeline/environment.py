@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a result depends on besides its settings: versions, device, machine."""
+"""What a result depends on besides its settings: versions, device, machine, our own code."""
 
+import hashlib
 import importlib.metadata
+import pathlib
 import platform
 
 import jax
 
 import vqjax
+from vqjax import eval as eval_lib
+from vqjax import kernels, train
 from vqjax.kernels import device as device_lib
 from vqjax.kernels import dispatch
 
@@ -31,3 +35,17 @@ def describe() -> dict[str, str]:
         "platform": platform.platform(),
         "kernels": dispatch.rules(),
     }
+
+
+def code() -> str:
+    """SHA-256 of our source but for benches, the same in a checkout and installed."""
+    files: dict[str, pathlib.Path] = {}
+    for name, module in {"": vqjax, "kernels": kernels, "train": train, "eval": eval_lib}.items():
+        folder = pathlib.Path(str(module.__file__)).parent
+        for path in (path for kind in ("*.py", "*.cc") for path in folder.rglob(kind)):
+            files[(name / path.relative_to(folder)).as_posix()] = path
+    digest = hashlib.sha256()
+    for name, path in sorted(files.items()):
+        if not name.startswith("bench/"):
+            digest.update(f"{name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return digest.hexdigest()

@@ -18,7 +18,7 @@ from vqjax.config import LatentDiffusionConfig
 from vqjax.errors import VqjaxError
 from vqjax.eval import adm, judges, scores_report
 from vqjax.eval.judge import Judge
-from vqjax.io import images, inception, lpips, published
+from vqjax.io import adm_npz, images, inception, lpips, places, published
 from vqjax.io.image_set import ImageSet
 from vqjax.io.image_shards import Shards
 from vqjax.pipeline import environment, features, sampled, sources, twins
@@ -91,6 +91,9 @@ def _made(job: Evaluation) -> dict[str, Any]:
         assert job.protocol is not None
         with journal.stage(f"sample {side}"):
             sampled.sample(source.model, labels, shards, job.protocol, f"sample {source.where}")
+    if wanted.export_npz is not None:
+        with journal.stage("export"):
+            _export(job.sets["source"], wanted.export_npz, job.shards["source"].shard)
     with journal.stage("score"):
         real = None
         if job.weights is not None and job.reference is not None:
@@ -124,6 +127,8 @@ def _made(job: Evaluation) -> dict[str, Any]:
                 file.unlink()
     journal.finish()
     _show(content, wanted.out)
+    if wanted.export_npz is not None:
+        print(f"samples: {wanted.export_npz}")
     return content
 
 
@@ -139,9 +144,15 @@ def prepare(wanted: settings.EvaluateSettings) -> Evaluation:
             "JAX_COORDINATOR_ADDRESS"
         )
     _check_counts(wanted)
+    _check_export(wanted)
     beside = _open_beside(wanted)
     texts = {"source": wanted.source} | ({"against": wanted.against} if wanted.against else {})
     opened = {side: sources.open_source(text, wanted.config) for side, text in texts.items()}
+    if wanted.export_npz is not None and opened["source"].pictures is not None:
+        raise VqjaxError(
+            f"--export-npz {wanted.export_npz}: {wanted.source} is pictures already, expected a "
+            "model to sample; leave it out"
+        )
     _check_twins(opened)
     for source in opened.values():
         if source.judge is not None:
@@ -187,6 +198,7 @@ def check_ahead(wanted: settings.EvaluateSettings, config: LatentDiffusionConfig
       VqjaxError: for numbers of the protocol, and for files, that are unusable.
     """
     _check_counts(wanted)
+    _check_export(wanted)
     _check_protocol(wanted, config)
     _open_beside(wanted)
 
@@ -261,6 +273,27 @@ def _check_counts(wanted: settings.EvaluateSettings) -> None:
         value = getattr(wanted, name)
         if value is not None and value < least:
             raise VqjaxError(f"--{name} {value}: expected {least} or more")
+
+
+def _check_export(wanted: settings.EvaluateSettings) -> None:
+    path = wanted.export_npz
+    if path is None:
+        return
+    if path.suffix != ".npz":
+        raise VqjaxError(f"--export-npz {path}: expected a name that ends in .npz")
+    for option in ("against", "reference"):
+        given = getattr(wanted, option)
+        if given is not None and path.resolve().is_relative_to(pathlib.Path(given).resolve()):
+            raise VqjaxError(
+                f"--export-npz {path}: would be a part of --{option} {given}; choose another name"
+            )
+    places.check_file("--export-npz", path, makes_folders=True)
+
+
+def _export(pictures: ImageSet, path: pathlib.Path, batch: int) -> None:
+    """Writes pictures and labels for the ADM evaluator, a batch at a time."""
+    batches, labels_N = pictures.batches(batch), pictures.labels
+    adm_npz.save_npz(path, batches, count=pictures.count, labels_N=labels_N)
 
 
 def _open_beside(wanted: settings.EvaluateSettings) -> _Beside:

@@ -3,11 +3,12 @@
 
 import dataclasses
 import importlib.resources
+import itertools
 import json
 import pathlib
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -33,6 +34,7 @@ from vqjax.pipeline.run_file import RECORD, Run
 
 QUANTIZED, EVALUATION = "quantized", "evaluation"
 _FOLDER = pathlib.Path("vqjax-runs")
+_MACHINE = "device", "backend", "processor", "kernels"  # of `environment.describe`
 
 
 def main(wanted: settings.ReproduceSettings) -> None:
@@ -41,8 +43,13 @@ def main(wanted: settings.ReproduceSettings) -> None:
     Raises:
       VqjaxError: if it asks for nothing, or as `run` says.
     """
+    if wanted.table and wanted.run is not None:
+        raise VqjaxError(
+            f"--table beside {wanted.run}: --table runs nothing, and a run prints its table at the "
+            "end; leave one of them out"
+        )
     if wanted.table:
-        print(table_text(wanted.results))
+        print(table_text(_shown(wanted)))
     elif wanted.run is None:
         raise VqjaxError(
             f"give a run file, or the name of a run in the package "
@@ -61,6 +68,7 @@ def run(wanted: settings.ReproduceSettings) -> dict[str, Any]:
       QualityGateError: if a number is farther from the recorded one than its tolerance.
     """
     assert wanted.run is not None
+    _check_folders(wanted.results)
     asked = given = run_file.load(wanted.run)
     if wanted.seed is not None:
         asked = asked.seeded(wanted.seed)
@@ -92,30 +100,51 @@ def run(wanted: settings.ReproduceSettings) -> dict[str, Any]:
         "run": asked.to_dict(),
         "results": results,
         "notes": doubts,
+        "inputs": _inputs(here, out),
         "environment": environment.describe(),
     }
     native.write_atomically(out / RECORD, (json.dumps(record, indent=2) + "\n").encode())
     print(f"record: {out / RECORD}")
+    if asked.quantize is not None and asked.evaluate is not None:
+        print(f"\n{table_text((out, *_shown(wanted)), own=out / RECORD)}\n")
     if asked.recorded:
         limits = [run.quantize and run.quantize.memory for run in (given, asked)]
         _judge(asked, record, ["memory"] if limits[0] != limits[1] else [])
     return record
 
 
-def table_text(folders: Iterable[pathlib.Path]) -> str:
-    """Our runs beside the literature, as Markdown.
+def table_text(folders: Iterable[pathlib.Path], own: pathlib.Path | None = None) -> str:
+    """Our runs beside the literature, as Markdown. Unreadable records are named below it.
 
     Args:
       folders: of finished runs, looked through with all folders below.
+      own: a record in one of them: shows the tables that it has a row in and, if its model is that
+        of the papers, the one that papers are compared in; None: all tables.
 
     Raises:
-      VqjaxError: if a folder is not there, or a record is unreadable.
+      VqjaxError: if a folder is not there.
     """
+    _check_folders(folders)
+    ours, unreadable = _ours(folders)
+    tables = literature.tables(ours)
+    published = own is None or any(
+        run["where"] == str(own) and run["model"] == literature.MODEL for run in ours
+    )
+    if own is not None:
+        held = [any(row[-1] == str(own) for row in table.rows) for table in tables]
+        held[0] = held[0] or published
+        tables = list(itertools.compress(tables, held))
     parts = []
-    for table in literature.tables(_ours(folders)):
+    for table in tables:
         rows = report.markdown_rows(table.columns, table.rows)
         parts += [f"## {table.heading}", *([table.note] if table.note else []), rows]
-    parts.append("\n".join(["Sources:", *(f"- {line}" for line in literature.sources())]))
+    lists = {
+        "Sources": literature.sources() if published else [],
+        "Left out, since they are unreadable": unreadable,
+    }
+    for heading, lines in lists.items():
+        if lines:
+            parts.append("\n".join([f"{heading}:", *(f"- {line}" for line in lines)]))
     return "\n\n".join(parts)
 
 
@@ -138,6 +167,13 @@ def _made(wanted: Run, out: pathlib.Path) -> dict[str, Any]:
     return results
 
 
+def _inputs(made: Run, out: pathlib.Path) -> dict[str, str]:
+    """SHA-256 of what the finished run in `out` was made of, and of the code."""
+    parts = (QUANTIZED, made.quantize), (EVALUATION, made.evaluate)
+    about = [wanted and json.loads((out / part / "run.json").read_text()) for part, wanted in parts]
+    return run_results.inputs(*about) | {"code": environment.code()}
+
+
 def _judge(asked: Run, record: Mapping[str, Any], changed: list[str]) -> None:
     """Prints every number beside the recorded one; raises QualityGateError if one is too far.
 
@@ -152,18 +188,32 @@ def _judge(asked: Run, record: Mapping[str, Any], changed: list[str]) -> None:
         table.add_row(row.name, _short(row.before), _short(row.after), row.verdict)
     console = Console(highlight=False)
     console.print(table)
-    kind = ("device", "backend", *environment.PACKAGES, "vqjax", "python")
-    there, now = asked.environment, record["environment"]
-    changed = changed + [name for name in kind if there.get(name) != now.get(name)]
     if all(row.verdict == "equal" for row in found):
         print("all numbers and bits are equal")
         return
-    why = f"other {', '.join(changed)}" if changed else "the same kind of device and versions"
+    kind = (*_MACHINE, *environment.PACKAGES, "vqjax", "python")
+    before = {_input(asked, name): value for name, value in asked.inputs.items()}
+    before |= {name: asked.environment[name] for name in kind if name in asked.environment}
+    now = {_input(asked, name): value for name, value in record["inputs"].items()}
+    now |= {name: record["environment"][name] for name in kind}
+    changed = changed + [name for name in now if name in before and before[name] != now[name]]
+    why = (
+        f"other {', '.join(changed)}" if changed else "the same files, kind of device and versions"
+    )
+    if unknown := [name for name in now if name not in before]:
+        why += f" (not recorded: {', '.join(unknown)})"
     print(f"not all bits are equal, on {why}; tolerances: vqjax.pipeline.run_results.TOLERANCES")
     far = [row.name for row in found if row.verdict in ("outside", "absent")]
     if far:
         raise QualityGateError(f"outside of the tolerance or absent: {', '.join(far)}")
     print("every number is within its tolerance")
+
+
+def _input(asked: Run, name: str) -> str:
+    """An input as people know it: with the name of its file."""
+    made_from = name == "source" and asked.quantize is not None
+    file = getattr(asked.quantize if made_from else asked.evaluate, name, None)
+    return f"{name} {_base_name(file)}" if file is not None else name
 
 
 def _short(value: Any) -> str:
@@ -196,30 +246,50 @@ def _check_elsewhere(record: pathlib.Path, out: pathlib.Path) -> None:
         raise VqjaxError(f"{out} holds the run to be repeated; choose another --out")
 
 
-def _ours(folders: Iterable[pathlib.Path]) -> list[dict[str, Any]]:
-    """Finished runs, and the package's runs that nobody finished, without results."""
+def _shown(wanted: settings.ReproduceSettings) -> list[pathlib.Path]:
+    """Folders of finished runs that a table shows: those asked for, and where runs go."""
+    return [*wanted.results, *([_FOLDER] if _FOLDER.is_dir() else [])]
+
+
+def _check_folders(results: Iterable[pathlib.Path]) -> None:
+    for folder in results:
+        if not folder.is_dir():
+            raise VqjaxError(f"--results {folder}: no such folder")
+
+
+def _ours(folders: Iterable[pathlib.Path]) -> tuple[list[dict[str, Any]], list[str]]:
+    """Finished runs, and the package's runs that nobody finished, without results; and what is
+    wrong with records that are unreadable."""
+    records, unreadable = _records(folders)
     # Only quantized models have a place beside the literature.
-    finished = [_row(run, where) for run, where in _records(folders) if run.quantize is not None]
+    finished = [_row(run, where) for run, where in records if run.quantize is not None]
     names = {row["name"] for row in finished}
     for name, file in run_file.packaged().items():
         run = run_file.parse(json.loads(file.read_text()), pathlib.Path(name))
         if run.name not in names:
             finished.append(_row(run, f"`python -m vqjax.reproduce {name}`"))
-    return finished
+    return finished, unreadable
 
 
-def _records(folders: Iterable[pathlib.Path]) -> Iterator[tuple[Run, str]]:
+def _records(folders: Iterable[pathlib.Path]) -> tuple[list[tuple[Run, str]], list[str]]:
+    """Records with where they are, each once, and what is wrong with those that are unreadable."""
+    found, unreadable = [], []
     results = importlib.resources.files("vqjax.eval") / "results"
     packaged = list(results.iterdir()) if results.is_dir() else []
     for file in sorted(packaged, key=lambda f: f.name):
         content = json.loads(file.read_text()) if file.name.endswith(".json") else None
         if isinstance(content, dict) and {"run", "results"} <= content.keys():
-            yield run_file.parse(content, pathlib.Path(file.name)), f"eval/results/{file.name}"
-    for folder in folders:
-        if not folder.is_dir():
-            raise VqjaxError(f"--results {folder}: no such folder")
-        for path in sorted(folder.rglob(RECORD)):
-            yield run_file.load(str(path)), str(path)
+            run = run_file.parse(content, pathlib.Path(file.name))
+            found.append((run, f"eval/results/{file.name}"))
+    files: dict[pathlib.Path, pathlib.Path] = {}
+    for path in (path for folder in folders for path in sorted(folder.rglob(RECORD))):
+        files.setdefault(path.resolve(), path)  # folders may overlap
+    for path in files.values():
+        try:
+            found.append((run_file.load(str(path)), str(path)))
+        except (VqjaxError, OSError) as error:  # perhaps of another version: no reason to show none
+            unreadable.append(str(error))
+    return found, unreadable
 
 
 def _row(run: Run, where: str) -> dict[str, Any]:

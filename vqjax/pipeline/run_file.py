@@ -35,6 +35,8 @@ class Run:
       recorded: results to compare with, flat; empty for a run file.
       environment: that they were measured in.
       notes: `doubts` of the files that they were measured with.
+      inputs: SHA-256 of what they were measured with (`run_results.inputs`), and of the code;
+        records of earlier versions have some or none.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Run:
     recorded: dict[str, Any]
     environment: dict[str, str]
     notes: tuple[str, ...] = ()
+    inputs: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def seeded(self, seed: int) -> "Run":
         """The same with other seeds, so with no results to compare with."""
@@ -123,7 +126,7 @@ def parse(content: Any, path: pathlib.Path) -> Run:
     where = str(path)
     if not isinstance(content, dict):
         raise VqjaxError(f"{where}: expected a run file (a JSON object), found a list or a value")
-    for part in ("settings", "results", "environment"):
+    for part in ("settings", "results", "environment", "inputs"):
         if not isinstance(content.get(part, {}), dict):
             raise VqjaxError(f"{where}: {part}: found {content[part]!r}, expected a JSON object")
     if "run" in content:
@@ -132,7 +135,13 @@ def parse(content: Any, path: pathlib.Path) -> Run:
         notes = content.get("notes", [])
         if not isinstance(notes, list) or not all(isinstance(note, str) for note in notes):
             raise VqjaxError(f"{where}: notes: found {notes!r}, expected a list of texts")
-        return dataclasses.replace(run, recorded=recorded, environment=there, notes=tuple(notes))
+        return dataclasses.replace(
+            run,
+            recorded=recorded,
+            environment=there,
+            notes=tuple(notes),
+            inputs=content.get("inputs", {}),
+        )
     if "settings" in content and "fingerprint" in content:
         return _of_command(content, path)
     given = {name for name, value in content.items() if value is not None}
@@ -231,10 +240,13 @@ def _of_command(content: Mapping[str, Any], path: pathlib.Path) -> Run:
         if wanted.get("plan") is not None:  # the folder carries a copy
             wanted["plan"] = str(folder / "plan.json")
         quantize = lib.from_plain(lib.QuantizeSettings, wanted, str(path))
-        return Run(f"quantize {which}", quantize, None, run_results.of_quantization(folder), there)
+        recorded, inputs = run_results.of_quantization(folder), run_results.inputs(content, None)
+        return Run(f"quantize {which}", quantize, None, recorded, there, inputs=inputs)
     if module == "vqjax.evaluate":
+        wanted.pop("export_npz", None)
         evaluate = lib.from_plain(lib.EvaluateSettings, wanted, str(path))
-        return Run(f"evaluate {which}", None, evaluate, run_results.of_evaluation(folder), there)
+        recorded, inputs = run_results.of_evaluation(folder), run_results.inputs(None, content)
+        return Run(f"evaluate {which}", None, evaluate, recorded, there, inputs=inputs)
     raise VqjaxError(f"{path}: the run of {command!r} cannot be repeated")
 
 

@@ -103,6 +103,23 @@ def of_evaluation(folder: pathlib.Path) -> dict[str, Any]:
     return found
 
 
+def inputs(
+    quantization: Mapping[str, Any] | None, evaluation: Mapping[str, Any] | None
+) -> dict[str, str]:
+    """SHA-256 of what a run read: "source", "against", "reference" and "inception", where there
+    are such.
+
+    Args:
+      quantization, evaluation: the run.json of either part; None where the run has no such part.
+        An evaluation that follows a quantization samples what the run made: no input.
+    """
+    found = dict({} if evaluation is None else evaluation.get("sha256", {}))
+    if quantization is None:
+        return found
+    made = {"source": quantization.get("source_sha256"), "against": None}
+    return {name: sha256 for name, sha256 in (found | made).items() if sha256 is not None}
+
+
 def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Agreement]:
     """Every recorded number beside the new one. Hashes are equal or say nothing about quality."""
     return [
