@@ -9,7 +9,7 @@ Dimension key:  N samples   B batch   H W C picture   F pooled features (2048)  
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +21,7 @@ from vqjax.eval import metrics
 from vqjax.io.image_set import ImageSet
 from vqjax.io.inception import Weights
 from vqjax.models import inception
+from vqjax.models.inception import Params
 
 NAME = "ADM evaluator"
 SCORES = ("fid", "sfid", "is", "precision", "recall")
@@ -150,9 +151,11 @@ def look(
       VqjaxError: if the pictures cannot be read or are fewer than two.
     """
 
+    places = cores.placed(weights.params)
+
     def seen() -> Iterator[Rows]:
-        for batch in images.batches(BATCH):
-            yield rows_of(batch, weights)
+        for batch in images.batches(BATCH * len(places)):  # one for each device
+            yield rows_of(batch, places)
             advance(len(batch))
 
     return gather(seen(), images)
@@ -190,14 +193,19 @@ def gather(rows: Iterable[Rows], images: ImageSet) -> Seen:
     return Seen(pooled.moments(), spatial.moments(), rows_NF, splits, classes_N)
 
 
-def rows_of(images_NHWC: np.ndarray, weights: Weights) -> Rows:
-    """Features of uint8 pictures [N, H, W, 3], a batch at a time, on a CPU one for each core."""
+def rows_of(images_NHWC: np.ndarray, places: Mapping[Any, Params]) -> Rows:
+    """Features of pictures, a batch at a time on each device, on a CPU one for each core.
+
+    Args:
+      images_NHWC: uint8 [N, H, W, 3].
+      places: the network's parameters, as `cores.placed` returns them.
+    """
     size = _batch()
 
-    def of_batch(start: int) -> Rows:
-        return _features(weights.params, images_NHWC[start : start + size])
+    def of_batch(params: Params, start: int) -> Rows:
+        return _features(params, images_NHWC[start : start + size])
 
-    parts = cores.each(of_batch, range(0, len(images_NHWC), size))
+    parts = cores.over_devices(of_batch, range(0, len(images_NHWC), size), places)
     return Rows(*(np.concatenate(arrays) for arrays in zip(*parts)))
 
 
@@ -205,7 +213,7 @@ def _batch() -> int:
     return min(BATCH, CPU_BATCH) if jax.default_backend() == "cpu" else BATCH
 
 
-def _features(params: dict[str, jax.Array], images_BHWC: np.ndarray) -> Rows:
+def _features(params: Params, images_BHWC: np.ndarray) -> Rows:
     """Features of one batch; a short one is filled up with black and cut off."""
     count = len(images_BHWC)
     filler = np.zeros((_batch() - count, *images_BHWC.shape[1:]), np.uint8)

@@ -81,6 +81,14 @@ class Judge:
         """
         return _extractors(self.asset)
 
+    def notes(self, count: int) -> list[str]:
+        """Sentences that belong beside the scores of so many pictures."""
+        return [
+            self.about,
+            f"N = {count:,}: {self.name} grows as N shrinks, by about 1/N, so it compares only "
+            f"with values of the same N",
+        ]
+
     def check(self) -> None:
         """Looks whether everything is here that scores need, before hours of work.
 

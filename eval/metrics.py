@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scores of a set of samples from features, in numpy: the part that is the same for any extractor.
+Distances between rows are left to a GPU where programs run on one (`vqjax.eval.nearest`).
 
 Frechet distance (Heusel et al. 2017, arXiv 1706.08500), inception score (Salimans et al. 2016,
 1606.03498), precision and recall (Kynkaanniemi et al. 2019, 1904.06991). Definitions follow the
@@ -13,9 +14,11 @@ import dataclasses
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from vqjax.errors import VqjaxError
+from vqjax.eval import nearest
 
 NEIGHBOURS = 3
 INCEPTION_SPLIT = 5000
@@ -221,11 +224,13 @@ def radii(rows_NF: np.ndarray, *, neighbours: int = NEIGHBOURS) -> np.ndarray:
     if len(rows_NF) <= neighbours:
         raise VqjaxError(f"{neighbours} neighbours need more than {len(rows_NF)} rows of features")
     # Each row is its own nearest neighbour at distance 0, hence index n and not n - 1.
-    return _nth_smallest(_distance_blocks(rows_NF, rows_NF), neighbours)
+    return _nth_nearest(rows_NF, rows_NF, neighbours)
 
 
 def inside(rows_NF: np.ndarray, centres_RF: np.ndarray, radii_R: np.ndarray) -> np.ndarray:
     """Bool [N]: whether a row is within the ball of at least one centre."""
+    if _on_gpu():
+        return nearest.inside(rows_NF, centres_RF, radii_R, block=_block_rows(centres_RF))
     blocks = _distance_blocks(rows_NF, centres_RF)
     return np.concatenate([(block <= radii_R).any(1) for block in blocks])
 
@@ -245,13 +250,23 @@ def nearest_distance(
     Args:
       skip_itself: both arguments are one set, and a row does not count as its own neighbour.
     """
-    blocks = _distance_blocks(rows_NF, others_RF)
-    return np.sqrt(_nth_smallest(blocks, 1 if skip_itself else 0))
+    return np.sqrt(_nth_nearest(rows_NF, others_RF, 1 if skip_itself else 0))
 
 
-def _nth_smallest(blocks: Iterator[np.ndarray], index: int) -> np.ndarray:
+def _on_gpu() -> bool:
+    return jax.default_backend() == "gpu"
+
+
+def _block_rows(others_RF: np.ndarray) -> int:
+    return max(1, _BLOCK_VALUES // len(others_RF))
+
+
+def _nth_nearest(rows_NF: np.ndarray, others_RF: np.ndarray, index: int) -> np.ndarray:
+    """Squared distance float32 [N] to the others, the index-th smallest from 0 on."""
+    if _on_gpu():
+        return nearest.nth(rows_NF, others_RF, index, block=_block_rows(others_RF))
     parts = []
-    for block_BR in blocks:
+    for block_BR in _distance_blocks(rows_NF, others_RF):
         block_BR.partition(index, axis=1)  # in place: a block is the largest array there is
         parts.append(block_BR[:, index].copy())
     return np.concatenate(parts)
@@ -261,7 +276,7 @@ def _distance_blocks(rows_NF: np.ndarray, others_RF: np.ndarray) -> Iterator[np.
     """Yields squared distances float32 [B, R]; one block at a time bounds the memory."""
     others = np.asarray(others_RF, np.float32)
     norms_R = np.einsum("rf,rf->r", others, others)
-    step = max(1, _BLOCK_VALUES // len(others))
+    step = _block_rows(others)
     for start in range(0, len(rows_NF), step):
         rows = np.asarray(rows_NF[start : start + step], np.float32)
         norms_B = np.einsum("bf,bf->b", rows, rows)

@@ -5,10 +5,12 @@ Dimension key:  N pairs   H W C picture
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
 
+from vqjax.core import cores
 from vqjax.errors import VqjaxError
 from vqjax.models import lpips as network
 
@@ -16,11 +18,13 @@ _BATCH = 8
 _SMALLEST = 16  # below it the fifth activation has no position left
 
 
-def lpips(params: Mapping[str, jax.Array], a_NHWC: np.ndarray, b_NHWC: np.ndarray) -> np.ndarray:
+def lpips(
+    places: Mapping[Any, network.Params], a_NHWC: np.ndarray, b_NHWC: np.ndarray
+) -> np.ndarray:
     """LPIPS per pair, float64 [N]; 0 for identical pictures.
 
     Args:
-      params: as `vqjax.io.lpips.load` returns them.
+      places: what `vqjax.io.lpips.load` returns, as `vqjax.core.cores.placed` puts it on devices.
       a_NHWC: uint8 [N, H, W, 3].
       b_NHWC: the twins, in the same order.
 
@@ -37,13 +41,16 @@ def lpips(params: Mapping[str, jax.Array], a_NHWC: np.ndarray, b_NHWC: np.ndarra
         raise VqjaxError(f"twins must have one shape, found {a_NHWC.shape} and {b_NHWC.shape}")
     if min(a_NHWC.shape[1:3]) < _SMALLEST:
         raise VqjaxError(f"LPIPS needs sides of at least {_SMALLEST} pixels, found {a_NHWC.shape}")
-    parts = []
-    for start in range(0, len(a_NHWC), _BATCH):
+
+    def of_batch(params: network.Params, start: int) -> np.ndarray:
         a, b = a_NHWC[start : start + _BATCH], b_NHWC[start : start + _BATCH]
         filler = np.zeros((_BATCH - len(a), *a.shape[1:]), np.uint8)
         pair = np.concatenate([a, filler]), np.concatenate([b, filler])
-        parts.append(np.asarray(_distance(params, *pair), np.float64)[: len(a)])
-    return np.concatenate(parts)
+        return np.asarray(_distance(params, *pair), np.float64)[: len(a)]
+
+    starts = range(0, len(a_NHWC), _BATCH)
+    # One call fills a CPU, and takes much memory.
+    return np.concatenate([*cores.over_devices(of_batch, starts, places, together=False)])
 
 
 _distance = jax.jit(network.distance)

@@ -4,12 +4,13 @@
 import re
 import tracemalloc
 
+import jax
 import numpy as np
 import pytest
 
 from tests.eval import fixtures
 from vqjax.errors import VqjaxError
-from vqjax.eval import metrics
+from vqjax.eval import metrics, nearest
 
 FIXTURES = fixtures.files("metrics")
 
@@ -86,7 +87,14 @@ def test_fixture_inception_score(fixture):
         assert found == pytest.approx(float(fixture[key]), rel=1e-4)
 
 
-def test_fixture_precision_and_recall(fixture):
+@pytest.fixture(params=["cpu", "gpu"])
+def backend(request, monkeypatch):
+    """Where distances are made; the programs for a GPU run on any device."""
+    monkeypatch.setattr(jax, "default_backend", lambda: request.param)
+    return request.param
+
+
+def test_fixture_precision_and_recall(fixture, backend):
     for key, case in _cases(fixture, r"exp_pr_(\w+)_precision_recall_fp32"):
         ref, gen = _sets(fixture, case)
         ref = ref[: len(fixture[f"exp_pr_{case}_radii_ref_fp64"])]
@@ -134,7 +142,7 @@ def test_collapse_keeps_precision_and_loses_recall():
     assert recall < 0.01
 
 
-def test_nearest_distance_can_skip_the_row_itself():
+def test_nearest_distance_can_skip_the_row_itself(backend):
     rows = np.array([[0.0, 0], [3, 4], [0, 1]])
     assert metrics.nearest_distance(rows, rows).tolist() == [0, 0, 0]
     np.testing.assert_allclose(
@@ -142,12 +150,34 @@ def test_nearest_distance_can_skip_the_row_itself():
     )
 
 
-def test_block_size_does_not_change_results(monkeypatch):
+def test_block_size_does_not_change_results(backend, monkeypatch):
     rng = np.random.default_rng(0)
     real, samples = rng.normal(size=(100, 3)), rng.normal(size=(90, 3))
     whole = metrics.precision_recall(real, samples)
     monkeypatch.setattr(metrics, "_BLOCK_VALUES", 700)  # seven rows
     assert metrics.precision_recall(real, samples) == whole
+
+
+def test_programs_for_a_gpu_find_what_numpy_does(monkeypatch):
+    rng = np.random.default_rng(0)
+    # Norms of 2,000 beside distances of 60, as features of pictures that are alike have them.
+    real, samples = (rng.normal(8, 1, (count, 32)).astype(np.float32) for count in (300, 250))
+    balls = metrics.radii(real)
+    expected = balls, metrics.inside(samples, real, balls)
+    assert 0.1 < expected[1].mean() < 0.9
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(metrics, "_BLOCK_VALUES", 70 * 300)  # the last block is not full
+    blocks = []
+    squared = nearest._squared
+
+    def watched(rows_BF, others_RF):
+        blocks.append(rows_BF.shape[0] * others_RF.shape[0])
+        return squared(rows_BF, others_RF)
+
+    monkeypatch.setattr(nearest, "_squared", watched)
+    np.testing.assert_allclose(metrics.radii(real), expected[0], rtol=1e-4)
+    np.testing.assert_array_equal(metrics.inside(samples, real, balls), expected[1])
+    assert blocks == [70 * 300] * 2  # traced once each, and never more distances at once
 
 
 def _error(rows: np.ndarray, reference: metrics.Moments) -> float | None:

@@ -10,6 +10,7 @@ from safetensors import numpy as safetensors_numpy
 from tests.conftest import golden_files
 from tests.eval import fixtures
 from tests.io.torch_writer import save_zip
+from vqjax.core import cores
 from vqjax.errors import VqjaxError
 from vqjax.eval import perceptual
 from vqjax.io import lpips as weights_io
@@ -51,7 +52,7 @@ def test_fixture(path, tmp_path):
     expected = fixture["exp_lpips"]
     misfits = []
     for a, b in _stacks(len(expected)):
-        found = perceptual.lpips(params, a, b)
+        found = perceptual.lpips(cores.placed(params), a, b)
         misfits.append(np.max(np.abs(found - expected) / (1e-5 * np.abs(expected) + 1e-7)))
         if misfits[-1] > 1:
             continue  # pictures of another fixture

@@ -395,6 +395,13 @@ def test_a_run_folder_must_be_one(tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
+def test_notes_of_a_judge_say_how_many_pictures(tmp_path):
+    job = evaluate.prepare(lib.EvaluateSettings(source="digits", count=20, out=tmp_path / "run"))
+    about, count = evaluate._notes(job, {})
+    assert "says nothing about ImageNet" in about
+    assert count.startswith("N = 20: digit-FD grows as N shrinks")
+
+
 @pytest.mark.slow
 def test_digits_keep_their_scores(tmp_path):
     found = evaluate.run(

@@ -18,6 +18,7 @@ from rich.table import Table
 
 from vqjax.bench import rivals, tables
 from vqjax.bench.clock import costs_in_turn
+from vqjax.core import cores
 from vqjax.errors import VqjaxError
 from vqjax.eval import adm, metrics
 from vqjax.io import inception as weights_io
@@ -113,6 +114,7 @@ def parts(wanted: BenchEvaluateSettings, weights: weights_io.Weights) -> list[Pa
     images_NHWC = rng.integers(0, 256, (wanted.pictures, SIDE, SIDE, 3), np.uint8)
     samples_NF, reference_RF = features(rng, wanted.samples), features(rng, wanted.reference)
     moments = [metrics.moments(rows) for rows in (reference_RF, samples_NF)]
+    places = cores.placed(weights.params)
     here = rivals.has_tensorflow()
     network = rivals.tensorflow_network(weights.params) if here else None
     block = max(1, _BLOCK_VALUES // max(wanted.samples, wanted.reference))
@@ -123,7 +125,7 @@ def parts(wanted: BenchEvaluateSettings, weights: weights_io.Weights) -> list[Pa
             "FID network",
             "pictures",
             wanted.pictures,
-            lambda: adm.rows_of(images_NHWC, weights).pooled,
+            lambda: adm.rows_of(images_NHWC, places).pooled,
             {} if network is None else {"TensorFlow": lambda: network(images_NHWC)},
             relative,
         ),

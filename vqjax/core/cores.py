@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Independent pieces of work on all cores of a CPU: most of ours keep one core busy."""
+"""Independent pieces of work: on all cores of a CPU, where most keep one busy, or all devices."""
 
 import contextvars
+import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -51,7 +52,51 @@ def in_order(
     if workers < 2:
         yield from map(work, items)
         return
-    work = as_here(work, device)
+    yield from _in_threads(as_here(work, device), items, workers)
+
+
+def placed(params: Any) -> dict[Any, Any]:
+    """Returns a copy of the arrays for each device of this process, by device.
+
+    Where the caller chose a default device, that one alone.
+    """
+    chosen = getattr(jax.config, "jax_default_device", None)
+    devices = [_default_device()] if chosen is not None else jax.local_devices()
+    return {device: jax.device_put(params, device) for device in devices}
+
+
+def over_devices(
+    work: Callable[[Any, Item], Result],
+    items: Iterable[Item],
+    places: Mapping[Any, Any],
+    *,
+    together: bool = True,
+) -> Iterator[Result]:
+    """Calls `work` for every item, dealt to devices in turn, and yields the results in their order.
+
+    Args:
+      work: takes what is placed on a device, and an item; dispatches programs to that device, which
+        is the default one meanwhile; pure.
+      places: what `placed` returns.
+      together: see `at_once`.
+    """
+    there = {device: as_here(work, device) for device in places}
+    turns = list(zip(items, itertools.cycle(places.items())))
+
+    def call(turn: tuple[Item, tuple[Any, Any]]) -> Result:
+        item, (device, params) = turn
+        return there[device](params, item)
+
+    workers = min(sum(at_once(device, together=together) for device in places), len(turns))
+    if workers < 2:
+        yield from map(call, turns)
+        return
+    yield from _in_threads(call, turns, workers)
+
+
+def _in_threads(
+    work: Callable[[Item], Result], items: Iterable[Item], workers: int
+) -> Iterator[Result]:
     with ThreadPoolExecutor(workers) as pool:
         try:
             yield from pool.map(lambda item: jax.block_until_ready(work(item)), items)

@@ -430,7 +430,8 @@ def _notes(job: Evaluation, models: dict[str, Any]) -> list[str]:
             "given pictures are compared in their order: that pairs share noise and class is not "
             "checked"
         )
-    notes += [judge.about for judge in _judges(job)]
+    for judge in _judges(job):
+        notes += judge.notes(job.sets["source"].count)
     wanted = job.settings
     given = (wanted.reference, wanted.inception, *(wanted.lpips or ()))
     notes += published.doubts(path for path in given if path is not None)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import safetensors.numpy
 
 from vqjax import progress
+from vqjax.core import cores
 from vqjax.eval import adm
 from vqjax.io import native
 from vqjax.io.image_set import ImageSet
@@ -38,7 +39,9 @@ def look(
 
     def rows() -> Iterator[adm.Rows]:
         # Pictures are not even read where all their features are there.
-        batches = iter(()) if len(kept) == len(paths) else images.batches(block)
+        complete = len(kept) == len(paths)
+        batches = iter(()) if complete else images.batches(block)
+        places = {} if complete else cores.placed(weights.params)
         with progress.stage(title, images.count, done=done) as advance:
             for path in paths:
                 pictures = next(batches, None)
@@ -46,7 +49,7 @@ def look(
                     yield adm.Rows(**safetensors.numpy.load_file(path))
                     continue
                 assert pictures is not None
-                seen = adm.rows_of(pictures, weights)
+                seen = adm.rows_of(pictures, places)
                 native.write_atomically(path, safetensors.numpy.save(seen._asdict()))
                 advance(len(pictures))
                 yield seen

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from vqjax import progress
+from vqjax.core import cores
 from vqjax.errors import VqjaxError
 from vqjax.eval import fidelity, perceptual
 from vqjax.io.image_set import ImageSet
@@ -69,14 +70,15 @@ def compare(
     found: dict[str, list[np.ndarray]] = {"psnr": [], "ssim": [], "lpips": []}
     worst: list[Pair] = []
     with_ssim = min(source.size) >= _SSIM_SIDE
+    places = None if lpips_params is None else cores.placed(lpips_params)
     with progress.stage("compare", source.count) as advance:
         for after, before in zip(source.batches(_BATCH), against.batches(_BATCH)):
             first = sum(map(len, found["psnr"]))
             found["psnr"].append(fidelity.psnr(before, after))
             if with_ssim:
                 found["ssim"].append(fidelity.ssim(before, after))
-            if lpips_params is not None:
-                found["lpips"].append(perceptual.lpips(lpips_params, before, after))
+            if places is not None:
+                found["lpips"].append(perceptual.lpips(places, before, after))
             psnr_B = found["psnr"][-1]
             for index in np.argsort(psnr_B, kind="stable")[:WORST]:
                 if np.isfinite(psnr_B[index]):
