@@ -126,8 +126,9 @@ class Judge:
           reference: real pictures to compare with: all, or one half of them.
 
         Returns:
-          `fd, sfd, is, precision, recall, accuracy` as means over the extractors, `n`, each
-          extractor's own scores under `extractors`, and what is needed to read them: `name`,
+          `fd, sfd, is, precision, recall, accuracy` as means over the extractors, `accuracy_se`
+          (standard error, of pictures), `n`, each extractor's own scores under `extractors`, and
+          what is needed to read them: `name`,
           `feature_dimension`, `spatial_dimension`, `reference`, `reference_n`, `extractor_sha256`.
           The inception score takes all samples as one split, so the order of classes is free.
         """
@@ -139,8 +140,10 @@ class Judge:
         real = _reference_features(self, reference)
         found = self.features(images_NHWC)
         each = [_scores(r, f, np.asarray(labels_N)) for r, f in zip(real, found)]
+        right_N = np.mean([np.argmax(one.logits, 1) == labels_N for one in found], axis=0)
         return {
             **{score: float(np.mean([one[score] for one in each])) for score in SCORES},
+            "accuracy_se": metrics.standard_error(right_N),
             "n": len(images_NHWC),
             "extractors": each,
             "name": self.name,
@@ -159,13 +162,15 @@ class Judge:
         reference: Reference = "all",
         draws: int = 50,
         seed: int = 0,
-    ) -> dict[str, float]:
+    ) -> dict[str, Any]:
         """How much the distance changes between twins (same noise and classes), and how surely.
 
         The bootstrap draws the same rows of both sets, so what the twins share cancels.
 
         Returns:
-          `fd_difference` (after - before, mean over extractors), `fd_difference_sd`, `n`, `draws`.
+          `fd_difference` (after - before, mean over extractors); of the draws the standard
+          deviation `fd_difference_sd` and, as `fd_difference_interval`, the quantiles of 2.5 and
+          97.5 %, [low, high]; `n`, `draws`.
         """
         if before_NHWC.shape != after_NHWC.shape:
             raise VqjaxError(f"twins differ in shape: {before_NHWC.shape} and {after_NHWC.shape}")
@@ -187,6 +192,7 @@ class Judge:
         return {
             "fd_difference": difference(np.ones(count)),
             "fd_difference_sd": float(np.std(spread, ddof=1)),
+            "fd_difference_interval": np.quantile(spread, (0.025, 0.975)).tolist(),
             "n": count,
             "draws": draws,
         }

@@ -16,6 +16,7 @@ FIGURES = {  # field of a layer: head of its column, in order
     "rel_output_mse_test": "held-out",
     "bound": "bound",
     "ratio_to_bound": "×\u00a0bound",
+    "flops_ratio": "tables",
     "scalar_bits_per_weight": "scalar bits",
     "scalar_output_mse": "scalar error",
     "scalar_output_mse_test": "scalar held-out",
@@ -29,9 +30,11 @@ _NOTE = (
     "and of the layer's output on calibration inputs; held-out: of the output on inputs of other "
     "images and timesteps. Bound: the least output error of Gaussian weights at these bits on the "
     "calibration inputs (trained weights may do better), and the output error over it: large where "
-    "inputs have few directions, as those made of classes. Scalar: the baseline on the same "
+    "inputs have few directions, as those made of classes. Tables: operations by lookup tables "
+    "over those of the dense product; 1 where tables save none. Scalar: the baseline on the same "
     "inputs. s: search beside other layers, with compilation of what was new. Means count every "
-    "weight alike; × bound there is mean error over mean bound, s the sum."
+    "weight alike; × bound there is mean error over mean bound, tables the ratio of sums, s the "
+    "sum."
 )
 _NOTHING = "–"
 
@@ -66,7 +69,11 @@ def summary(layers: Sequence[Layer]) -> list[list[str]]:
             continue
         values, counts = zip(*known)
         mean = sum(v * w for v, w in known) / sum(counts)
-        whole = {"seconds": sum(values), "ratio_to_bound": _ratio_of_means(layers)}
+        whole = {
+            "seconds": sum(values),
+            "ratio_to_bound": _ratio_of_means(layers),
+            "flops_ratio": _ratio_of_operations(layers),
+        }
         means.append(three_digits(whole.get(field, mean)))
         medians.append(three_digits(statistics.median(values)))
     return [
@@ -82,6 +89,12 @@ def _ratio_of_means(layers: Sequence[Layer]) -> float:
         sum(x[field] * weights for x, weights in bounded) for field in ("rel_output_mse", "bound")
     )
     return error / bound if bound else math.nan
+
+
+def _ratio_of_operations(layers: Sequence[Layer]) -> float:
+    """As of the whole network: layers at many positions count most, whatever their weights."""
+    dense, lookup = (sum(x[field] for x in layers) for field in ("flops_dense", "flops_lookup"))
+    return lookup / dense if dense else math.nan
 
 
 def three_digits(value: float | None) -> str:

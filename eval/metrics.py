@@ -242,6 +242,13 @@ def accuracy(logits_NK: np.ndarray, labels_N: np.ndarray) -> float:
     return float(np.mean(np.argmax(logits_NK, 1) == np.asarray(labels_N)))
 
 
+def standard_error(values_N: np.ndarray) -> float:
+    """Standard error of a mean, as a bootstrap of many draws has it; 0 of fewer than two values."""
+    if values_N.size < 2:
+        return 0.0
+    return float(np.std(values_N, ddof=1) / values_N.size**0.5)
+
+
 def nearest_distance(
     rows_NF: np.ndarray, others_RF: np.ndarray, *, skip_itself: bool = False
 ) -> np.ndarray:

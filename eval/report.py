@@ -45,6 +45,8 @@ LAYER_FIELDS = (
     "group",
     "codebooks",
     "entries",
+    "flops_dense",
+    "flops_lookup",
     *layer_table.FIGURES,
 )
 SCORE_FIELDS = ("fd", "sfd", "is", "precision", "recall", "accuracy", "n")

@@ -269,15 +269,27 @@ def check(problem: Problem, operands: AnyOperands) -> None:
             f"packed codes {operands.packed_OY.shape}, expected "
             f"{(problem.outputs, problem.row_bytes)}"
         )
-    if operands.scales_O.shape != (problem.outputs,):
-        wrong.append(f"scales {operands.scales_O.shape}, expected {(problem.outputs,)}")
-    if operands.bias_O is not None and operands.bias_O.shape != (problem.outputs,):
-        wrong.append(f"bias {operands.bias_O.shape}, expected {(problem.outputs,)}")
+    for name, found, shape in (
+        ("scales", operands.scales_O, (problem.outputs,)),
+        ("bias", operands.bias_O, (problem.outputs,)),
+        ("codebook_scale", operands.codebook_scale, ()),
+    ):
+        if found is not None:
+            wrong += _factor_misfits(name, found, shape)
     if wrong:
         code = f"{problem.books} codebooks of {problem.entries} vectors of {problem.group}"
         raise VqjaxError(
             f"{problem.op} of {problem.fan_in} inputs with {code} does not fit: {'; '.join(wrong)}"
         )
+
+
+def _factor_misfits(name: str, found: jax.Array, shape: tuple[int, ...]) -> list[str]:
+    wrong = []
+    if not jnp.issubdtype(found.dtype, jnp.floating):
+        wrong.append(f"{name} of type {found.dtype}, expected floating point")
+    if found.shape != shape:
+        wrong.append(f"{name} {found.shape}, expected {shape or 'a scalar'}")
+    return wrong
 
 
 def _integer_misfits(problem: Problem, operands: IntegerOperands) -> list[str]:

@@ -46,6 +46,22 @@ def test_errors_are_those_of_the_bootstrap_or_of_the_seeds_whichever_is_larger()
     assert none["spread"] == pytest.approx(np.std(range(4), ddof=1) / 2)
 
 
+def test_errors_and_intervals_are_summed_up_where_all_records_have_them():
+    errors = {"psnr_se": 0.2, "ssim_se": 0.02, "accuracy_se": 0.01}
+    rows = [
+        record(2.0, "pv", seed) | errors | {"psnr": 20.0 + seed, "fd_difference_interval": ends}
+        for seed, ends in enumerate(([-1.0, 2.0], [0.0, 4.0]))
+    ]
+    (found,) = ablation.summary(rows)
+    assert found["rise_interval"] == [-0.5, 3.0]
+    assert found["psnr_se"] == pytest.approx(0.5)  # between seeds
+    assert found["accuracy_se"] == pytest.approx(0.01 / 2**0.5)  # of pictures
+    assert found["ssim_se"] == pytest.approx(0.02 / 2**0.5)
+    (older,) = ablation.summary([rows[0], record(2.0, "pv", 1)])
+    assert not older.keys() & {"rise_interval", *errors}
+    ablation.show([found, older])
+
+
 def test_losses_are_compared_seed_by_seed():
     rows = [record(2.0, "pv", seed) for seed in range(2)]
     rows += [record(2.0, "semi_pv", seed, loss=0.9 - 0.2 * seed) for seed in range(2)]
@@ -84,6 +100,9 @@ def test_a_whole_ablation_is_kept_shown_and_drawn(tmp_path, monkeypatch, capsys)
     content = json.loads(file.read_text())
     assert [r["method"] for r in content["records"]] == ["full_precision", "none", "semi_pv"]
     assert content["records"][1]["psnr"] > 40
+    for name in ("rise_interval", "accuracy_se", "psnr_se", "ssim_se"):
+        assert name in content["summary"][1], name
+    assert "accuracy_se" in content["summary"][0]
     assert content["records"][2]["codes_changed"] == content["summary"][2]["codes_changed"] == 0
     assert figure.read_bytes().startswith(b"\x89PNG")
     assert "semi pv" in capsys.readouterr().out

@@ -73,6 +73,14 @@ def test_wrong_labels_show_as_accuracy(data):
     assert found["accuracy"] < 0.1
 
 
+def test_the_error_of_accuracy_is_that_of_a_bootstrap(data):
+    labels = np.where(np.arange(100) % 4, data.held_labels[:100], (data.held_labels[:100] + 1) % 10)
+    found = DIGITS.evaluate_images(data.held_images[:100], labels)
+    assert found["accuracy"] == pytest.approx(0.75, abs=0.02)
+    drawn = np.random.default_rng(0).binomial(100, found["accuracy"], 5000) / 100
+    assert found["accuracy_se"] == pytest.approx(np.std(drawn), rel=0.05)
+
+
 def test_batching_does_not_show(data, monkeypatch):
     images = data.held_images[:70]
     whole = DIGITS.features(images)[0]
@@ -97,7 +105,11 @@ def test_paired_difference_finds_what_sampling_noise_hides(data):
     worse = np.clip(images + 40 * noise, 0, 255).astype(np.uint8)
     found = DIGITS.paired_difference(images, worse, draws=10)
     assert found["fd_difference"] > 2 * found["fd_difference_sd"] > 0
+    low, high = found["fd_difference_interval"]
+    assert 0 < low < high
+    assert 2 < (high - low) / found["fd_difference_sd"] < 4  # 3.9 of many Gaussian draws
     same = DIGITS.paired_difference(images, images, draws=3)
+    assert same["fd_difference_interval"] == [0, 0]
     assert same["fd_difference"] == same["fd_difference_sd"] == 0
 
 

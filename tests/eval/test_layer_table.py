@@ -19,6 +19,9 @@ SMALL = {
     "ratio_to_bound": 1.5,
     "rel_output_mse_test": 0.01234567,
     "seconds": 2.0,
+    "flops_dense": 800,
+    "flops_lookup": 200,
+    "flops_ratio": 0.25,
 }
 LARGE = SMALL | {
     "path": "unet/out/conv/kernel",
@@ -27,6 +30,9 @@ LARGE = SMALL | {
     "ratio_to_bound": None,
     "bound": None,
     "seconds": 1999.4,
+    "flops_dense": 400,
+    "flops_lookup": 400,
+    "flops_ratio": 1.0,
 }
 
 
@@ -40,6 +46,7 @@ def test_a_row_has_every_column():
     assert found["shape"] == "3×3×10×10"
     assert found["code"] == "4×16 / 9"
     assert found["held-out"] == "0.0123"
+    assert found["tables"] == "0.250"
     assert found["×\u00a0bound"] == "1.50"
     assert row(layer_table.cells(LARGE))["×\u00a0bound"] == "–"
 
@@ -49,9 +56,11 @@ def test_the_last_rows_weigh_by_weights_and_skip_what_is_missing():
     assert mean["shape"] == "4,500"
     assert mean["bits"] == "2.80"  # (900 * 1 + 2700 * 4 + 900 * 1) / 4500
     assert mean["×\u00a0bound"] == "1.33"  # 4 / 3, errors over bounds
+    assert mean["tables"] == "0.400"  # (200 + 400 + 200) / (800 + 400 + 800)
     assert mean["s"] == "2,003"
     assert median["×\u00a0bound"] == "1.50"
     assert median["bits"] == "1.00"
+    assert median["tables"] == "0.250"
     assert median["s"] == "2.00"
     nothing, _ = map(row, layer_table.summary([LARGE]))
     assert nothing["bound"] == "–"

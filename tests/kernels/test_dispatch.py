@@ -2,6 +2,7 @@
 """The dispatcher: which path, why, and what it says."""
 
 import dataclasses
+import functools
 import importlib.resources
 import json
 import logging
@@ -278,3 +279,21 @@ def test_misfits_are_said_before_anything_runs():
     )
     with pytest.raises(VqjaxError, match=r"x \(1, 960\), .* expected \[B, H, W, I\]"):
         vq_conv(*operands, window=3)
+
+
+@pytest.mark.parametrize("op", ["vq_matmul", "vq_conv"])
+def test_scales_and_biases_are_floating_point_and_the_codebook_scale_is_a_scalar(op):
+    problem = Problem(op, 4, 40, 16, 2, 16, 8, "float32", "int8", window=1 + 2 * (op == "vq_conv"))
+    call, x_shape = vq_matmul, (4, 40)
+    if op == "vq_conv":
+        call, x_shape = functools.partial(vq_conv, window=3), (1, 2, 2, 40)
+    operands = specs.random_operands(problem, x_shape)
+    assert call(*operands).dtype == jnp.float32
+    whole = {name: getattr(operands, name).astype(jnp.int32) for name in ("scales_O", "bias_O")}
+    with pytest.raises(VqjaxError) as caught:
+        call(*operands._replace(**whole, codebook_scale=jnp.ones(3, jnp.int8)))
+    assert str(caught.value).endswith(
+        "does not fit: scales of type int32, expected floating point; bias of type int32, expected "
+        "floating point; codebook_scale of type int8, expected floating point; codebook_scale "
+        "(3,), expected a scalar"
+    )

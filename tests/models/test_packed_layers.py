@@ -12,7 +12,9 @@ import pytest
 from tests.conftest import relative_rms
 from tests.io import models as small
 from vqjax.core.activations import InputRange
+from vqjax.core.integer import integerize
 from vqjax.core.scales import LogScales
+from vqjax.errors import VqjaxError
 from vqjax.kernels import dispatch
 from vqjax.models import packed
 from vqjax.models.layers import Conv, Dense, GroupNorm, layer_norm
@@ -73,6 +75,25 @@ def test_the_choice_of_a_layer_is_known_before_it_runs(name):
     for path in ("xla", "lut"):
         with dispatch.asking(path):
             assert packed.choice(x, kernel, **window).path == path
+
+
+def test_an_input_of_another_size_is_refused():
+    """37 and 40 features fill five vectors of 8 alike: codes cannot tell them apart."""
+    rng = np.random.default_rng(0)
+    kernel, x = small.integer_tensor(rng, (40, 16)), jnp.ones((2, 37))
+    read = InputRange(step_B=jnp.array([0.02, 0.03]), zero_B=jnp.array([100.0, 31.0]), bits=8)
+    integers = integerize({"kernel": kernel}, ["kernel"])["kernel"]
+    scaled = dataclasses.replace(kernel, input_scales=LogScales.of(rng.uniform(0.5, 2, 40)))
+    for run in (
+        lambda: packed.product(x, kernel, None),
+        lambda: packed.product(x, scaled, None),
+        lambda: packed.integer_product(x, integers, read, None),
+    ):
+        with pytest.raises(VqjaxError, match=r"x \(2, 37\) has 37 .* \(40, 16\) takes 40"):
+            run()
+    window = small.integer_tensor(rng, (3, 3, 6, 16))
+    with pytest.raises(VqjaxError, match=r"has 5 features, .* \(3, 3, 6, 16\) takes 6"):
+        packed.convolution(jnp.ones((2, 4, 4, 5)), window, None, 1, (1, 1))
 
 
 def test_norms_keep_the_dtype_of_their_input():

@@ -79,6 +79,10 @@ def test_the_run_folder_is_complete(run):
         assert layer["ratio_to_bound"] == pytest.approx(ratio)
         assert layer["codes_entropy"] <= layer["bits_per_weight"]
         assert layer["seconds"] > 0
+        assert layer["flops_ratio"] == layer["flops_lookup"] / layer["flops_dense"] <= 1
+    for way in ("dense", "lookup"):
+        whole = sum(layer[f"flops_{way}"] for layer in layers)
+        assert whole == run.report["flops"][way]
     assert run.report["seconds"]["held-out errors"] > 0
     assert "--least-psnr 99" in " ".join(run.report["failures"])
     assert run.report["activations"] == {"bits": 8}

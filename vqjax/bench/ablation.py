@@ -109,9 +109,11 @@ def summary(records: Sequence[results.Record]) -> list[dict[str, Any]]:
     """Means over the seeds of each pair of bits and method, in the order of the records.
 
     "rise" is that of digit-FD over full precision, "spread" its standard error: from the bootstrap
-    of each seed, or from the spread between seeds where that is larger. "loss_over_pv" compares
-    losses with those of plain PV-Tuning seed by seed, since seeds differ more than ways of tuning;
-    of several seeds "loss_over_pv_spread" is its standard error.
+    of each seed, or from the spread between seeds where that is larger. "accuracy_se", "psnr_se"
+    and "ssim_se" are the same of these means. "rise_interval" is the 95 % interval of one seed, its
+    ends averaged over seeds. Records of earlier versions have none of these. "loss_over_pv"
+    compares losses with those of plain PV-Tuning seed by seed, since seeds differ more than ways of
+    tuning; of several seeds "loss_over_pv_spread" is its standard error.
     """
     groups: dict[tuple[float | None, str], list[results.Record]] = {}
     for record in records:
@@ -120,22 +122,40 @@ def summary(records: Sequence[results.Record]) -> list[dict[str, Any]]:
     return [
         {"bits": bits, "method": method, "seeds": len(rows), "n": rows[0]["n"]}
         | {name: float(np.mean([row[name] for row in rows])) for name in SCORES}
+        | _errors(rows)
         | (_against_full(rows) | _against_plain(rows, plain) if method != FULL else {})
         for (bits, method), rows in groups.items()
     ]
 
 
-def _against_full(rows: Sequence[results.Record]) -> dict[str, float]:
-    rises = [row["fd_difference"] for row in rows]
-    inside = float(np.sqrt(np.mean([row["fd_difference_sd"] ** 2 for row in rows])))
-    between = float(np.std(rises, ddof=1)) if len(rises) > 1 else 0.0
+def _against_full(rows: Sequence[results.Record]) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "rise": float(np.mean([row["fd_difference"] for row in rows])),
+        "spread": _error(rows, "fd_difference", [row["fd_difference_sd"] for row in rows]),
+    }
+    if all("fd_difference_interval" in row for row in rows):
+        ends = [row["fd_difference_interval"] for row in rows]
+        found["rise_interval"] = np.mean(ends, axis=0).tolist()
     means = {
         name: float(np.mean([row[name] for row in rows]))
         for name in ("psnr", "ssim", "loss", "codes_changed")
         if name in rows[0]
     }
-    spread = max(inside, between) / len(rows) ** 0.5
-    return {"rise": float(np.mean(rises)), "spread": spread, **means}
+    return found | means
+
+
+def _errors(rows: Sequence[results.Record]) -> dict[str, float]:
+    """Standard errors of the means whose errors all records have."""
+    names = [n for n in ("accuracy", "psnr", "ssim") if all(f"{n}_se" in row for row in rows)]
+    return {f"{n}_se": _error(rows, n, [row[f"{n}_se"] for row in rows]) for n in names}
+
+
+def _error(rows: Sequence[results.Record], name: str, errors: Sequence[float]) -> float:
+    """Standard error of a mean over seeds: from those of each, or from the spread between them."""
+    values = [row[name] for row in rows]
+    inside = float(np.sqrt(np.mean(np.square(errors))))
+    between = float(np.std(values, ddof=1)) if len(rows) > 1 else 0.0
+    return max(inside, between) / len(rows) ** 0.5
 
 
 def _against_plain(
@@ -169,11 +189,18 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
             str(row["seeds"]),
             str(row["n"]),
             "" if full else f"{row['rise']:+.2f} ± {row['spread']:.2f}",
-            *(f"{row[name]:.3f}" if name in row else "" for name in shown),
+            *(_with_error(row, name) for name in shown),
             f"{row['loss']:.3g}" if "loss" in row else "",
             _ratio(row),
         )
     wide_console().print(table)
+
+
+def _with_error(row: dict[str, Any], name: str) -> str:
+    if name not in row:
+        return ""
+    error = row.get(f"{name}_se")
+    return f"{row[name]:.3f}" + ("" if error is None else f" ± {error:.3f}")
 
 
 def _ratio(row: dict[str, Any]) -> str:

@@ -24,7 +24,7 @@ from vqjax.core.model import Model
 from vqjax.core.scalar import ScalarLayer
 from vqjax.core.tensor import VQTensor, densify
 from vqjax.errors import VqjaxError
-from vqjax.eval import fidelity
+from vqjax.eval import fidelity, metrics
 from vqjax.eval.judge import SCORES
 from vqjax.eval.judges import DIGITS
 from vqjax.io import native
@@ -281,23 +281,24 @@ def sample(model: Model, count: int, seed: int, name: str) -> np.ndarray:
 
 
 def scores(images_NHWC: np.ndarray, full_NHWC: np.ndarray | None = None) -> dict[str, Any]:
-    """`SCORES` and `n`; with the twins of full precision also what was lost.
+    """`SCORES`, `accuracy_se` and `n`; with the twins of full precision also what was lost.
 
-    That is `fd_difference` and `fd_difference_sd` of `DIGITS.paired_difference`, `psnr` in dB with
-    its standard error `psnr_se`, `identical` and `ssim`.
+    That is what `DIGITS.paired_difference` says of the distance, `psnr` in dB, `identical` and
+    `ssim`. `accuracy_se`, `psnr_se` and `ssim_se` are standard errors.
     """
     whole = DIGITS.evaluate_images(images_NHWC, classes(len(images_NHWC)))
-    found = {name: whole[name] for name in (*SCORES, "n")}
+    found = {name: whole[name] for name in (*SCORES, "accuracy_se", "n")}
     if full_NHWC is None:
         return found
     psnr_N = fidelity.psnr(full_NHWC, images_NHWC)
+    ssim_N = fidelity.ssim(full_NHWC, images_NHWC)
     mean, identical = fidelity.mean_psnr(psnr_N)
-    differing_N = psnr_N[np.isfinite(psnr_N)]
     return {
         **found,
         **DIGITS.paired_difference(full_NHWC, images_NHWC),
         "psnr": mean,
-        "psnr_se": float(np.std(differing_N) / max(differing_N.size - 1, 1) ** 0.5),
+        "psnr_se": metrics.standard_error(psnr_N[np.isfinite(psnr_N)]),
         "identical": identical,
-        "ssim": float(np.mean(fidelity.ssim(full_NHWC, images_NHWC))),
+        "ssim": float(np.mean(ssim_N)),
+        "ssim_se": metrics.standard_error(ssim_N),
     }

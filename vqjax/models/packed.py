@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from vqjax.core.activations import InputRange
 from vqjax.core.integer import PackedIntegerKernel, shifted_zero
 from vqjax.core.tensor import VQTensor
+from vqjax.errors import VqjaxError
 from vqjax.kernels.dispatch import Choice
 from vqjax.kernels.problem import Operands
 from vqjax.kernels.vq_conv import api as conv
@@ -18,7 +19,11 @@ from vqjax.kernels.vq_matmul import api as matmul
 
 
 def product(x: jax.Array, kernel: VQTensor, bias_O: jax.Array | None) -> jax.Array:
-    """Affine map of the last axis with a kernel [I, O], [..., O] in the dtype of x."""
+    """Affine map of the last axis with a kernel [I, O], [..., O] in the dtype of x.
+
+    Raises:
+      VqjaxError: if x has other features than the kernel.
+    """
     return matmul.vq_matmul(*_operands(x, kernel, bias_O))
 
 
@@ -33,6 +38,9 @@ def convolution(
 
     Args:
       padding: zeros before and after each spatial axis.
+
+    Raises:
+      VqjaxError: as `product`.
     """
     return conv.vq_conv(
         *_operands(x_BHWI, kernel, bias_O),
@@ -97,6 +105,7 @@ def _integer_arguments(
 ) -> tuple:
     """What the kernels take; the barrier is that of `_operands`."""
     tensor = kernel.tensor
+    _check_features(x, kernel)
     x, codes = jax.lax.optimization_barrier((x, tensor.codes))
     return (
         read.quantize(x),
@@ -118,6 +127,7 @@ def _operands(x: jax.Array, kernel: VQTensor, bias_O: jax.Array | None) -> Opera
     The barrier makes codes depend on the input: XLA would otherwise take the decoding of a weight
     out of the sampler's loop, and hold all weights decoded as long as that runs.
     """
+    _check_features(x, kernel)
     x, codes = jax.lax.optimization_barrier((x, kernel.codes))
     if kernel.input_scales is not None:
         scales_I = kernel.input_scales.values().astype(x.dtype)
@@ -131,3 +141,13 @@ def _operands(x: jax.Array, kernel: VQTensor, bias_O: jax.Array | None) -> Opera
         bias_O,
         kernel.prepared,
     )
+
+
+def _check_features(x: jax.Array, kernel: VQTensor | PackedIntegerKernel) -> None:
+    """Codes alone tell I only up to the vector that ends a row."""
+    found, expected = x.shape[-1], kernel.shape[-2]
+    if found != expected:
+        raise VqjaxError(
+            f"x {x.shape} has {found} features, the packed kernel {kernel.shape} takes {expected}: "
+            "give the input of the layer that this kernel belongs to"
+        )

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from vqjax.config import LatentDiffusionConfig
 from vqjax.core import tree
-from vqjax.core.flops import layer_flops, total
+from vqjax.core.flops import Flops, layer_flops, total
 from vqjax.core.model import Model
 from vqjax.core.scalar import ScalarLayer
 from vqjax.core.tensor import VQTensor
@@ -155,6 +155,7 @@ def _layer(
 ) -> dict[str, Any]:
     spec, stats = job.plan[path], done.stats[path]
     search, scalar = done.search[path], done.scalar[path]
+    counted = _layer_flops(job, path)
     return {
         "path": path,
         "kind": spec.kind,
@@ -169,6 +170,9 @@ def _layer(
         "bound": search.bound,
         "ratio_to_bound": stats.rel_output_mse / search.bound if search.bound else None,
         "codes_entropy": search.codes_entropy,
+        "flops_dense": counted.dense,
+        "flops_lookup": counted.lookup,
+        "flops_ratio": counted.ratio,
         "seconds": search.seconds,
         "scalar_bits_per_weight": scalar.bits_per_weight,
         "scalar_output_mse": scalar.rel_output_mse,
@@ -186,9 +190,13 @@ def _fidelity(full: Samples, other: Samples) -> dict[str, Any]:
     }
 
 
+def _layer_flops(job: "Job", path: str) -> Flops:
+    """Operations of one layer on one image."""
+    return layer_flops(job.shapes[path], job.plan[path], job.sizes[path].positions)
+
+
 def _flops(job: "Job") -> dict[str, Any]:
-    counted = [layer_flops(job.shapes[p], job.plan[p], job.sizes[p].positions) for p in job.plan]
-    whole = total(counted)
+    whole = total([_layer_flops(job, path) for path in job.plan])
     return {"dense": whole.dense, "lookup": whole.lookup, "ratio": whole.ratio}
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from vqjax import progress
 from vqjax.core import cores
 from vqjax.errors import VqjaxError
-from vqjax.eval import fidelity, perceptual
+from vqjax.eval import fidelity, metrics, perceptual
 from vqjax.io.image_set import ImageSet
 
 WORST = 12
@@ -123,7 +123,4 @@ def _summary(found: Mapping[str, list[np.ndarray]]) -> dict[str, Any]:
 
 
 def _error(values_N: np.ndarray) -> float | None:
-    """Standard error of the mean."""
-    if len(values_N) < 2:
-        return None
-    return float(values_N.std(ddof=1) / np.sqrt(len(values_N)))
+    return metrics.standard_error(values_N) if len(values_N) > 1 else None
