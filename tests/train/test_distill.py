@@ -99,6 +99,30 @@ def test_the_teacher_walks_as_the_sampler_does():
     assert relative_rms(beside.x_BHWC[1:, 1], expected.x_SBHWC[1:, 1]) > 1e-2
 
 
+def test_networks_are_multiplied_as_tensor_cores_do_whatever_the_caller_wants():
+    """Where there are some: CPUs have one precision."""
+    before, activations = student(bits=3)
+    batch = lessons(RECIPE).like()
+    weight_T = jnp.ones(TEACHER.config.timesteps)
+    ids, noise = jnp.array([1, 2]), sampling.image_noise(3, [0, 1], TEACHER.config.latent_shape)
+    t_TP = np.repeat(distill.grid(TEACHER.config, RECIPE)[:, None], 2, axis=1)
+    walk = functools.partial(distill.trajectories, TEACHER.config, RECIPE.guidance)
+    learn = functools.partial(
+        distill.loss_and_gradients,
+        TEACHER.config,
+        activations=activations,
+        guidance=RECIPE.guidance,
+        weight_T=weight_T,
+    )
+    for jaxpr in (
+        jax.make_jaxpr(walk)(TEACHER.params, ids, noise, t_TP),
+        jax.make_jaxpr(learn)(before, batch),
+    ):
+        text = str(jaxpr)
+        assert "Precision.HIGH" in text
+        assert "Precision.HIGHEST" not in text
+
+
 @pytest.mark.parametrize(("steps", "timesteps"), [(25, 1000), (30, 1000), (1, 1000), (9, 10)])
 def test_trajectories_visit_all_timesteps_between_those_of_the_grid(steps, timesteps):
     config = dataclasses.replace(TEACHER.config, timesteps=timesteps)
