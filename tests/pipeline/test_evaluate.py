@@ -365,7 +365,9 @@ def test_samples_are_exported_for_other_programs(twins, whole, tmp_path, monkeyp
         np.testing.assert_array_equal(found["arr_0"], np.concatenate([np.load(f) for f in files]))
         np.testing.assert_array_equal(found["arr_1"], sources.class_ids(models.TINY, 10, seed=0))
     assert adm_npz.open_npz(target).count == 10
-    assert run_file.load(str(out)).evaluate.export_npz is None  # a repetition leaves it alone
+    again = run_file.load(str(out)).evaluate
+    assert again is not None
+    assert again.export_npz is None  # a repetition leaves it alone
 
 
 def test_an_export_that_cannot_be_is_refused_before_work(twins, tmp_path, capsys):

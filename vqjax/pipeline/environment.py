@@ -9,8 +9,9 @@ import platform
 import jax
 
 import vqjax
-from vqjax import eval as eval_lib
-from vqjax import kernels, train
+import vqjax.eval
+import vqjax.kernels
+import vqjax.train
 from vqjax.kernels import device as device_lib
 from vqjax.kernels import dispatch
 
@@ -40,7 +41,8 @@ def describe() -> dict[str, str]:
 def code() -> str:
     """SHA-256 of our source but for benches, the same in a checkout and installed."""
     files: dict[str, pathlib.Path] = {}
-    for name, module in {"": vqjax, "kernels": kernels, "train": train, "eval": eval_lib}.items():
+    parts = {"": vqjax, "kernels": vqjax.kernels, "train": vqjax.train, "eval": vqjax.eval}
+    for name, module in parts.items():
         folder = pathlib.Path(str(module.__file__)).parent
         for path in (path for kind in ("*.py", "*.cc") for path in folder.rglob(kind)):
             files[(name / path.relative_to(folder)).as_posix()] = path
