@@ -280,7 +280,7 @@ def test_inputs_of_a_part_that_follows_another_are_not_what_was_made():
 def test_the_digest_of_the_code_follows_the_code(tmp_path, monkeypatch):
     (tmp_path / "lut").mkdir()
     (tmp_path / "__init__.py").write_text("")
-    monkeypatch.setattr(environment.kernels, "__file__", str(tmp_path / "__init__.py"))
+    monkeypatch.setattr("vqjax.kernels.__file__", str(tmp_path / "__init__.py"))
     found = [environment.code()]
     for name, text in (("lut/a.py", "1"), ("lut/a.py", "2"), ("lut/native.cc", "2")):
         (tmp_path / name).write_text(text)

@@ -2,6 +2,7 @@
 """What a result depends on besides its settings: versions, device, machine, our own code."""
 
 import hashlib
+import importlib
 import importlib.metadata
 import pathlib
 import platform
@@ -9,9 +10,6 @@ import platform
 import jax
 
 import vqjax
-import vqjax.eval
-import vqjax.kernels
-import vqjax.train
 from vqjax.kernels import device as device_lib
 from vqjax.kernels import dispatch
 
@@ -41,8 +39,8 @@ def describe() -> dict[str, str]:
 def code() -> str:
     """SHA-256 of our source but for benches, the same in a checkout and installed."""
     files: dict[str, pathlib.Path] = {}
-    parts = {"": vqjax, "kernels": vqjax.kernels, "train": vqjax.train, "eval": vqjax.eval}
-    for name, module in parts.items():
+    for name in ("", "kernels", "train", "eval"):
+        module = importlib.import_module(f"vqjax.{name}".rstrip("."))
         folder = pathlib.Path(str(module.__file__)).parent
         for path in (path for kind in ("*.py", "*.cc") for path in folder.rglob(kind)):
             files[(name / path.relative_to(folder)).as_posix()] = path
