@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tests.io import models as small
-from vqjax.bench import kernels, random_weights, roofline
+from vqjax.bench import kernels, random_weights, roofline, sums
 from vqjax.bench.__main__ import main
 from vqjax.core import tree
 from vqjax.core.plan import make_plan
@@ -61,11 +61,42 @@ def test_layers_are_timed_and_there_may_be_nothing_to_tune(tmp_path, monkeypatch
     out = capsys.readouterr().out
     assert "Layers of a step, batch 2:" in out
     assert "Layers before the first step, batch 2:" in out
+    assert "Layers of 1 to 16 rows, batch 2:" in out
+    assert "target" not in out  # those are for GPUs
+    assert {one["target"] for one in found["sums"]} == {None}
     assert main([*words, "--tune", "--table", str(table)]) == 0
     out, here = capsys.readouterr().out, device.current()
     assert f"--tune: nothing to tune: no pallas: {here} is no CUDA device; no triton" in out
     assert f"no native: no C++ compiler; {table} stays as it is" in out
     assert not table.exists()
+
+
+def test_layers_are_added_up_beside_the_targets_of_a_gpu():
+    def record(x, rows, count, seconds):
+        times = {"seconds": seconds, "dense_seconds": 1.0, "packed_bytes": 1, "dense_bytes": 8}
+        known = {"x": x, "batch": x[0], "rows": rows, "count": count, "in_each_step": len(x) > 2}
+        return known | times
+
+    records = [
+        record([2, 64, 64, 8], 8192, 1, 1.0),
+        record([2, 8, 8, 8], 128, 2, 0.5),
+        record([2, 64, 8], 128, 2, 1.5),  # tokens of the same level
+        record([2, 8], 2, 3, 0.25),
+        record([32, 8], 32, 3, 0.25),
+    ]
+    found = sums.of(records, targets=True)
+    assert [
+        (one["layers"], one["batch"], one["ratio_to_dense"], one["target"]) for one in found
+    ] == [
+        ("Layers of a step", 2, 1.0, None),
+        ("Layers before the first step", 2, 4.0, None),
+        ("Layers that see 64x64", 2, 1.0, 0.95),
+        ("Layers that see 8x8", 2, 1.0, 1.0),
+        ("Layers of 1 to 16 rows", 2, 4.0, 3.0),
+        ("Layers before the first step", 32, 4.0, None),
+    ]
+    assert found[3]["packed_bytes"] == 4
+    assert {one["target"] for one in sums.of(records, targets=False)} == {None}
 
 
 def layers_of(wanted: BenchKernelsSettings) -> list[kernels.Case]:

@@ -2,19 +2,18 @@
 """Integer products with packed weights: equal to sums of Python's integers, to the last one."""
 
 import functools
+import itertools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from tests.io import models as small
 from tests.kernels.machine_code import CAPABILITIES, assembled, kept_modules
 from tests.kernels.test_lowering import lowered
-from tests.kernels.test_pallas import INTERPRET, PROPERTY
+from tests.kernels.test_pallas import INTERPRET
 from vqjax.core.activations import InputRange
 from vqjax.core.integer import integer_kernel, integerize
 from vqjax.errors import VqjaxError
@@ -29,8 +28,20 @@ from vqjax.kernels.vq_matmul import pallas as matmul_pallas
 from vqjax.kernels.vq_matmul import ref as matmul_ref
 from vqjax.models import packed
 
-CODES = st.sampled_from([(1, 256), (2, 4096), (3, 16), (8, 16)])
-SCHEDULES = st.sampled_from([*smallest(), Schedule("fused", Tiles(16, 16, 32, splits=2))])
+FUSED, STAGED = smallest()
+SPLIT = Schedule("fused", Tiles(16, 16, 32, splits=2))
+
+EXAMPLES = [  # M and K; G of a product and of a convolution; stride
+    ((1, 256), (6, 1), 1, STAGED),
+    ((1, 4096), (4, 3), 2, FUSED),
+    ((2, 16), (4, 3), 1, FUSED),
+    ((2, 4096), (8, 9), 2, SPLIT),
+    ((3, 16), (8, 3), 1, SPLIT),
+    ((4, 16), (8, 9), 2, STAGED),
+    ((4, 16), (8, 9), 1, FUSED),
+    ((8, 16), (4, 1), 2, FUSED),
+    ((8, 256), (6, 3), 2, STAGED),
+]
 POINT = ((0, 0), (0, 0))
 
 
@@ -109,16 +120,21 @@ def assert_exact(run, problem: Problem, x_shape, window: Window | None = None) -
     np.testing.assert_allclose(run(operands).reshape(sums.shape), expected, rtol=1e-5, atol=1e-3)
 
 
+def test_examples_hold_every_kind():
+    codes, groups, strides, schedules = zip(*EXAMPLES)
+    assert {books for books, _ in codes} >= {1, 2, 4, 8}
+    assert {entries for _, entries in codes} == {16, 256, 4096}
+    assert {group for group, _ in groups} >= {8, 4}
+    assert {group for _, group in groups} == {9, 3, 1}
+    kinds = set(itertools.product((FUSED, SPLIT, STAGED), (1, 2)))
+    assert set(zip(schedules, strides)) == kinds
+
+
 @INTERPRET
-@PROPERTY
-@given(
-    rows=st.sampled_from([1, 7, 21]),
-    sizes=st.sampled_from([(40, 3), (37, 18), (100, 16)]),
-    code=CODES,
-    group=st.sampled_from([8, 6]),
-    schedule=SCHEDULES,
-)
-def test_products_are_exact(interpret, rows, sizes, code, group, schedule):
+@pytest.mark.parametrize("index", range(len(EXAMPLES)))
+def test_products_are_exact(interpret, index):
+    code, (group, _), _, schedule = EXAMPLES[index]
+    rows, sizes = ((1, (40, 3)), (7, (37, 18)), (21, (100, 16)))[index % 3]
     problem = problem_of("vq_matmul", rows, sizes, code, group)
     assert not matmul_pallas.unsupported(problem)
     options = {"problem": problem, "schedule": schedule, "interpret": interpret}
@@ -128,16 +144,10 @@ def test_products_are_exact(interpret, rows, sizes, code, group, schedule):
 
 
 @INTERPRET
-@PROPERTY
-@given(
-    image=st.sampled_from([(1, 7, 6), (2, 5, 5)]),
-    sizes=st.sampled_from([(3, 17), (40, 3)]),
-    code=CODES,
-    group=st.sampled_from([9, 3, 1]),
-    stride=st.sampled_from([1, 2]),
-    schedule=SCHEDULES,
-)
-def test_convolutions_are_exact(interpret, image, sizes, code, group, stride, schedule):
+@pytest.mark.parametrize("index", range(len(EXAMPLES)))
+def test_convolutions_are_exact(interpret, index):
+    code, (_, group), stride, schedule = EXAMPLES[index]
+    image, sizes = (((1, 7, 6), (3, 17)), ((2, 5, 5), (40, 3)))[index % 2]
     window = Window(3, (stride, stride), POINT)
     lines, columns = window.outputs(image[1:])
     rows, strides = image[0] * lines * columns, window.strides

@@ -6,13 +6,12 @@ Errors are relative to the largest output.
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from vqjax.kernels import books as code_books
 from vqjax.kernels import decode, device, gpu_arrays, pallas_decode, specs
@@ -42,28 +41,32 @@ INTERPRET = pytest.mark.parametrize(
     ],
 )
 
-# Every code width, every way to store codebooks; sizes beside the tiles' on both sides.
-CODES = st.sampled_from(
-    [
-        (1, 64, "int8"),
-        (1, 256, "int8"),
-        (2, 256, "float16"),
-        (2, 4096, "float16"),
-        (3, 16, "int8"),
-        (3, 4096, "bfloat16"),
-        (4, 16, "float16"),
-        (4, 16, "int8"),
-        (8, 16, "float32"),
-    ]
+FUSED, SPLIT, STAGED = SCHEDULES = (
+    Schedule("fused", Tiles(16, 16, 16)),
+    Schedule("fused", Tiles(16, 16, 16, splits=2)),
+    Schedule("staged", Tiles(16, 16, 16)),
 )
-SCHEDULES = st.sampled_from(
-    [
-        Schedule("fused", Tiles(16, 16, 16)),
-        Schedule("fused", Tiles(16, 16, 16, splits=2)),
-        Schedule("staged", Tiles(16, 16, 16)),
-    ]
-)
-PROPERTY = settings(max_examples=6, deadline=None, derandomize=True)
+
+# Stride and padding: as the U-Net pads, and as its first stage does with stride 2.
+SAME, DOWN, LATE = MOVES = (1, (1, 1)), (2, (1, 1)), (2, (0, 1))
+
+EXAMPLES = [  # M, K and how codebooks are stored; G of a product and of a convolution
+    ((1, 16, "bfloat16"), (4, 3), DOWN, "float32", STAGED),
+    ((1, 256, "bfloat16"), (8, 9), SAME, "float16", FUSED),
+    ((1, 4096, "bfloat16"), (6, 1), LATE, "bfloat16", SPLIT),
+    ((2, 16, "int8"), (4, 3), LATE, "bfloat16", FUSED),
+    ((2, 256, "float16"), (8, 9), SAME, "float32", SPLIT),
+    ((2, 4096, "float32"), (6, 1), DOWN, "float16", STAGED),
+    ((4, 16, "float16"), (8, 9), DOWN, "float16", SPLIT),
+    ((4, 256, "float32"), (6, 1), LATE, "bfloat16", STAGED),
+    ((4, 4096, "float32"), (4, 3), SAME, "float32", FUSED),
+    ((8, 16, "int8"), (6, 1), LATE, "float32", FUSED),
+    ((8, 256, "int8"), (4, 3), DOWN, "float16", SPLIT),
+    ((8, 4096, "float16"), (8, 9), SAME, "bfloat16", STAGED),
+    # Single weights, as the first and the last convolution have them; three codes read as one.
+    ((1, 256, "int8"), (8, 1), SAME, "bfloat16", SPLIT),
+    ((3, 16, "int8"), (8, 9), DOWN, "bfloat16", FUSED),
+]
 
 
 def weight(operands: Operands, problem: Problem) -> np.ndarray:
@@ -78,22 +81,29 @@ def assert_near(found: jax.Array, expected: np.ndarray, dtype: str) -> None:
     assert error < TOL[dtype]
 
 
+def test_examples_hold_all_pairs():
+    """Of types, sizes of a code and schedules; every way to store codebooks meets every type."""
+    every = [
+        (code[0], code[1], group, dtype, schedule) for code, group, _, dtype, schedule in EXAMPLES
+    ]
+    levels = [(1, 2, 4, 8), (16, 256, 4096), ((8, 9), (4, 3), (6, 1)), tuple(TOL), SCHEDULES]
+    for (i, first), (j, second) in itertools.combinations(enumerate(levels), 2):
+        assert {(one[i], one[j]) for one in every} >= set(itertools.product(first, second))
+    stored = {(code[2], dtype) for code, *_, dtype, _ in EXAMPLES}
+    assert stored == set(itertools.product((*TOL, "int8"), TOL))
+    moved = {(move, schedule) for *_, move, _, schedule in EXAMPLES}
+    assert moved == set(itertools.product(MOVES, SCHEDULES))
+
+
 @INTERPRET
-@PROPERTY
-@given(
-    rows=st.sampled_from([1, 7, 16, 21]),
-    sizes=st.sampled_from([(3, 16), (40, 3), (37, 18), (16, 32)]),
-    code=CODES,
-    group=st.sampled_from([8, 4, 6]),
-    dtype=st.sampled_from(sorted(TOL)),
-    schedule=SCHEDULES,
-)
-def test_products_agree(interpret, rows, sizes, code, group, dtype, schedule):
-    books, entries, stored = code
-    inputs, outputs = sizes
+@pytest.mark.parametrize("index", range(len(EXAMPLES)))
+def test_products_agree(interpret, index):
+    (books, entries, stored), (group, _), _, dtype, schedule = EXAMPLES[index]
+    # Sizes beside the tiles' on both sides.
+    rows, inputs, outputs = ((21, 37, 18), (7, 40, 3), (1, 3, 16), (16, 16, 32))[index % 4]
     problem = Problem("vq_matmul", rows, inputs, outputs, books, entries, group, dtype, stored)
     assert not matmul_pallas.unsupported(problem)
-    operands = specs.random_operands(problem, (rows, sizes[0]))
+    operands = specs.random_operands(problem, (rows, inputs))
     run = functools.partial(matmul_pallas.vq_matmul, problem=problem, schedule=schedule)
     found = jax.jit(functools.partial(run, interpret=interpret))(operands)
     x_BI, bias_O = (np.asarray(a, np.float64) for a in (operands.x, operands.bias_O))
@@ -101,18 +111,10 @@ def test_products_agree(interpret, rows, sizes, code, group, dtype, schedule):
 
 
 @INTERPRET
-@PROPERTY
-@given(
-    image=st.sampled_from([(1, 5, 4), (2, 3, 3)]),
-    sizes=st.sampled_from([(3, 17), (18, 3)]),
-    code=CODES,
-    group=st.sampled_from([9, 3, 1]),
-    # As the U-Net pads, and as its first stage does with stride 2.
-    moves=st.sampled_from([(1, (1, 1)), (2, (1, 1)), (2, (0, 1))]),
-    dtype=st.sampled_from(sorted(TOL)),
-    schedule=SCHEDULES,
-)
-def test_convolutions_agree(interpret, image, sizes, code, group, moves, dtype, schedule):
+@pytest.mark.parametrize("index", range(len(EXAMPLES)))
+def test_convolutions_agree(interpret, index):
+    code, (_, group), moves, dtype, schedule = EXAMPLES[index]
+    image, sizes = (((1, 5, 4), (3, 17)), ((2, 3, 3), (18, 3)))[index % 2]
     problem, window = conv_problem(image, sizes, code, group, moves, dtype)
     assert not conv_pallas.unsupported(problem)
     operands = specs.random_operands(problem, (*image, sizes[0]))

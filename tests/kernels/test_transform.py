@@ -14,11 +14,17 @@ from vqjax.kernels import specs
 from vqjax.kernels.problem import Operands, Problem
 from vqjax.kernels.schedule import smallest
 from vqjax.kernels.transform import transformable
+from vqjax.kernels.vq_conv import api as conv
+from vqjax.kernels.vq_conv import pallas as conv_pallas
+from vqjax.kernels.vq_conv import ref as conv_ref
 from vqjax.kernels.vq_conv.api import vq_conv
+from vqjax.kernels.vq_conv.window import Window
 from vqjax.kernels.vq_matmul import pallas, ref
 from vqjax.kernels.vq_matmul.api import problem_of, vq_matmul
 
 PROBLEM = Problem("vq_matmul", 4, 16, 12, 2, 16, 8, "float32", "float16")
+PATCHES = Problem("vq_conv", 8, 5, 12, 2, 16, 9, "float32", "float16", 3, (2, 2))
+WINDOW = Window(3, (2, 2), ((0, 1), (0, 1)))
 
 
 def axes(**mapped: int) -> Any:
@@ -34,7 +40,21 @@ def kernel(operands: Operands, *, interpret: bool = True) -> jax.Array:
     return pallas.vq_matmul(operands, problem_of(operands), smallest()[0], interpret=interpret)
 
 
+def convolution_reference(operands: Operands) -> jax.Array:
+    return conv_ref.definition(PATCHES, WINDOW)(operands)
+
+
+def convolution_kernel(operands: Operands, *, interpret: bool = True) -> jax.Array:
+    problem = conv.problem_of(operands, WINDOW)
+    return conv_pallas.vq_conv(operands, problem, smallest()[0], WINDOW, interpret=interpret)
+
+
 operation = transformable(kernel, reference)
+
+BOTH = {
+    "product": (kernel, reference, PROBLEM, (4, 16)),
+    "convolution": (convolution_kernel, convolution_reference, PATCHES, (2, 4, 4, 5)),
+}
 
 
 def operands() -> Operands:
@@ -45,13 +65,17 @@ def near(found, expected) -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4)
 
 
-def test_gradients_are_those_of_the_definition():
+@pytest.mark.parametrize("op", BOTH)
+def test_gradients_are_those_of_the_definition(op):
+    run, definition, problem, x_shape = BOTH[op]
+    arrays = specs.random_operands(problem, x_shape)
+
     def loss(run, operands):
         return jnp.sum(run(operands) ** 2)
 
     found, expected = (
-        jax.jit(jax.grad(functools.partial(loss, run), allow_int=True))(operands())
-        for run in (operation, reference)
+        jax.jit(jax.grad(functools.partial(loss, run), allow_int=True))(arrays)
+        for run in (transformable(run, definition), definition)
     )
     for name in ("x", "codebooks_MKG", "scales_O", "bias_O"):
         ours, theirs = getattr(found, name), getattr(expected, name)
@@ -121,8 +145,10 @@ def test_shard_map_over_rows_and_its_gradient():
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("op", BOTH)
 @pytest.mark.parametrize("split", ["rows", "outputs"])
-def test_kernels_lower_under_shard_map(split):
+def test_kernels_lower_under_shard_map(split, op):
+    run, definition, problem, x_shape = BOTH[op]
     device = AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
     auto = (jax.sharding.AxisType.Auto,)
     mesh = AbstractMesh((2,), ("data",), axis_types=auto, abstract_device=device)
@@ -131,10 +157,11 @@ def test_kernels_lower_under_shard_map(split):
     if split == "rows":
         in_specs, out_specs = Operands(parts, whole, whole, whole), parts
     else:
-        in_specs, out_specs = Operands(whole, parts, whole, parts), PartitionSpec(None, "data")
-    run = transformable(functools.partial(kernel, interpret=False), reference)
+        in_specs = Operands(whole, parts, whole, parts)
+        out_specs = PartitionSpec(*[None] * (len(x_shape) - 1), "data")
+    run = transformable(functools.partial(run, interpret=False), definition)
     sharded = jax.shard_map(run, mesh=mesh, in_specs=(in_specs,), out_specs=out_specs)
-    lowered = jax.jit(sharded).trace(PROBLEM.abstract((4, 16))).lower(lowering_platforms=("cuda",))
+    lowered = jax.jit(sharded).trace(problem.abstract(x_shape)).lower(lowering_platforms=("cuda",))
     assert "__gpu$xla.gpu.triton" in lowered.as_text()
 
 
@@ -148,8 +175,8 @@ def test_leading_axes_are_rows_and_1x1_convolutions_are_products():
 
 def test_a_convolution_runs_under_vmap():
     problem = Problem("vq_conv", 18, 3, 5, 1, 16, 9, "float32", "float16", 3)
-    conv = specs.random_operands(problem, (2, 3, 3, 3))
-    x_ABHWI = jnp.stack([conv.x, -conv.x])
-    found = jax.vmap(lambda x: vq_conv(x, *conv[1:], window=3))(x_ABHWI)
+    one = specs.random_operands(problem, (2, 3, 3, 3))
+    x_ABHWI = jnp.stack([one.x, -one.x])
+    found = jax.vmap(lambda x: vq_conv(x, *one[1:], window=3))(x_ABHWI)
     assert found.shape == (2, 2, 3, 3, 5)
-    near(found[1], vq_conv(-conv.x, *conv[1:], window=3))
+    near(found[1], vq_conv(-one.x, *one[1:], window=3))

@@ -23,6 +23,7 @@ from vqjax.io.image_shards import Shards
 from vqjax.kernels import device, dispatch, pallas_gpu, tuned
 from vqjax.kernels.device import Device
 from vqjax.kernels.lut_matmul import native
+from vqjax.kernels.schedule import smallest
 from vqjax.pipeline import sampled
 from vqjax.sampling import weights
 from vqjax.sampling.schedule import ddim_schedule
@@ -132,8 +133,18 @@ def test_native_tables_agree(how, monkeypatch):
     assert difference < TOL["float32"]
 
 
-def test_pallas_kernels_agree(monkeypatch):
-    """In interpret mode, as if this were a GPU."""
+@pytest.mark.parametrize("dtype", TOL)
+def test_pallas_kernels_agree(dtype, monkeypatch):
+    """In interpret mode, as if this were a GPU: fused with the product, and of a whole weight."""
+    kinds = {
+        "unet/middle_block/res1/conv1/kernel": "staged",
+        "unet/out/conv/kernel": "fused",
+        "unet/output_blocks_0/res/skip/kernel": "fused",
+    }
+    params = some_packed(*kinds)
+    del params["activations"]
+    monkeypatch.setenv(dispatch.VARIABLE, "xla")  # a program of other tests
+    expected = latents(placed(densify(params), dtype=dtype).params, dtype)
     launch = pallas_gpu.launch
     monkeypatch.setattr(
         pallas_gpu,
@@ -142,17 +153,17 @@ def test_pallas_kernels_agree(monkeypatch):
     )
     monkeypatch.setattr(dispatch, "current", lambda: H200)
     monkeypatch.setattr(dispatch, "_failed_trial", lambda *args: ())
-    monkeypatch.setenv(dispatch.VARIABLE, "pallas")
-    paths = ("unet/out/conv/kernel", "unet/output_blocks_0/res/skip/kernel")
-    params = some_packed(*paths)
-    del params["activations"]
-    found = placed(params, rows=1)
-    assert found.paths == dict.fromkeys(sorted(paths), "pallas")
-    difference = relative_rms(
-        latents(found.params, guidance=1), latents(densify(params), guidance=1)
+    monkeypatch.setattr(
+        dispatch.schedule, "by_rule", lambda of, *_: smallest()[of.inputs == of.outputs]
     )
-    print(f"pallas: {difference:.2g}")
-    assert difference < TOL["float32"]
+    monkeypatch.setenv(dispatch.VARIABLE, "pallas")
+    chosen = weights.choices(CONFIG, params, rows=2, dtype=dtype)
+    assert {path: getattr(chosen[path].schedule, "kind", None) for path in kinds} == kinds
+    found = placed(params, dtype=dtype)
+    assert found.paths == dict.fromkeys(kinds, "pallas")
+    difference = relative_rms(latents(found.params, dtype), expected)
+    print(f"pallas, {dtype}: {difference:.2g}")
+    assert difference < TOL[dtype]
 
 
 def test_a_named_kernel_that_cannot_run_is_an_error(monkeypatch):

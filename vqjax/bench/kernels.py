@@ -23,7 +23,7 @@ from rich.table import Table
 import vqjax.kernels
 from vqjax import config as config_lib
 from vqjax import progress
-from vqjax.bench import random_weights, results, roofline, tables
+from vqjax.bench import random_weights, results, roofline, sums, tables
 from vqjax.bench.clock import medians_in_turn, together
 from vqjax.bench.layers import layers_of
 from vqjax.bench.sample import BITS, asked, quantized_model, relative_rms
@@ -196,6 +196,7 @@ def run(wanted: BenchKernelsSettings) -> None:
     with asked(wanted.path):
         for case, programs in compiled(places(wanted), wanted, measured_runs):
             records.append(measure(case, programs, wanted))
+            found["sums"] = sums.of(records, targets=device.current().platform == "gpu")
             if wanted.json is not None:  # after each: whoever ends the process keeps the others
                 native.write_atomically(wanted.json, (json.dumps(found, indent=2) + "\n").encode())
     show(found)
@@ -610,8 +611,7 @@ def _entries(case: Case, here: device.Device) -> Iterator[tuned.Entry]:
 
 
 def show(found: Mapping[str, Any]) -> None:
-    """Prints one row for each layer shape and batch, and sums over the layers of the model: those
-    of each step of a sampler apart from what it computes before its loop."""
+    """Prints one row for each layer shape and batch, and `sums.of` them."""
     title = f"Layers of {found['model']}, {found['dtype']}, on {found['environment']['device']}"
     table = Table(title=title, title_justify="left")
     left = ("x", "code", "path")
@@ -663,20 +663,13 @@ def show(found: Mapping[str, Any]) -> None:
             "round, which may flatter them",
             style="dim",
         )
-    for batch in dict.fromkeys(record["batch"] for record in found["records"]):
-        chosen = [record for record in found["records"] if record["batch"] == batch]
-        for which, inside in (("Layers of a step", True), ("Layers before the first step", False)):
-            some = [record for record in chosen if record["in_each_step"] == inside]
-            packed, dense, packed_bytes, dense_bytes = (
-                sum(record["count"] * record[name] for record in some)
-                for name in ("seconds", "dense_seconds", "packed_bytes", "dense_bytes")
-            )
-            if some:
-                console.print(
-                    f"{which}, batch {batch}: {1e3 * packed:,.1f} ms, dense {1e3 * dense:,.1f} ms, "
-                    f"{dense / packed:.2f} x dense; weights {packed_bytes / 1e6:,.1f} MB, "
-                    f"dense {dense_bytes / 1e6:,.1f} MB"
-                )
+    for one in found["sums"]:
+        target = "" if one["target"] is None else f" (target {one['target']:g})"
+        console.print(
+            f"{one['layers']}, batch {one['batch']}: {1e3 * one['seconds']:,.1f} ms, dense "
+            f"{1e3 * one['dense_seconds']:,.1f} ms, {one['ratio_to_dense']:.2f} x dense{target}; "
+            f"weights {one['packed_bytes'] / 1e6:,.1f} MB, dense {one['dense_bytes'] / 1e6:,.1f} MB"
+        )
 
 
 def _percent(share: float | None) -> str:
