@@ -45,6 +45,7 @@ def test_every_path_of_a_cpu(tmp_path, monkeypatch, capsys, caplog):
     assert records["decoded in the step"]["weight_bytes"] < records["dense"]["weight_bytes"] / 3
     for record in records.values():
         assert record["images_per_second"] > 0
+        assert record["roofline_share"] > 0
         assert record["latent_error"] < 1e-4
     assert "decoded in the step" in capsys.readouterr().out
     assert not caplog.messages  # no warning of what was asked for here

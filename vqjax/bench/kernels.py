@@ -642,8 +642,8 @@ def show(found: Mapping[str, Any]) -> None:
             f"{1e3 * record['seconds']:.3g}",
             f"{1e3 * record['dense_seconds']:.3g}",
             f"{record['ratio_to_dense']:.2f}",
-            _percent(record["roofline_share"]),
-            _percent(record["dense_roofline_share"]),
+            tables.percent(record["roofline_share"]),
+            tables.percent(record["dense_roofline_share"]),
             f"{record['packed_bytes'] / 1e6:.3f}",
             f"{record['dense_bytes'] / 1e6:.3f}",
             f"{record['error']:.1g}",
@@ -670,7 +670,3 @@ def show(found: Mapping[str, Any]) -> None:
             f"{1e3 * one['dense_seconds']:,.1f} ms, {one['ratio_to_dense']:.2f} x dense{target}; "
             f"weights {one['packed_bytes'] / 1e6:,.1f} MB, dense {one['dense_bytes'] / 1e6:,.1f} MB"
         )
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.0f} %"

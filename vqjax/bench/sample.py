@@ -20,8 +20,9 @@ from rich.table import Table
 
 from vqjax import config as config_lib
 from vqjax import io, sampling
-from vqjax.bench import random_weights, tables
+from vqjax.bench import random_weights, roofline, tables
 from vqjax.bench.clock import medians_in_turn, together
+from vqjax.bench.layers import layers_of
 from vqjax.config import LatentDiffusionConfig
 from vqjax.core import tree
 from vqjax.core.model import Model
@@ -29,6 +30,7 @@ from vqjax.core.tensor import VQTensor, densify
 from vqjax.errors import VqjaxError
 from vqjax.io import native
 from vqjax.kernels import device, dispatch, tuned
+from vqjax.kernels.lut_matmul import counts
 from vqjax.kernels.lut_matmul import native as native_tables
 from vqjax.pipeline import environment
 from vqjax.pipeline.journal import peak_memory_bytes
@@ -107,6 +109,8 @@ def run(wanted: BenchSampleSettings) -> None:
     model = quantized_model(wanted.source, wanted.bits, wanted.seed, wanted.act_bits)
     quantized = [leaf for leaf in tree.flatten(model.params).values() if isinstance(leaf, VQTensor)]
     guidance = model.config.guidance if wanted.guidance is None else wanted.guidance
+    machine = roofline.of(device.current(), wanted.dtype)
+    least = machine.least_seconds(0, image_operations(model, guidance, wanted))
     records: list[dict[str, Any]] = []
     found: dict[str, Any] = {
         "command": command_line("vqjax.bench", wanted, "sample"),
@@ -117,10 +121,11 @@ def run(wanted: BenchSampleSettings) -> None:
         "steps": wanted.steps,
         "guidance": guidance,
         "dtype": wanted.dtype,
+        "peaks": machine._asdict(),
         "records": records,
     }
     for works, programs in compiled(wanted, model, guidance):
-        records += measure(works, programs, wanted.repeat)
+        records += measure(works, programs, wanted.repeat, least)
         found["peak_memory_bytes"] = peak_memory_bytes()
         if wanted.json is not None:  # after each: whoever ends the process keeps what was measured
             native.write_atomically(wanted.json, (json.dumps(found, indent=2) + "\n").encode())
@@ -217,10 +222,26 @@ def quantized_model(
     return model
 
 
+def image_operations(model: Model, guidance: float, wanted: BenchSampleSettings) -> int:
+    """Of the dense layers in the steps of one image; neither of products of attention nor of the
+    first stage."""
+    shapes = jax.eval_shape(densify, model.params)
+    rows = sampling.rows(model.config, 1, guidance)
+    return wanted.steps * sum(
+        layer.count * counts.operations(layer.problem(rows, wanted.dtype))[0]
+        for layer in layers_of(model.config.name, model.config, shapes)
+        if layer.sees_latent
+    )
+
+
 def measure(
-    works: Sequence[Work], programs: Sequence[Program], repeat: int
+    works: Sequence[Work], programs: Sequence[Program], repeat: int, least: float | None = None
 ) -> list[dict[str, Any]]:
-    """One record for each path of a batch size."""
+    """One record for each path of a batch size.
+
+    Args:
+      least: seconds that an image's dense layers take at the device's peak, or None.
+    """
     ready = {work.name: program for work, program in zip(works, programs)}
     latents = {name: np.asarray(program()[1]) for name, program in ready.items()}
     expected = latents.get(SIMULATED, latents[DENSE])
@@ -232,6 +253,7 @@ def measure(
             "images_per_second": work.batch / seconds[work.name],
             "seconds": seconds[work.name],
             "ratio_to_dense": seconds[DENSE] / seconds[work.name],
+            "roofline_share": None if least is None else work.batch * least / seconds[work.name],
             "weight_bytes": work.placed.nbytes,
             "load_seconds": work.load_seconds,
             "layers": work.placed.counts(),
@@ -294,7 +316,8 @@ def show(found: Mapping[str, Any]) -> None:
     )
     table = Table(title=title, title_justify="left")
     left = ("path", "layers")
-    for name in ("batch", "path", "images/s", "x dense", "U-Net MB", "load s", "error", "layers"):
+    columns = ("images/s", "x dense", "of peak", "U-Net MB", "load s", "error", "layers")
+    for name in ("batch", "path", *columns):
         table.add_column(name, justify="left" if name in left else "right")
     for record in found["records"]:
         if record["path"] == DENSE:
@@ -304,6 +327,7 @@ def show(found: Mapping[str, Any]) -> None:
             record["path"],
             f"{record['images_per_second']:.3g}",
             f"{record['ratio_to_dense']:.2f}",
+            tables.percent(record["roofline_share"]),
             f"{record['weight_bytes'] / 1e6:,.2f}",
             f"{record['load_seconds']:.2f}",
             f"{record['latent_error']:.1g}",
@@ -314,8 +338,10 @@ def show(found: Mapping[str, Any]) -> None:
     console = tables.wide_console()
     console.print(table)
     console.print(
-        "images/s and x dense: medians of rounds in which all paths ran in turn; U-Net MB: its "
-        "weights in memory;\nload s: decoding at load, its compilation included; error: RMS of "
-        f"latents to those of {named}, relative",
+        "images/s and x dense: medians of rounds in which all paths ran in turn; of peak: time "
+        "that the operations of the\nU-Net's dense layers take at the device's peak, over all time "
+        "taken; U-Net MB: its weights in memory;\nload s: decoding at load, its compilation "
+        f"included; error: RMS of latents to those of {named}, relative.\nPeaks: "
+        f"{found['peaks']['source']}",
         style="dim",
     )

@@ -36,6 +36,11 @@ def wide_console() -> Console:
     return console if console.is_terminal else Console(highlight=False, width=_PIPE_WIDTH)
 
 
+def percent(share: float | None) -> str:
+    """A share for people; a dash where it is not known."""
+    return "-" if share is None else f"{100 * share:.0f} %"
+
+
 def show(records: Sequence[dict[str, Any]]) -> None:
     """Prints the tables, file by file, the least held-out error in bold."""
     console = wide_console()
