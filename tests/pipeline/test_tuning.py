@@ -120,7 +120,9 @@ def test_other_tunings_start_from_the_same_compressed_layers(source):
 
 
 def test_one_of_several_connected_processes_does_not_tune(source, monkeypatch):
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)  # also of processes that left each other
+    quantize.prepare(QuantizeSettings(source=source, tune_steps=1))
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     with pytest.raises(VqjaxError, match=r"--tune-steps 1: not below jax\.distributed; ask for 0"):
         quantize.prepare(QuantizeSettings(source=source, tune_steps=1))
     quantize.prepare(QuantizeSettings(source=source, tune_steps=0))

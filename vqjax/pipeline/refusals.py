@@ -37,7 +37,8 @@ def check_steps(config: LatentDiffusionConfig, wanted: QuantizeSettings, tune_st
         timesteps = len(ddim_schedule(config, wanted.calibration.steps).timesteps)
     except VqjaxError as error:
         raise VqjaxError(f"--calibration.{error}") from None
-    if tune_steps and jax.process_count() > 1:  # checkpoints of one would wait for all of them
+    connected = jax.distributed.is_initialized() and jax.process_count() > 1
+    if tune_steps and connected:  # checkpoints of one would wait for all of them
         raise VqjaxError(
             f"--tune-steps {tune_steps}: not below jax.distributed; ask for 0, or use the command "
             "with JAX_COORDINATOR_ADDRESS, whose processes leave jax.distributed before"
