@@ -65,5 +65,6 @@ def test_each_kind_of_weight_is_compiled_once_before_any_is_updated(monkeypatch)
     monkeypatch.setattr(pv, "compile_ahead", compile_ahead)
     jax.monitoring.register_event_duration_secs_listener(hear)
     settings = BenchTuneSettings(bits=3.0, repeat=1)
-    assert tune._update_seconds(settings, variant, gradients, weights) > 0
+    update = tune._update(settings, variant, gradients, weights)
+    assert len(jax.block_until_ready(update())) == 2
     assert len(ahead) == len(made) == 1
