@@ -106,8 +106,7 @@ def by_rule(problem: Problem, tensor_cores: bool = True) -> Schedule:
     Args:
       tensor_cores: whether the device multiplies tiles by them where the type allows it.
     """
-    tensor_cores &= problem.dtype != "float32"
-    if problem.rows > (FUSED_ROWS if tensor_cores else FUSED_ROWS_FLOAT32):
+    if problem.rows > (FUSED_ROWS if _on_cores(problem, tensor_cores) else FUSED_ROWS_FLOAT32):
         return Schedule("staged", Tiles(_LEAST, 32, 128))
     return _fused(problem, 32 if problem.rows <= 32 else 64, _depth(problem, tensor_cores))
 
@@ -115,7 +114,11 @@ def by_rule(problem: Problem, tensor_cores: bool = True) -> Schedule:
 def _depth(problem: Problem, tensor_cores: bool) -> int:
     """Registers hold half as much without tensor cores, and of vectors that are read place by
     place."""
-    return 64 if problem.window == 1 and tensor_cores else 32
+    return 64 if problem.window == 1 and _on_cores(problem, tensor_cores) else 32
+
+
+def _on_cores(problem: Problem, tensor_cores: bool) -> bool:
+    return tensor_cores and problem.dtype != "float32"
 
 
 def _fused(problem: Problem, outputs: int, depth: int) -> Schedule:
@@ -153,7 +156,7 @@ def candidates(problem: Problem, tensor_cores: bool = True) -> tuple[Schedule, .
       tensor_cores: as for `by_rule`.
     """
     rule = by_rule(problem, tensor_cores)
-    depth_by_rule = _depth(problem, tensor_cores and problem.dtype != "float32")
+    depth_by_rule = _depth(problem, tensor_cores)
     if rule.kind == "staged":
         return (rule,)
     made = [

@@ -78,7 +78,7 @@ def train(
                 watch.add(index, {key: float(value) for key, value in metrics.items()})
                 due = time.monotonic() - saved > SAVE_INTERVAL and watch.sound
                 if due or index == steps - 1:
-                    watch.look(index, state)
+                    watch.check_finite(index, state)
                     _save(manager, index + 1, state, watch.seen)
                     watch.kept, saved = index + 1, time.monotonic()
                 advance(1, watch.note())
@@ -155,7 +155,7 @@ class _Watch:
         first = float(np.mean(self._early))
         raise self._diverged(f"loss {loss:.4g} at step {index}, {first:.4g} in the first steps")
 
-    def look(self, index: int, state: Any) -> None:
+    def check_finite(self, index: int, state: Any) -> None:
         """Raises DivergedError where a state is no number: its loss is that of the next step."""
         floats = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
         if floats and not _finite(floats):

@@ -56,17 +56,16 @@ def test_a_place_for_no_grid_is_refused_before_sampling(tmp_path, monkeypatch, c
         raise AssertionError("sampled before --out was looked at")
 
     monkeypatch.setattr(sampling, "generate", sampled)
-    (tmp_path / "file").write_text("")
-    locked = tmp_path / "locked"
-    locked.mkdir()
-    monkeypatch.setattr(os, "access", lambda path, mode: path != locked)
+    # Which places are refused, tests of `places` say; missing folders are made.
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
     for out, message in (
         (tmp_path, "is a folder"),
-        (tmp_path / "file" / "a.png", "is a file"),
-        (locked / "new" / "a.png", f"{locked} takes no new files"),
+        (tmp_path / "new" / "a.png", f"{tmp_path} takes no new files"),
     ):
         assert command.main(["digits", "--out", str(out)]) == 2
         assert message in capsys.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.setattr(sampling, "generate", sampled)
     assert command.main(["digits", "--count", "20000", "--out", str(tmp_path / "a.png")]) == 2
     assert "the grid would be 270 x 84998 pixels, the limit is 65535" in capsys.readouterr().err
 
