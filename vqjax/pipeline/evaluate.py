@@ -368,11 +368,8 @@ def _check_protocol(
 ) -> None:
     """Refuses numbers that a model cannot be sampled with; where it is not known, that none can."""
     schedule.check(wanted.steps, wanted.eta, None if config is None else config.timesteps)
-    guidance = wanted.guidance
-    if guidance is None and config is not None:
-        guidance = config.guidance
-    if guidance is not None and not math.isfinite(guidance):
-        raise VqjaxError(f"--guidance {guidance}: expected a finite number")
+    if wanted.guidance is not None and not math.isfinite(wanted.guidance):  # a model's own is
+        raise VqjaxError(f"--guidance {wanted.guidance}: expected a finite number")
 
 
 def _about(job: Evaluation, side: str) -> dict[str, Any]:
