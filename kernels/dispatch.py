@@ -3,12 +3,12 @@
 
 A path is a way to run an operation: "pallas", "triton", "native" (lookup tables in native code),
 "lut" (in XLA), and "xla", which always can. On a GPU `auto` takes what was measured best on this
-kind of device (`kernels.tuned`), and else Pallas where it can run, and else XLA; Triton only where
-it was measured. On a CPU it takes native code where that can run, which beats decoding in every
-call. Whether a weight is better decoded once, when a model is loaded, is what was measured
-(`Choice.keeps`); without a measurement it is on a CPU, and stays packed on a GPU. Tables in XLA are
-taken only where they are asked for. The choice is made when a function is traced: `VQJAX_KERNELS`
-has to be set before, or `asking` to be entered.
+kind of device (`kernels.tuned`), and else Pallas where it can run, and else XLA. Triton, and native
+code on a CPU, it takes only where they were measured to win. Whether a weight is better decoded
+once, when a model is loaded, is what was measured, too (`Choice.keeps`); without a measurement it
+is on a CPU, and stays packed on a GPU. Tables in XLA are taken only where they are asked for. The
+choice is made when a function is traced: `VQJAX_KERNELS` has to be set before, or `asking` to be
+entered.
 """
 
 import contextlib
@@ -38,6 +38,9 @@ KERNELS = ("pallas", "triton", "native")
 
 PLATFORMS = {"pallas": "cuda", "triton": "cuda", "native": "cpu"}
 """Where kernels run, as XLA names it."""
+
+MEASURED = ("triton", "native")
+"""Kernels that `auto` takes where they were measured to be fastest, and only there."""
 
 UNMEASURED = "it is taken by name, or where it was measured to be fastest"
 
@@ -133,10 +136,9 @@ def choose(problem: Problem, refusals: Refusals, device: Device) -> Choice:
     able = [path for path, reasons in refusals.items() if not reasons] + ["xla"]
     candidates = able if name == "auto" else [name]
     measured = tuned.find(device.kind, problem)
-    on_cpu = device.platform == "cpu"
-    # Of weights that are decoded at load a measurement says nothing of what is best in the step.
-    if measured and measured[0] in candidates and not on_cpu and measured != tuned.DECODED:
-        path, made = measured
+    fastest = _packed_path(measured)
+    if measured and fastest and fastest in candidates:
+        path, made = fastest, measured.schedule
         why = f"measured on {device.kind}"
     else:
         path = candidates[0]
@@ -148,13 +150,19 @@ def choose(problem: Problem, refusals: Refusals, device: Device) -> Choice:
             why = "; ".join(f"no {other}: {', '.join(found)}" for other, found in refusals.items())
         else:
             why = "it can run here"
-    # Tables say whether weights decoded at load are faster. Packed they take less memory, which a
-    # GPU has less of: there they stay packed unless that was measured to be slower.
-    faster = measured == ("native", None) if on_cpu else measured != tuned.DECODED
-    keeps = path != "xla" and (name == path or faster)
+    # Packed they take less memory, too: they stay so unless that was measured to be slower.
+    slower = measured is not None and measured.path == "xla"
+    keeps = path != "xla" and (name == path or not slower)
     books = books_for(problem, staged=made.kind == "staged") if made else None
     biases = schedule.bias_dtype(problem, made)
     return _logged(problem, device, Choice(path, made, why, keeps, books, biases))
+
+
+def _packed_path(measured: tuned.Entry | None) -> str | None:
+    """The kernel that was measured to be fastest for a weight that stays packed, if that was."""
+    if measured is None:
+        return None
+    return measured.packed if measured.path == "xla" else measured.path
 
 
 def _logged(problem: Problem, device: Device, choice: Choice) -> Choice:
@@ -215,8 +223,7 @@ def _refusals(path: str, kernel: Kernel, problem: Problem, device: Device) -> li
         return [f"{VARIABLE}={name}"]
     if name == "auto":
         refused = device.refuses(path)
-        measured = tuned.find(device.kind, problem)
-        if path == "triton" and not (measured and measured[0] == path):
+        if path in MEASURED and _packed_path(tuned.find(device.kind, problem)) != path:
             refused = refused or UNMEASURED
         if refused:
             return [refused]
@@ -280,8 +287,7 @@ def overview() -> list[tuple[str, str]]:
             "Lookup tables, native",
             f"no: {found['native']}"
             if found["native"]
-            else f"yes, {native.instructions()}, on {device}, where weights stay packed; "
-            f"{_measured(device)}",
+            else f"yes, {native.instructions()}, on {device}: {_measured(device)}",
         ),
         ("Lookup tables in XLA", f"yes, where {VARIABLE}=lut asks for them"),
         (VARIABLE, wanted()),
@@ -289,10 +295,15 @@ def overview() -> list[tuple[str, str]]:
 
 
 def _measured(device: Device) -> str:
-    count = tuned.count(device.kind, "native")
-    if count:
-        return f"measured to beat decoded weights for {count} problems"
-    return f"not measured beside decoded weights: {tuned.COMMAND}"
+    found = tuned.found_on(device.kind)
+    if not found:
+        return f"{UNMEASURED} ({tuned.COMMAND})"
+    best = sum(entry.path == "native" for entry in found)
+    packed = sum(entry.packed == "native" for entry in found)
+    return (
+        f"of {len(found)} problems measured to be fastest for {best}, and of weights that have to "
+        f"stay packed for {packed} more"
+    )
 
 
 @functools.cache

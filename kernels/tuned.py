@@ -4,9 +4,10 @@
     {"version": 1, "devices": {KIND: {OP: {KEY: ENTRY}}}}
 
 KIND is that of `device.Device`, KEY comes from `key`. An ENTRY is {"path": "xla"}, where a weight
-that is decoded at load was fastest, on a CPU or {"path": "native"}, or a path with its schedule:
-{"path": "pallas", "kind": "fused", "tiles": {"rows": 16, ...}}. Only measurements on that device
-belong into it.
+that is decoded at load was fastest, or a path with its schedule:
+{"path": "pallas", "kind": "fused", "tiles": {"rows": 16, ...}}. On a CPU it may be
+{"path": "native"}, or {"path": "xla", "packed": "native"}: for a weight that has to stay packed,
+native code is faster than decoding in every call. Only measurements on that device belong into it.
 
 `COMMAND` writes the user's own table, in the cache. Another one, `tiles.json`, is in the package.
 """
@@ -18,7 +19,7 @@ import importlib.resources
 import json
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import platformdirs
 
@@ -32,9 +33,22 @@ PATHS = ("xla", "native", "pallas", "triton")
 WITHOUT_SCHEDULE = ("xla", "native")
 KINDS = ("fused", "staged")
 
-Entry = tuple[str, Schedule | None]
 
-DECODED: Entry = ("xla", None)
+class Entry(NamedTuple):
+    """What was measured to be fastest.
+
+    Attributes:
+      path: "xla" is a weight that is decoded at load.
+      schedule: of a GPU kernel; None for others.
+      packed: path of a weight that is not decoded at load all the same, where that was measured.
+    """
+
+    path: str
+    schedule: Schedule | None = None
+    packed: str | None = None
+
+
+DECODED = Entry("xla")
 """Weights that are decoded at load: what every kernel has to beat."""
 
 
@@ -60,12 +74,12 @@ def find(device_kind: str, problem: Problem) -> Entry | None:
 
 def knows(device_kind: str) -> bool:
     """Returns whether anything was measured on a kind of device."""
-    return any(kind == device_kind for kind, _, _ in _tables())
+    return bool(found_on(device_kind))
 
 
-def count(device_kind: str, path: str) -> int:
-    """Returns for how many problems a path was measured to be best."""
-    return sum(kind == device_kind and e[0] == path for (kind, _, _), e in _tables().items())
+def found_on(device_kind: str) -> list[Entry]:
+    """Returns all that was measured on a kind of device."""
+    return [entry for (kind, _, _), entry in _tables().items() if kind == device_kind]
 
 
 def digest(device_kind: str) -> str:
@@ -130,10 +144,11 @@ def merged(text: str, device_kind: str, found: Mapping[tuple[str, str], Entry]) 
 
 def plain(entry: Entry) -> dict[str, Any]:
     """Returns an entry as a table has it."""
-    path, made = entry
-    if made is None:
-        return {"path": path}
-    return {"path": path, "kind": made.kind, "tiles": dataclasses.asdict(made.tiles)}
+    path, made, packed = entry
+    fields = {} if packed is None else {"packed": packed}
+    if made is not None:
+        fields |= {"kind": made.kind, "tiles": dataclasses.asdict(made.tiles)}
+    return {"path": path} | fields
 
 
 EMPTY = json.dumps({"version": VERSION, "devices": {}})
@@ -143,17 +158,19 @@ _HEADING = "the table of measured tiles cannot be used:"
 
 
 def _entry(fields: dict[str, Any], where: str, problems: list[str]) -> Entry:
-    path, kind = str(fields.get("path")), str(fields.get("kind"))
+    path, kind, packed = str(fields.get("path")), str(fields.get("kind")), fields.get("packed")
     if path not in PATHS:
         problems.append(f"{where}: path {path!r}, expected one of {', '.join(PATHS)}")
+    if packed not in (None, "native") or (packed and path != "xla"):
+        problems.append(f"{where}: packed {packed!r} with path {path!r}, expected native with xla")
     if path in WITHOUT_SCHEDULE:
-        return path, None
+        return Entry(path, packed=packed)
     if kind not in KINDS:
         problems.append(f"{where}: kind {kind!r}, expected {' or '.join(KINDS)}")
     try:
         tiles = Tiles(**fields.get("tiles", {}))
     except TypeError as error:
         problems.append(f"{where}: tiles {fields.get('tiles')!r}: {error}")
-        return path, None
+        return Entry(path)
     problems += [f"{where}: {problem}" for problem in tiles.problems()]
-    return path, Schedule(kind, tiles)
+    return Entry(path, Schedule(kind, tiles))

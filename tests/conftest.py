@@ -44,6 +44,38 @@ tuned.own_file = lambda: pathlib.Path(os.devnull) / "tiles.json"
 jax.clear_caches = lambda: None
 
 
+def _forget_modules() -> str | None:
+    """Programs that run once they are compiled no longer keep the module they were compiled from.
+
+    JAX keeps each in a context of its own as long as its caches last, and MLIR looks through all
+    contexts that there are whenever it makes one: after a thousand programs JAX takes several times
+    as long to lower and compile the next. Returns why that cannot be helped here, or None.
+    """
+    try:
+        from jax._src.interpreters import pxla
+
+        compiled, forget = pxla.MeshComputation.compile, pxla._cached_lowering_to_hlo.cache_clear
+    except (ImportError, AttributeError) as error:
+        return str(error)
+
+    def compile_and_forget(self, *args, **kwargs):
+        executable = compiled(self, *args, **kwargs)
+        if not (args or kwargs):  # for a call; whoever compiles ahead may want to read the module
+            self._hlo = None
+            forget()
+        return executable
+
+    pxla.MeshComputation.compile = compile_and_forget
+    return None
+
+
+_MODULES_KEPT = _forget_modules()
+
+
+def pytest_report_header(config):
+    return f"modules of compiled programs are kept: {_MODULES_KEPT}" if _MODULES_KEPT else None
+
+
 def pytest_configure(config):
     # pytest-xdist would begin with the files of most tests and end with a single long one.
     config.option.loadscopereorder = False

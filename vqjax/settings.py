@@ -140,9 +140,9 @@ class SampleSettings:
     dtype: Dtype = "float32"
     """What the U-Net computes in."""
     weight_memory: float | None = None
-    """Most GB of quantized weights that are decoded at load; the others stay packed: native code
-    reads them on a CPU where it can, else they are decoded in every step. Default: all are decoded,
-    but those that kernels read as they are stored."""
+    """Most GB of quantized weights that are decoded at load; the others stay packed and are decoded
+    in every step, unless native code was measured to be faster on this CPU. Default: all are
+    decoded, but those that kernels read as they are stored."""
     columns: int = 8
     """Images in one row of the grid."""
     config: str | None = None
@@ -410,8 +410,8 @@ class BenchKernelsSettings:
     """Rounds; medians are shown."""
     tune: bool = False
     """Write what is fastest for each shape to --table instead: of weights that are decoded at load,
-    and on a GPU all kernels and schedules, on a CPU native code. With --json an interrupted run
-    continues."""
+    and on a GPU all kernels and schedules, on a CPU native code and decoding in every call. With
+    --json an interrupted run continues."""
     table: pathlib.Path | None = None
     """The table of measured choices, of which entries of other devices and shapes stay; default:
     the user's own, which sampling reads."""

@@ -108,11 +108,14 @@ def test_a_cpu_compares_native_code_with_decoded_weights(tmp_path, monkeypatch, 
     def made_up(works, repeat):
         for work in works.values():
             jax.block_until_ready(work())
-        slower = 3.0 if len(fastest) else 0.0  # of the two layers, the second
-        fastest.append("xla" if slower else "native")
-        return {entry: 2.0 if entry[0] == "xla" else 1.0 + slower for entry in works}
+        known = {kernels.NATIVE: 1.0, tuned.DECODED: 2.0, kernels.IN_EVERY_CALL: 3.0}
+        if seen:  # of the two layers, the second
+            known = {tuned.DECODED: 1.0, kernels.NATIVE: 2.0, kernels.IN_EVERY_CALL: 3.0}
+        seen.append(works.keys())
+        assert works.keys() == known.keys()
+        return known
 
-    fastest = []
+    seen = []
     monkeypatch.setattr(kernels, "medians_in_turn", made_up)
     monkeypatch.setattr(tuned, "own_file", lambda: tmp_path / "tiles.json")
     wanted = BenchKernelsSettings(model="digits", batch=(1,))
@@ -124,7 +127,24 @@ def test_a_cpu_compares_native_code_with_decoded_weights(tmp_path, monkeypatch, 
         for case in layers_of(wanted)
     }
     tuned._tables.cache_clear()
-    assert found == {"vq_conv": ("native", None), "vq_matmul": ("xla", None)}
+    assert found == {
+        "vq_conv": tuned.Entry("native"),
+        "vq_matmul": tuned.Entry("xla", packed="native"),
+    }
+
+
+def test_what_loses_to_decoding_in_every_call_is_not_taken_for_packed_weights():
+    def chosen(**seconds: float) -> tuned.Entry:
+        entries = {
+            "native": kernels.NATIVE,
+            "load": tuned.DECODED,
+            "call": kernels.IN_EVERY_CALL,
+        }
+        return kernels.best([kernels.Trial(entries[n], s, 0.0, None) for n, s in seconds.items()])
+
+    assert chosen(load=1.0, native=3.0, call=2.0) == tuned.DECODED
+    assert chosen(load=2.0, native=3.0, call=1.0) == tuned.DECODED
+    assert chosen(load=1.0, call=1.0) == tuned.DECODED
 
 
 def test_a_quantized_model_has_its_own_codes(monkeypatch):

@@ -209,6 +209,33 @@ def test_triton_is_taken_where_it_was_measured(monkeypatch):
         assert fallback.path == {"Tesla T4": "xla", "NVIDIA H200": "pallas"}[device.kind]
 
 
+@pytest.mark.parametrize(
+    ("measured", "path", "keeps"),
+    [
+        (None, "xla", False),
+        ({"path": "xla"}, "xla", False),
+        ({"path": "xla", "packed": "native"}, "native", False),
+        ({"path": "native"}, "native", True),
+    ],
+)
+def test_native_code_is_taken_where_it_was_measured_to_win(measured, path, keeps, monkeypatch):
+    def tried(problem: Problem) -> None:
+        assert path == "native", "it would be built, which takes seconds"
+
+    text = table(measured).replace(H200.kind, CPU.kind) if measured else tuned.EMPTY
+    monkeypatch.setattr(tuned, "_tables", lambda: tuned.read(text))
+    monkeypatch.setattr(dispatch, "current", lambda: CPU)
+    kernel = dispatch.Kernel(lambda problem: [], tried, lambda operands, made: operands.x)
+    ways = dispatch.Implementations({"native": kernel}, lambda o: o.x, lambda o: o.x)
+    choice = dispatch.decide(PROBLEM, ways)
+    assert (choice.path, choice.keeps) == (path, keeps)
+    with dispatch.asking("xla"):
+        assert dispatch.decide(PROBLEM, ways).path == "xla"
+    path = "native"
+    with dispatch.asking("native"):
+        assert dispatch.decide(PROBLEM, ways).keeps
+
+
 def test_a_bad_table_lists_its_mistakes():
     text = table(entry(path="cuda", kind="quick", tiles={"rows": 8, "outputs": 32, "depth": 64}))
     with pytest.raises(VqjaxError) as caught:

@@ -125,7 +125,10 @@ def test_native_tables_agree(how, monkeypatch):
         monkeypatch.setenv(dispatch.VARIABLE, "native")
     if how == "measured":
         monkeypatch.setattr(tuned, "knows", lambda kind: True)
-        monkeypatch.setattr(tuned, "find", lambda kind, problem: ("native", None))
+        monkeypatch.setattr(tuned, "find", lambda kind, problem: tuned.Entry("native"))
+    if how == "over the limit":
+        slower = tuned.Entry("xla", packed="native")
+        monkeypatch.setattr(tuned, "find", lambda kind, problem: slower)
     found = placed(params, limit=0 if how == "over the limit" else None)
     assert found.paths == dict.fromkeys(paths, "native")
     difference = relative_rms(latents(found.params), latents(densify(params)))
@@ -187,7 +190,10 @@ def test_the_largest_weights_that_fit_are_decoded(caplog, monkeypatch):
     weights.say_what_stays(found, room / 1e9)
     (message,) = caplog.messages
     assert f"{len(sizes) - len(decoded)} of {len(sizes)} quantized weights" in message
-    assert message.endswith(f"decoded, they exceed the limit of {room / 1e9:g} GB")
+    assert message.endswith(
+        f"decoded, they exceed the limit of {room / 1e9:g} GB ({tuned.COMMAND} finds out whether "
+        "native code is faster)"
+    )
 
 
 def test_nothing_is_said_where_all_fits(caplog):

@@ -168,6 +168,11 @@ class Run(NamedTuple):
     operands: Any
 
 
+NATIVE = tuned.Entry("native")
+IN_EVERY_CALL = tuned.Entry("xla in every call")
+"""What is tried on a CPU beside a weight that is decoded at load."""
+
+
 class Trial(NamedTuple):
     """What became of one path and schedule.
 
@@ -472,10 +477,14 @@ def tune(wanted: BenchKernelsSettings) -> None:
             text = _text(table)
             native.write_atomically(table, tuned.merged(text, here.kind, {name: chosen}).encode())
             kept.add(prints[name], _trial_record(case, tried, chosen))
-            advance(1, f"{name[1]}: {chosen[0]}")
+            advance(1, f"{name[1]}: {chosen.path}")
     entries = tuned.read(_text(table))
-    paths = Counter(entries[here.kind, *name][0] for name in problems)
+    chosen_of = [entries[here.kind, *name] for name in problems]
+    paths = Counter(chosen.path for chosen in chosen_of)
     counted = ", ".join(f"{count} {path}" for path, count in paths.most_common())
+    packed = sum(chosen.packed is not None for chosen in chosen_of)
+    if packed:
+        counted += f" ({packed} of them native where weights have to stay packed)"
     print(f"--tune: {len(problems)} shapes on {here} written to {table}: {counted}")
 
 
@@ -514,16 +523,18 @@ def _trial_record(case: Case, tried: Sequence[Trial], chosen: tuned.Entry) -> di
 
 
 def tried_runs(case: Case) -> dict[tuned.Entry, Run]:
-    """A decoded weight, and every path and schedule that runs here."""
-    scheduled = {
-        (path, schedule): functools.partial(case.scheduled, path=path, schedule=schedule)
-        for path, schedule in _entries(case, device.current())
-    }
-    runs = {
-        (path, schedule): Run(function, case.packed_operands(schedule))
-        for (path, schedule), function in scheduled.items()
-    }
-    return {tuned.DECODED: Run(case.dense, case.dense_operands)} | runs
+    """A decoded weight, and every path and schedule that runs here.
+
+    Native code is compared with decoding in every call, too: without it that is what a CPU does
+    with weights that have to stay packed.
+    """
+    runs = {tuned.DECODED: Run(case.dense, case.dense_operands)}
+    for path, schedule in _entries(case, device.current()):
+        function = functools.partial(case.scheduled, path=path, schedule=schedule)
+        runs[tuned.Entry(path, schedule)] = Run(function, case.packed_operands(schedule))
+    if NATIVE in runs:
+        runs[IN_EVERY_CALL] = Run(case.packed, case.packed_operands(None))
+    return runs
 
 
 def trials(
@@ -551,7 +562,7 @@ def trials(
         try:
             if isinstance(program, Exception):
                 raise program
-            places = dense if entry == tuned.DECODED else _as_read(case, packed, entry[1])
+            places = dense if entry == tuned.DECODED else _as_read(case, packed, entry.schedule)
             work = functools.partial(program, places)
             y = np.asarray(work()[-1], np.float64)
         except Exception as raised:  # whatever it is, there are others
@@ -563,14 +574,14 @@ def trials(
             if expected is None:  # a decoded weight, which all are compared with
                 raise
             why = f"{type(raised).__name__}: {raised}"
-            _log.info("%s: %s, %s is passed over: %s", key, *entry, why)
+            _log.info("%s: %s, %s is passed over: %s", key, entry.path, entry.schedule, why)
             passed.append(Trial(entry, None, None, why))
             continue
         expected = y if expected is None else expected
         error = relative_rms(y, expected)
         if not error <= (limit := TOLERANCES[case.problem.dtype]):
             why = f"result differs from a decoded weight's by {error:.2g}, limit {limit:g}"
-            _log.warning("%s: %s, %s is passed over: %s", key, *entry, why)
+            _log.warning("%s: %s, %s is passed over: %s", key, entry.path, entry.schedule, why)
             passed.append(Trial(entry, None, error, why))
             continue
         works[entry], errors[entry] = work, error
@@ -593,12 +604,16 @@ def _as_read(case: Case, places: list[Operands], schedule: Schedule | None) -> l
 
 
 def best(tried: Sequence[Trial]) -> tuned.Entry:
-    """The path and schedule of least time."""
+    """The path and schedule of least time, and what is best for a weight that stays packed."""
     seconds = {trial.entry: trial.seconds for trial in tried if trial.seconds is not None}
-    return min(seconds, key=seconds.__getitem__)
+    in_every_call = seconds.pop(IN_EVERY_CALL, math.inf)
+    fastest = min(seconds, key=seconds.__getitem__)
+    if fastest == tuned.DECODED and seconds.get(NATIVE, math.inf) < in_every_call:
+        return fastest._replace(packed=NATIVE.path)
+    return fastest
 
 
-def _entries(case: Case, here: device.Device) -> Iterator[tuned.Entry]:
+def _entries(case: Case, here: device.Device) -> Iterator[tuple[str, Schedule | None]]:
     """Paths that run a case here, by schedule."""
     for path in KERNELS:
         reasons = refusals_of(path, case.ways.kernels[path].unsupported(case.problem), here)

@@ -36,8 +36,8 @@ def sample(
       integer: multiply int8 by int8, in models with 8-bit activations and 8-bit integer weights.
       dtype: which the U-Net computes in: "float32", "bfloat16" or "float16".
       weight_memory: most GB (10^9 bytes) of quantized weights that are decoded at load; the others
-        stay packed: native code reads them on a CPU where it can, else they are decoded in every
-        step, which a line of the log says. None sets no limit. Weights that kernels read as they
+        stay packed and are decoded in every step, which a line of the log says, unless native code
+        was measured to be faster on this CPU. None sets no limit. Weights that kernels read as they
         are stored are not decoded (docs/kernels.md). Decoded integers take a byte each.
 
     Returns:

@@ -22,7 +22,7 @@ from vqjax.core import tree
 from vqjax.core.integer import integerize
 from vqjax.core.tensor import VQTensor
 from vqjax.errors import VqjaxError
-from vqjax.kernels import device, dispatch
+from vqjax.kernels import device, dispatch, tuned
 from vqjax.kernels.books import Books
 from vqjax.kernels.problem import FLOATS
 from vqjax.models import packed as packed_layers
@@ -252,16 +252,21 @@ def say_what_stays(placed: Placed, limit: float | None) -> None:
     """Logs in one line that a limit makes every step decode weights, where it does.
 
     For users who set a limit; a benchmark that sets one in order to measure this does not call it.
+    On a CPU it says, too, how to find out whether native code would be faster.
     """
+    here = device.current()
+    unknown = not here.refuses("native") and not tuned.knows(here.kind)
+    hint = f" ({tuned.COMMAND} finds out whether native code is faster)" if unknown else ""
     flat = tree.flatten(placed.params)
     sizes = {path: math.prod(flat[path].shape) for path in placed.paths}
     stays = [path for path, how in placed.paths.items() if how == "xla"]
     if stays:
         _log.warning(
             "%d of %d quantized weights (%.0f %% of their numbers) stay packed and are decoded in "
-            "every step: decoded, they exceed the limit of %g GB",
+            "every step: decoded, they exceed the limit of %g GB%s",
             len(stays),
             len(sizes),
             100 * sum(sizes[path] for path in stays) / sum(sizes.values()),
             limit,
+            hint,
         )
