@@ -20,6 +20,7 @@ from vqjax.core.activations import InputRange
 from vqjax.core.integer import integer_kernel, integerize
 from vqjax.errors import VqjaxError
 from vqjax.kernels import dispatch
+from vqjax.kernels.device import Device
 from vqjax.kernels.problem import Problem
 from vqjax.kernels.schedule import Schedule, Tiles, smallest
 from vqjax.kernels.vq_conv import pallas as conv_pallas
@@ -154,7 +155,7 @@ def test_integers_lower():
         assert text.count("__gpu$xla.gpu.triton") == 1
 
 
-def test_paths_without_integers_say_so():
+def test_paths_without_integers_say_so(monkeypatch):
     problem = problem_of("vq_matmul", 2, (20, 3), (4, 16), 8)
     operands = random_operands(problem, (2, 20))
     ways = api.ways(problem)
@@ -162,7 +163,10 @@ def test_paths_without_integers_say_so():
         found = dispatch.decide(problem, ways)
     assert found.path == "xla"
     assert "this is one of integers" in found.why
-    with dispatch.asking("triton"), pytest.raises(VqjaxError, match="activations are int8, kernel"):
+    t4 = Device("gpu", "Tesla T4", (7, 5))
+    monkeypatch.setattr(dispatch, "current", lambda: t4)
+    why = r"VQJAX_KERNELS=triton, .* 7\.5, and Triton compiles products of int8 for tensor cores"
+    with dispatch.asking("triton"), pytest.raises(VqjaxError, match=why):
         dispatch.run(problem, operands, ways)
 
 
