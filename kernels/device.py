@@ -14,7 +14,7 @@ import jax
 
 CAPABILITIES = {"pallas": (8, 0), "triton": (7, 5)}
 """Least compute capability of a kernel, by path. XLA, which compiles Pallas kernels as Triton code,
-takes "Ampere GPUs and up"; Triton itself goes one generation further back."""
+takes "Ampere GPUs and up"; Triton itself goes one generation further back, but not with int8."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +42,12 @@ class Device:
         """Whether kernels use tensor cores here: Triton does from compute capability 8.0 on."""
         return self.capability is not None and self.capability >= CAPABILITIES["pallas"]
 
-    def refuses(self, path: str) -> str | None:
-        """Returns why kernels of a path cannot run here, or None."""
+    def refuses(self, path: str, *, integer: bool = False) -> str | None:
+        """Returns why kernels of a path cannot run here, or None.
+
+        Args:
+          integer: kernels that multiply int8. Without tensor cores Triton does not compile them.
+        """
         if path == "native":
             return None if self.platform == "cpu" else f"{self} is no CPU"
         if self.capability is None:
@@ -52,6 +56,8 @@ class Device:
             least = ".".join(map(str, CAPABILITIES[path]))
             compiler = {"pallas": "XLA compiles Triton code", "triton": "Triton compiles"}[path]
             return f"{self}, and {compiler} from {least} on"
+        if integer and not self.multiplies_tiles:
+            return f"{self}, and Triton compiles products of int8 for tensor cores, from 8.0 on"
         return None
 
 

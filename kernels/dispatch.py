@@ -120,7 +120,8 @@ def choose(problem: Problem, refusals: Refusals, device: Device) -> Choice:
         kernels do not read a layer's codes, XLA answers.
     """
     name = wanted()
-    unread = _UNREAD[name](problem) if name in _UNREAD and not device.refuses(name) else []
+    runs = name in _UNREAD and not device.refuses(name, integer=problem.integer)
+    unread = _UNREAD[name](problem) if runs else []
     if unread:
         return _logged(problem, device, Choice("xla", None, "; ".join(unread), keeps=False))
     if name == "lut":
@@ -222,12 +223,12 @@ def _refusals(path: str, kernel: Kernel, problem: Problem, device: Device) -> li
     if name not in ("auto", path):
         return [f"{VARIABLE}={name}"]
     if name == "auto":
-        refused = device.refuses(path)
+        refused = device.refuses(path, integer=problem.integer)
         if path in MEASURED and _packed_path(tuned.find(device.kind, problem)) != path:
             refused = refused or UNMEASURED
         if refused:
             return [refused]
-    found = refusals_of(path, kernel.unsupported(problem), device)
+    found = refusals_of(path, kernel.unsupported(problem), device, integer=problem.integer)
     if not found:
         found += _failed_trial(kernel.trial, problem.kind_of_kernel(), device)
     return found
@@ -249,9 +250,15 @@ def run(problem: Problem, operands: Any, ways: Implementations) -> jax.Array:
     return jax.lax.platform_dependent(operands, default=ways.reference, **here)
 
 
-def refusals_of(path: str, unsupported: list[str], device: Device) -> list[str]:
-    """Returns every reason against a kernel: of the problem and of the device."""
-    refused = device.refuses(path)
+def refusals_of(
+    path: str, unsupported: list[str], device: Device, *, integer: bool = False
+) -> list[str]:
+    """Returns every reason against a kernel: of the problem and of the device.
+
+    Args:
+      integer: as `Device.refuses` takes it.
+    """
+    refused = device.refuses(path, integer=integer)
     return [*unsupported, *([refused] if refused else [])]
 
 

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from vqjax.kernels.books import CODE_BITS
-from vqjax.kernels.problem import Problem, Scaling
+from vqjax.kernels.problem import FLOATS, INTEGER, Problem, Scaling
 from vqjax.kernels.schedule import Tiles, smallest
 
+_DTYPES = (*FLOATS, INTEGER)
 _MOST_BOOKS = 8
 _MOST_ELEMENTS = 2**31 - 1  # indices are 32 bits
 _MOST_ERROR = {"float32": 1e-4, "float16": 5e-3, "bfloat16": 4e-2, "int8": 1e-5}
@@ -35,11 +36,11 @@ def in_two_bytes(bits: int) -> bool:
     return bits & (bits - 1) > 0
 
 
-def unsupported(problem: Problem, dtypes: tuple[str, ...]) -> list[str]:
-    """Returns why kernels that take activations of these types cannot run a problem."""
+def unsupported(problem: Problem) -> list[str]:
+    """Returns why kernels cannot run a problem on any device; nothing if they can."""
     found = unread(problem)
-    if problem.dtype not in dtypes:
-        found.append(f"activations are {problem.dtype}, kernels take {', '.join(dtypes)}")
+    if problem.dtype not in _DTYPES:
+        found.append(f"activations are {problem.dtype}, kernels take {', '.join(_DTYPES)}")
     reach = max(problem.strides[0] * problem.strides[1], 1)
     largest = max(
         problem.rows * reach * problem.inputs,
@@ -49,6 +50,11 @@ def unsupported(problem: Problem, dtypes: tuple[str, ...]) -> list[str]:
     if largest > _MOST_ELEMENTS:
         found.append(f"an array of {largest} elements, kernels count with 32 bits")
     return found
+
+
+def depth(tiles: Tiles, problem: Problem) -> int:
+    """Returns the length of the inner products: of int8, tensor cores take 32 numbers at least."""
+    return max(tiles.depth, 32) if problem.integer else tiles.depth
 
 
 def frame(problem: Problem, tiles: Tiles) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from vqjax.kernels import gpu_arrays
-from vqjax.kernels.problem import FLOATS, INTEGER, Problem, Scaling
+from vqjax.kernels.problem import Problem, Scaling
 from vqjax.kernels.schedule import Tiles
 
 MISSING: str | None = None
@@ -36,7 +36,7 @@ except ImportError as _error:
 
 def unsupported(problem: Problem) -> list[str]:
     """Returns why the kernels cannot run a problem on any device; nothing if they can."""
-    return [*([MISSING] if MISSING else []), *gpu_arrays.unsupported(problem, (*FLOATS, INTEGER))]
+    return [*([MISSING] if MISSING else []), *gpu_arrays.unsupported(problem)]
 
 
 def launch(
@@ -65,11 +65,6 @@ def launch(
         compiler_params=backend.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
         name=name,
     )(*operands)
-
-
-def depth(tiles: Tiles, problem: Problem) -> int:
-    """Returns the length of the inner products: of int8, tensor cores take 32 numbers at least."""
-    return max(tiles.depth, 32) if problem.integer else tiles.depth
 
 
 def indices(first: jax.Array | int, count: int) -> jax.Array:

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 from vqjax.kernels import gpu_arrays
-from vqjax.kernels.problem import FLOATS, Problem
+from vqjax.kernels.problem import Problem
 from vqjax.kernels.schedule import Tiles
 
 HINT = "pip install 'vqjax[triton]'"
@@ -34,7 +34,7 @@ def missing() -> str | None:
 def unsupported(problem: Problem) -> list[str]:
     """Returns why the kernels cannot run a problem on any device; nothing if they can."""
     found = missing()
-    return [*([found] if found else []), *gpu_arrays.unsupported(problem, FLOATS)]
+    return [*([found] if found else []), *gpu_arrays.unsupported(problem)]
 
 
 def launch(

@@ -63,7 +63,7 @@ def _fused(
 ) -> jax.Array:
     batch, height, width, inputs = operands.x.shape
     image = (height, width)
-    depth = gpu.depth(tiles, problem)
+    depth = gpu_arrays.depth(tiles, problem)
     steps = -(-inputs // (depth * tiles.splits))
     books = books_for(problem, staged=False)
     kernel = functools.partial(

@@ -14,7 +14,7 @@ import triton.language as tl  # pyright: ignore[reportMissingImports]
 
 from vqjax.kernels import gpu_arrays, triton_decode, triton_gpu
 from vqjax.kernels.books import books_for
-from vqjax.kernels.problem import Operands, Problem
+from vqjax.kernels.problem import AnyOperands, IntegerOperands, Problem
 from vqjax.kernels.schedule import Schedule, Tiles
 from vqjax.kernels.triton_decode import add_product, finish, jit, read_codes, sum_places
 from vqjax.kernels.vq_conv import ref
@@ -22,14 +22,15 @@ from vqjax.kernels.vq_conv.window import Window, for_trial
 
 
 def vq_conv(
-    operands: Operands,
+    operands: AnyOperands,
     problem: Problem,
     schedule: Schedule,
     window: Window,
     *,
     capability: int | None = None,
 ) -> jax.Array:
-    """Computes what `ref.vq_conv` defines, for problems that the dispatcher does not refuse.
+    """Computes what `ref.vq_conv` or `ref.vq_conv_int8` defines, where the dispatcher does not
+    refuse.
 
     Args:
       capability: as `triton_gpu.launch` takes it.
@@ -37,6 +38,8 @@ def vq_conv(
     if schedule.kind == "staged":
         w_ON = triton_decode.decode(operands, problem, schedule.tiles, capability=capability)
         w_OHWI = w_ON.reshape(-1, window.size, window.size, problem.inputs)
+        if isinstance(operands, IntegerOperands):
+            return ref.scaled_sums(operands, w_OHWI, window)
         return ref.convolve_places(operands.x, w_OHWI, operands.bias_O, window)
     return _fused(operands, problem, schedule.tiles, window, capability)
 
@@ -50,32 +53,32 @@ def try_small(problem: Problem) -> None:
 
 
 def _fused(
-    operands: Operands, problem: Problem, tiles: Tiles, window: Window, capability: int | None
+    operands: AnyOperands, problem: Problem, tiles: Tiles, window: Window, capability: int | None
 ) -> jax.Array:
     batch, height, width, inputs = operands.x.shape
     lines, columns = window.outputs((height, width))
     scaling = operands.scaling()
     books = books_for(problem, staged=False)
+    depth = gpu_arrays.depth(tiles, problem)
     y = triton_gpu.launch(
         conv_kernel,
         (
             operands.x,
             operands.packed_OY,
             books.table_of(operands),
-            scaling.factors_O,
-            scaling.biases_O,
+            *triton_decode.scaling_operands(scaling),
         ),
         **gpu_arrays.frame(problem, tiles),
         tiles=tiles,
         name="vq_conv",
-        constants=triton_decode.code_constants(books.problem)
+        constants=triton_decode.code_constants(books)
         | {
             "ROWS": problem.rows,
             "INPUTS": inputs,
             "GROUP": problem.group,
             "SPLITS": tiles.splits,
-            "STEPS": -(-inputs // (tiles.depth * tiles.splits)),
-            "ROUNDED": books.sums != "float32",
+            "STEPS": -(-inputs // (depth * tiles.splits)),
+            "PRODUCTS": getattr(tl, problem.sums),
             "WINDOW": window.size,
             "HEIGHT": height,
             "WIDTH": width,
@@ -87,7 +90,7 @@ def _fused(
             "BEFORE": window.padding[1][0],
             "TILE_R": tiles.rows,
             "TILE_T": tiles.outputs,
-            "TILE_C": tiles.depth,
+            "TILE_C": depth,
         },
         capability=capability,
     )
@@ -97,13 +100,14 @@ def _fused(
 
 @jit
 def conv_kernel(
-    x_ptr, packed_ptr, books_ptr, factors_ptr, biases_ptr, y_ptr,
+    x_ptr, packed_ptr, books_ptr,
+    factors_ptr, biases_ptr, steps_ptr, zeros_ptr, totals_ptr, y_ptr,
     OUTPUTS: tl.constexpr, GROUPS: tl.constexpr, BYTES: tl.constexpr, BOOKS: tl.constexpr,
-    ENTRIES: tl.constexpr, BITS: tl.constexpr, PADDED: tl.constexpr,
-    ROWS: tl.constexpr, INPUTS: tl.constexpr, GROUP: tl.constexpr, SPLITS: tl.constexpr,
-    STEPS: tl.constexpr, ROUNDED: tl.constexpr, WINDOW: tl.constexpr, HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr, LINES: tl.constexpr, COLUMNS: tl.constexpr, DOWN: tl.constexpr,
-    RIGHT: tl.constexpr, ABOVE: tl.constexpr, BEFORE: tl.constexpr,
+    ENTRIES: tl.constexpr, BITS: tl.constexpr, IN_TWO: tl.constexpr, SUMS: tl.constexpr,
+    PADDED: tl.constexpr, ROWS: tl.constexpr, INPUTS: tl.constexpr, GROUP: tl.constexpr,
+    SPLITS: tl.constexpr, STEPS: tl.constexpr, PRODUCTS: tl.constexpr, WINDOW: tl.constexpr,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, LINES: tl.constexpr, COLUMNS: tl.constexpr,
+    DOWN: tl.constexpr, RIGHT: tl.constexpr, ABOVE: tl.constexpr, BEFORE: tl.constexpr,
     TILE_R: tl.constexpr, TILE_T: tl.constexpr, TILE_C: tl.constexpr,
 ):  # fmt: skip
     pixels_R = tl.program_id(0) * TILE_R + tl.arange(0, TILE_R)
@@ -114,17 +118,16 @@ def conv_kernel(
     top_R = line_R % LINES * DOWN - ABOVE
     left_R = pixels_R % COLUMNS * RIGHT - BEFORE
     IN_CHANNEL: tl.constexpr = WINDOW * WINDOW // GROUP  # vectors that read one channel
-    total_RT = tl.zeros((TILE_R, TILE_T), tl.float32)
-    sums: tl.constexpr = x_ptr.dtype.element_ty if ROUNDED else tl.float32  # as in `Books`
+    total_RT = tl.zeros((TILE_R, TILE_T), PRODUCTS)
     for step in range(STEPS):
         channels_C = (split * STEPS + step) * TILE_C + tl.arange(0, TILE_C)
         for vector in tl.static_range(IN_CHANNEL):
             codes_M = read_codes(
                 packed_ptr, outputs_T, channels_C * IN_CHANNEL + vector,
-                OUTPUTS, GROUPS, BYTES, BOOKS, ENTRIES, BITS,
+                OUTPUTS, GROUPS, BYTES, BOOKS, ENTRIES, BITS, IN_TWO,
             )  # fmt: skip
             for place in range(GROUP):
-                w_TC = sum_places(books_ptr, codes_M, place, BOOKS, ENTRIES, sums)
+                w_TC = sum_places(books_ptr, codes_M, place, BOOKS, ENTRIES, SUMS)
                 at = vector * GROUP + place
                 y_R = top_R + at // WINDOW
                 x_R = left_R + at % WINDOW
@@ -136,6 +139,6 @@ def conv_kernel(
                 x_RC = tl.load(x_ptr + at_RC, mask=seen_RC, other=0)
                 total_RT = add_product(x_RC, w_TC, total_RT)
     finish(
-        y_ptr, factors_ptr, biases_ptr, total_RT, pixels_R, outputs_T, split,
-        ROWS, OUTPUTS, SPLITS,
+        y_ptr, factors_ptr, biases_ptr, steps_ptr, zeros_ptr, totals_ptr,
+        total_RT, pixels_R, outputs_T, split, ROWS, OUTPUTS, SPLITS,
     )  # fmt: skip

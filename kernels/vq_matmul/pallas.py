@@ -48,7 +48,7 @@ def try_small(problem: Problem) -> None:
 
 def _fused(operands: AnyOperands, problem: Problem, tiles: Tiles, interpret: bool) -> jax.Array:
     books = books_for(problem, staged=False)
-    vectors = vectors_of(gpu.depth(tiles, problem), problem)
+    vectors = vectors_of(gpu_arrays.depth(tiles, problem), problem)
     steps = -(-problem.groups // (vectors * tiles.splits))
     kernel = functools.partial(
         _kernel, problem=books.problem, tiles=tiles, vectors=vectors, steps=steps, sums=books.sums

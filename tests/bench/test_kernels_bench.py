@@ -208,7 +208,7 @@ def gpu(monkeypatch):
 
     def made_up(works, repeat):
         seconds = {"xla": 2.0, "staged": 0.5, "fused": 1.0}
-        return {(path, s): seconds[s.kind if s else path] for path, s in works}
+        return {one: seconds[one.schedule.kind if one.schedule else one.path] for one in works}
 
     monkeypatch.setattr(kernels.Case, "scheduled", scheduled)
     monkeypatch.setattr(kernels, "medians_in_turn", made_up)
@@ -223,8 +223,8 @@ def test_the_best_schedules_are_written(tmp_path, gpu, capsys, caplog):
     entries = tuned.read(table.read_text())
     for case in layers_of(wanted):
         entry = entries[H200.kind, case.problem.op, tuned.key(case.problem)]
-        assert entry == ("pallas", SCHEDULES[1])
-    assert entries["NVIDIA L4", "vq_matmul", "any"] == ("xla", None)
+        assert entry == tuned.Entry("pallas", SCHEDULES[1])
+    assert entries["NVIDIA L4", "vq_matmul", "any"] == tuned.DECODED
     assert "2 shapes on NVIDIA H200, compute capability 9.0 written to" in capsys.readouterr().out
     for record in json.loads(file.read_text())["records"]:
         assert (record["path"], record["kind"]) == ("pallas", "staged")

@@ -2,12 +2,13 @@
 """Runs kernels in Triton on its CPU interpreter: `python -m tests.kernels.interpreted_triton OUT`.
 
 Whether kernels are compiled or interpreted is decided where they are defined, for a whole process;
-hence a program of its own. It reads cases from its input (JSON, a list of `Case.plain`) and writes
-their results to OUT (.npz, in their order). Triton's interpreter takes tensors of PyTorch; `Tensor`
-has what it asks of them.
+hence a program of its own. It reads two lists of cases from its input (JSON, by `Case.plain`) and
+writes to OUT (.npz) the results of the first, in their order, and as "tried" what trials of the
+second met. Triton's interpreter takes tensors of PyTorch; `Tensor` has what it asks of them.
 """
 
 import dataclasses
+import importlib
 import json
 import os
 import sys
@@ -17,8 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tests.kernels import integers
 from vqjax.kernels import specs, triton_gpu
-from vqjax.kernels.problem import Problem
+from vqjax.kernels.problem import AnyOperands, Problem
 from vqjax.kernels.schedule import Schedule, Tiles
 from vqjax.kernels.vq_conv.window import Window
 
@@ -26,7 +28,7 @@ from vqjax.kernels.vq_conv.window import Window
 @dataclasses.dataclass(frozen=True)
 class Case:
     """Attributes:
-    problem, schedule: what runs, on `specs.random_operands`.
+    problem, schedule: what runs, on `operands`.
     x_shape: of the activations.
     padding: of a convolution, alike on both axes.
     """
@@ -52,9 +54,14 @@ class Case:
         schedule = Schedule(plain["schedule"]["kind"], Tiles(**plain["schedule"]["tiles"]))
         return cls(Problem(**problem), schedule, tuple(plain["x_shape"]), tuple(plain["padding"]))
 
+    def operands(self) -> AnyOperands:
+        """Random ones of the problem's kind."""
+        make = integers.random_operands if self.problem.integer else specs.random_operands
+        return make(self.problem, self.x_shape)
+
     def run(self) -> jax.Array:
         """The kernel's result."""
-        operands = specs.random_operands(self.problem, self.x_shape)
+        operands = self.operands()
         if self.problem.op == "vq_matmul":
             from vqjax.kernels.vq_matmul import triton as matmul
 
@@ -63,6 +70,15 @@ class Case:
 
         return conv.vq_conv(operands, self.problem, self.schedule, self.window)
 
+    def tried(self) -> str:
+        """What the dispatcher's trial of such a kernel meets; nothing if it passes."""
+        module = importlib.import_module(f"vqjax.kernels.{self.problem.op}.triton")
+        try:
+            module.try_small(self.problem.kind_of_kernel())
+        except ArithmeticError as error:
+            return str(error)
+        return ""
+
 
 TYPES = {
     "float32": "fp32",
@@ -70,6 +86,7 @@ TYPES = {
     "bfloat16": "bf16",
     "uint8": "u8",
     "int8": "i8",
+    "int32": "i32",
 }
 
 
@@ -118,10 +135,15 @@ class Tensor:
 
 
 def launch(kernel, operands, *, grid, shape, dtype, constants, **unused) -> jax.Array:
-    """As `triton_gpu.launch`, by the interpreter."""
-    y = Tensor(np.full(shape, np.nan, jnp.dtype(dtype)))  # what is not stored is seen
-    kernel[grid](*(Tensor(np.asarray(operand)) for operand in operands), y, **constants)
-    return jnp.asarray(y.array)
+    """As `triton_gpu.launch`, by the interpreter; trials call it from a compiled program."""
+    unseen = np.nan if jnp.issubdtype(dtype, jnp.floating) else -1  # what is not stored is seen
+
+    def run(*operands: jax.Array) -> np.ndarray:
+        y = Tensor(np.full(shape, unseen, jnp.dtype(dtype)))
+        kernel[grid](*(Tensor(np.asarray(operand)) for operand in operands), y, **constants)
+        return y.array
+
+    return jax.pure_callback(run, jax.ShapeDtypeStruct(shape, dtype), *operands)
 
 
 def compute_bfloat16() -> None:
@@ -157,9 +179,10 @@ def main() -> None:
     assert os.environ["TRITON_INTERPRET"] == "1"
     compute_bfloat16()
     triton_gpu.launch = launch
-    cases = [Case.of(plain) for plain in json.load(sys.stdin)]
+    cases, trials = ([Case.of(plain) for plain in each] for each in json.load(sys.stdin))
     # NumPy's files do not know bfloat16; float32 holds all that it can be.
-    np.savez(sys.argv[1], *(np.asarray(case.run(), np.float32) for case in cases))
+    results = [np.asarray(case.run(), np.float32) for case in cases]
+    np.savez(sys.argv[1], *results, tried=[case.tried() for case in trials])
 
 
 if __name__ == "__main__":

@@ -21,7 +21,9 @@ from vqjax.kernels.vq_matmul.api import vq_matmul
 from vqjax.kernels.vq_matmul.specs import LAYERS as MATMUL_LAYERS
 
 PROBLEM = Problem("vq_matmul", 1, 960, 960, 4, 16, 8, "bfloat16", "float16")
+INTEGERS = dataclasses.replace(PROBLEM, dtype="int8", codebook_dtype="int8")
 T4 = Device("gpu", "Tesla T4", (7, 5))
+A100 = Device("gpu", "NVIDIA A100-SXM4-80GB", (8, 0))
 H200 = Device("gpu", "NVIDIA H200", (9, 0))
 CPU = Device("cpu", "cpu")
 
@@ -159,8 +161,8 @@ def entry(**fields) -> dict:
     return {"path": "pallas", "kind": "fused", "tiles": tiles, **fields}
 
 
-def table(fields: dict) -> str:
-    entries = {H200.kind: {"vq_matmul": {tuned.key(PROBLEM): fields}}}
+def table(fields: dict, problem: Problem = PROBLEM) -> str:
+    entries = {H200.kind: {"vq_matmul": {tuned.key(problem): fields}}}
     return json.dumps({"version": 1, "devices": entries})
 
 
@@ -179,7 +181,8 @@ def test_measurements_come_before_rules(fields, path, schedule, monkeypatch):
     assert choice.keeps == (fields != {"path": "xla"})  # decoded at load is faster
 
 
-def test_triton_is_taken_where_it_was_measured(monkeypatch):
+@pytest.mark.parametrize("problem", [PROBLEM, INTEGERS], ids=lambda problem: problem.dtype)
+def test_triton_is_taken_where_it_was_measured(problem, monkeypatch):
     """Elsewhere `auto` does not even look whether it could run: that would import packages."""
 
     def untouched(problem: Problem) -> list[str]:
@@ -192,21 +195,23 @@ def test_triton_is_taken_where_it_was_measured(monkeypatch):
         monkeypatch.setattr(dispatch, "current", lambda: device)
         kernels = {"pallas": kernel(lambda problem: []), "triton": kernel(triton)}
         ways = dispatch.Implementations(kernels, lambda operands: operands.x, lambda o: o.x)
-        return dispatch.decide(PROBLEM, ways)
+        return dispatch.decide(problem, ways)
 
     assert choice(H200).path == "pallas"
     assert choice(T4).path == "xla"
-    assert f"no triton: {dispatch.UNMEASURED}" in choice(T4).why
+    int8 = "Tesla T4, compute capability 7.5, and Triton compiles products of int8"
+    refused = int8 if problem.integer else dispatch.UNMEASURED
+    assert f"no triton: {refused}" in choice(T4).why
     assert choice(CPU).why.count("cpu is no CUDA device") == 2
     measured = entry(path="triton")
-    for device in (T4, H200):
-        text = table(measured).replace(H200.kind, device.kind)
+    for device in (A100 if problem.integer else T4, H200):
+        text = table(measured, problem).replace(H200.kind, device.kind)
         monkeypatch.setattr(tuned, "_tables", lambda text=text: tuned.read(text))
         found = choice(device, lambda problem: [])
         assert (found.path, found.schedule) == ("triton", Schedule("fused", Tiles(16, 32, 64)))
         assert not dispatch.keeps_none()
         fallback = choice(device, lambda problem: ["jax_triton cannot be imported"])
-        assert fallback.path == {"Tesla T4": "xla", "NVIDIA H200": "pallas"}[device.kind]
+        assert fallback.path == ("xla" if device is T4 else "pallas")
 
 
 @pytest.mark.parametrize(
@@ -231,6 +236,8 @@ def test_native_code_is_taken_where_it_was_measured_to_win(measured, path, keeps
     assert (choice.path, choice.keeps) == (path, keeps)
     with dispatch.asking("xla"):
         assert dispatch.decide(PROBLEM, ways).path == "xla"
+    unable = ways._replace(kernels={"native": kernel._replace(unsupported=lambda problem: ["no"])})
+    assert dispatch.decide(PROBLEM, unable).path == "xla"
     path = "native"
     with dispatch.asking("native"):
         assert dispatch.decide(PROBLEM, ways).keeps

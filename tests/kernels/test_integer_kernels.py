@@ -11,14 +11,17 @@ import numpy as np
 import pytest
 
 from tests.io import models as small
+from tests.kernels.integers import exact, random_operands
+from tests.kernels.interpreted_triton import Case
 from tests.kernels.machine_code import CAPABILITIES, assembled, kept_modules
 from tests.kernels.test_lowering import lowered
 from tests.kernels.test_pallas import INTERPRET
 from vqjax.core.activations import InputRange
 from vqjax.core.integer import integer_kernel, integerize
 from vqjax.errors import VqjaxError
-from vqjax.kernels import decode, dispatch
-from vqjax.kernels.problem import IntegerOperands, Problem
+from vqjax.kernels import dispatch
+from vqjax.kernels.device import Device
+from vqjax.kernels.problem import Problem
 from vqjax.kernels.schedule import Schedule, Tiles, smallest
 from vqjax.kernels.vq_conv import pallas as conv_pallas
 from vqjax.kernels.vq_conv import ref as conv_ref
@@ -50,74 +53,23 @@ def problem_of(op, rows, sizes, code, group, **window) -> Problem:
     return Problem(op, rows, inputs, outputs, books, entries, group, "int8", "int8", **window)
 
 
-def random_operands(problem: Problem, x_shape, *, unit: bool) -> IntegerOperands:
-    """All of int8 in the levels; no sum of entries exceeds it.
-
-    Args:
-      unit: scales of 1, zero points of 0 and no bias: the output is the sums themselves, which
-        float32 holds exactly.
-    """
-    rng = np.random.default_rng(0)
-    most = 127 // problem.books
-    size = (problem.books, problem.entries, problem.group)
-    codes = rng.integers(0, problem.entries, (problem.outputs, problem.groups * problem.books))
-    books_MKG: Any = rng.integers(-most, most + 1, size).astype(np.int8)
-    packed_OY: Any = decode.pack(codes, problem.entries)
-    w_ON = decode.decode_integers(packed_OY, books_MKG, groups=problem.groups)
-    rows, outputs = problem.rows, problem.outputs
-    scales = np.ones(outputs) if unit else rng.uniform(1, 2, outputs)
-    bias = None if unit else jax.device_put(rng.normal(size=outputs).astype(np.float32))
-    steps = np.ones(rows) if unit else rng.uniform(1, 2, rows)
-    zeros = np.zeros(rows) if unit else rng.integers(-9, 9, rows)
-    put = jax.device_put  # which compiles nothing
-    return IntegerOperands(
-        x=put(rng.integers(-128, 128, x_shape).astype(np.int8)),
-        packed_OY=put(packed_OY),
-        codebooks_MKG=put(books_MKG),
-        scales_O=put(scales.astype(np.float32)),
-        codebook_scale=put(np.float32(1 if unit else 0.01)),
-        bias_O=bias,
-        steps_P=put(steps.astype(np.float32)),
-        zeros_P=put(zeros.astype(np.int32)),
-        totals_O=put(np.asarray(w_ON)[:, : problem.fan_in].sum(axis=1).astype(np.int32)),
-    )
+def cases() -> list[Case]:
+    """A product and a convolution, whose input was padded before, of each example."""
+    found = []
+    for index, (code, groups, stride, schedule) in enumerate(EXAMPLES):
+        rows, sizes = ((1, (40, 3)), (7, (37, 18)), (21, (100, 16)))[index % 3]
+        product = problem_of("vq_matmul", rows, sizes, code, groups[0])
+        found.append(Case(product, schedule, (rows, sizes[0])))
+        image, sizes = (((1, 7, 6), (3, 17)), ((2, 5, 5), (40, 3)))[index % 2]
+        window = Window(3, (stride, stride), POINT)
+        lines, columns = window.outputs(image[1:])
+        rows, moves = image[0] * lines * columns, {"window": 3, "strides": window.strides}
+        conv = problem_of("vq_conv", rows, sizes, code, groups[1], **moves)
+        found.append(Case(conv, schedule, (*image, sizes[0])))
+    return found
 
 
-def exact_sums(operands: IntegerOperands, problem: Problem, window: Window | None) -> np.ndarray:
-    """In 64 bits, [P, O]."""
-    stored = jax.device_get((operands.packed_OY, operands.codebooks_MKG))
-    w_OP = decode.decode_integers(*stored, groups=problem.groups)
-    w_ON = np.asarray(w_OP, np.int64)[:, : problem.fan_in]
-    x = np.asarray(operands.x, np.int64)
-    if window is None:
-        return x @ w_ON.T
-    lines, columns = window.outputs(x.shape[1:3])
-    w_OIyx = w_ON.reshape(problem.outputs, problem.inputs, 3, 3)
-    down, right = window.strides
-    sums = sum(
-        x[:, ky::down, kx::right][:, :lines, :columns] @ w_OIyx[:, :, ky, kx].T
-        for ky in range(3)
-        for kx in range(3)
-    )
-    return np.asarray(sums).reshape(problem.rows, problem.outputs)
-
-
-def assert_exact(run, problem: Problem, x_shape, window: Window | None = None) -> None:
-    """The sums to the last integer; scaled, to the rounding of float32."""
-    operands = random_operands(problem, x_shape, unit=True)
-    sums = exact_sums(operands, problem, window)
-    assert 100 < np.abs(sums).max() < 2**24
-    run = jax.jit(run)
-    found = run(operands)
-    assert found.dtype == jnp.float32
-    np.testing.assert_array_equal(np.asarray(found, np.int64).reshape(sums.shape), sums)
-
-    operands = random_operands(problem, x_shape, unit=False)
-    scaling = [np.asarray(a, np.float64) for a in operands.scaling()]
-    factors_O, biases_O, steps_P, zeros_P, totals_O = scaling
-    shifted = exact_sums(operands, problem, window) - zeros_P[:, None] * totals_O
-    expected = shifted * steps_P[:, None] * factors_O + biases_O
-    np.testing.assert_allclose(run(operands).reshape(sums.shape), expected, rtol=1e-5, atol=1e-3)
+CASES = cases()
 
 
 def test_examples_hold_every_kind():
@@ -131,33 +83,26 @@ def test_examples_hold_every_kind():
 
 
 @INTERPRET
-@pytest.mark.parametrize("index", range(len(EXAMPLES)))
-def test_products_are_exact(interpret, index):
-    code, (group, _), _, schedule = EXAMPLES[index]
-    rows, sizes = ((1, (40, 3)), (7, (37, 18)), (21, (100, 16)))[index % 3]
-    problem = problem_of("vq_matmul", rows, sizes, code, group)
-    assert not matmul_pallas.unsupported(problem)
-    options = {"problem": problem, "schedule": schedule, "interpret": interpret}
-    run = functools.partial(matmul_pallas.vq_matmul, **options)
-    assert_exact(run, problem, (rows, sizes[0]))
-    assert_exact(matmul_ref.vq_matmul_int8, problem, (rows, sizes[0]))
-
-
-@INTERPRET
-@pytest.mark.parametrize("index", range(len(EXAMPLES)))
-def test_convolutions_are_exact(interpret, index):
-    code, (_, group), stride, schedule = EXAMPLES[index]
-    image, sizes = (((1, 7, 6), (3, 17)), ((2, 5, 5), (40, 3)))[index % 2]
-    window = Window(3, (stride, stride), POINT)
-    lines, columns = window.outputs(image[1:])
-    rows, strides = image[0] * lines * columns, window.strides
-    problem = problem_of("vq_conv", rows, sizes, code, group, window=3, strides=strides)
-    assert not conv_pallas.unsupported(problem)
-    options = {"problem": problem, "schedule": schedule, "interpret": interpret}
-    run = functools.partial(conv_pallas.vq_conv, window=window, **options)
-    x_shape = (*image, sizes[0])
-    assert_exact(run, problem, x_shape, window)
-    assert_exact(functools.partial(conv_ref.vq_conv_int8, window=window), problem, x_shape, window)
+@pytest.mark.parametrize("index", range(len(CASES)))
+def test_sums_are_exact(interpret, index):
+    """And so is what they are scaled to."""
+    problem, window = CASES[index].problem, CASES[index].window
+    options = {"problem": problem, "schedule": CASES[index].schedule, "interpret": interpret}
+    if problem.op == "vq_matmul":
+        refused = matmul_pallas.unsupported(problem)
+        run = functools.partial(matmul_pallas.vq_matmul, **options)
+        definition = matmul_ref.definition(problem)
+    else:
+        refused = conv_pallas.unsupported(problem)
+        run = functools.partial(conv_pallas.vq_conv, **options, window=window)
+        definition = conv_ref.definition(problem, window)
+    assert not refused
+    operands = random_operands(problem, CASES[index].x_shape)
+    expected = exact(operands, problem, window)
+    for one in (run, definition):
+        found = jax.jit(one)(operands)
+        assert found.dtype == jnp.float32
+        np.testing.assert_array_equal(found.reshape(expected.shape), expected)
 
 
 def test_a_convolution_of_integers_is_one_product():
@@ -210,21 +155,24 @@ def test_integers_lower():
         assert text.count("__gpu$xla.gpu.triton") == 1
 
 
-def test_paths_without_integers_say_so():
+def test_paths_without_integers_say_so(monkeypatch):
     problem = problem_of("vq_matmul", 2, (20, 3), (4, 16), 8)
-    operands = random_operands(problem, (2, 20), unit=False)
+    operands = random_operands(problem, (2, 20))
     ways = api.ways(problem)
     with dispatch.asking("lut"):
         found = dispatch.decide(problem, ways)
     assert found.path == "xla"
     assert "this is one of integers" in found.why
-    with dispatch.asking("triton"), pytest.raises(VqjaxError, match="activations are int8, kernel"):
+    t4 = Device("gpu", "Tesla T4", (7, 5))
+    monkeypatch.setattr(dispatch, "current", lambda: t4)
+    why = r"VQJAX_KERNELS=triton, .* 7\.5, and Triton compiles products of int8 for tensor cores"
+    with dispatch.asking("triton"), pytest.raises(VqjaxError, match=why):
         dispatch.run(problem, operands, ways)
 
 
 def test_misfits_are_said_before_anything_runs():
     problem = problem_of("vq_matmul", 2, (20, 3), (4, 16), 8)
-    operands = random_operands(problem, (2, 20), unit=False)
+    operands = random_operands(problem, (2, 20))
     arguments = (operands.packed_OY, operands.codebooks_MKG.astype(jnp.float32), operands.scales_O)
     with pytest.raises(VqjaxError) as caught:
         api.vq_matmul_int8(

@@ -161,20 +161,6 @@ def test_layers_that_it_cannot_read_go_to_xla(caplog):
     ]
 
 
-def test_what_was_measured_decides_whether_a_weight_stays_packed(monkeypatch):
-    """A weight that is packed all the same is read by native code, not decoded in every call."""
-    problem = problem_of(matmul_operands())
-    here = device.Device("cpu", "some CPU, 2 cores")
-    for entry in (("native", None), ("xla", None), None):
-        monkeypatch.setattr(tuned, "find", lambda kind, problem, entry=entry: entry)
-        choice = dispatch.choose(problem, {"native": []}, here)
-        assert (choice.path, choice.keeps) == ("native", entry == ("native", None))
-        choice = dispatch.choose(problem, {"native": ["no C++ compiler"]}, here)
-        assert (choice.path, choice.keeps) == ("xla", False)
-    with dispatch.asking("native"):
-        assert dispatch.choose(problem, {"native": []}, here).keeps
-
-
 @pytest.mark.parametrize(
     ("compiler", "reason"),
     [("false", "false cannot build native code: no output"), (None, "no C\\+\\+ compiler")],
@@ -221,12 +207,12 @@ def test_an_own_table_is_read_first_and_a_broken_one_is_named(monkeypatch, tmp_p
     file = tmp_path / "tiles.json"
     monkeypatch.setattr(tuned, "own_file", lambda: file)
     problem = problem_of(matmul_operands())
-    found = {("vq_matmul", tuned.key(problem)): ("native", None)}
+    found = {("vq_matmul", tuned.key(problem)): tuned.Entry("native")}
     file.write_text(tuned.merged(tuned.EMPTY, "here", found))
     tuned._tables.cache_clear()
-    assert tuned.find("here", problem) == ("native", None)
+    assert tuned.find("here", problem) == tuned.Entry("native")
     assert tuned.knows("here")
-    assert tuned.count("here", "native") == 1
+    assert tuned.found_on("here") == [tuned.Entry("native")]
     file.write_text("{")
     tuned._tables.cache_clear()
     with pytest.raises(VqjaxError, match=r"tiles.json: .*; delete it, and measure again: python"):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kernels in Triton: on Triton's CPU interpreter against float64, lowered for CUDA, and compiled.
 
-Errors are relative to the largest output. The interpreter needs triton, lowering jax-triton and a
-CUDA plugin of JAX too; none needs a GPU.
+Errors are relative to the largest output; products of integers have none. The interpreter needs
+triton, lowering jax-triton and a CUDA plugin of JAX too; none needs a GPU.
 """
 
 import dataclasses
@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 from typing import Any
@@ -22,13 +23,15 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from tests.kernels.interpreted_triton import Case
+from tests.kernels import integers, test_integer_kernels
+from tests.kernels.interpreted_triton import TYPES, Case
 from tests.kernels.test_pallas import TOL, convolved, weight
 from vqjax.errors import VqjaxError
 from vqjax.kernels import device, dispatch, specs, triton_gpu
-from vqjax.kernels.problem import Operands, Problem
+from vqjax.kernels.problem import IntegerOperands, Operands, Problem
 from vqjax.kernels.schedule import Schedule, Tiles, by_rule, smallest
 from vqjax.kernels.transform import transformable
+from vqjax.kernels.vq_conv.api import vq_conv_int8
 from vqjax.kernels.vq_conv.specs import LAYERS as CONV_LAYERS
 from vqjax.kernels.vq_matmul import api, ref
 from vqjax.kernels.vq_matmul.specs import LAYERS as MATMUL_LAYERS
@@ -36,6 +39,7 @@ from vqjax.kernels.vq_matmul.specs import LAYERS as MATMUL_LAYERS
 ROOT = pathlib.Path(__file__).parents[2]
 CAPABILITIES = (75, 80, 90)
 T4 = device.Device("gpu", "Tesla T4", (7, 5))
+H200 = device.Device("gpu", "NVIDIA H200", (9, 0))
 
 interpreted = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed"
@@ -82,16 +86,21 @@ def cases() -> list[Case]:
     return found
 
 
-CASES = cases()
+EXACT = test_integer_kernels.CASES
+INTEGERS = [case for example in (2, 3, 5) for case in EXACT[2 * example :][:2]]
+"""By each schedule."""
+CASES = cases() + INTEGERS
+TRIED = INTEGERS[:2]
+"""Whose small kernels are tried as the dispatcher does."""
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> dict[str, np.ndarray]:
-    """Of all cases, from one process in which kernels are interpreted."""
+    """Of all cases and trials, from one process in which kernels are interpreted."""
     file = tmp_path_factory.mktemp("triton") / "results.npz"
     done = subprocess.run(
         [sys.executable, "-m", "tests.kernels.interpreted_triton", str(file)],
-        input=json.dumps([case.plain() for case in CASES]),
+        input=json.dumps([[case.plain() for case in cases] for cases in (CASES, TRIED)]),
         text=True,
         cwd=ROOT,
         env=os.environ | {"TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu"},
@@ -102,8 +111,10 @@ def results(tmp_path_factory) -> dict[str, np.ndarray]:
     return dict(np.load(file))
 
 
-def expected(case: Case, operands: Operands) -> np.ndarray:
+def expected(case: Case, operands: Any) -> np.ndarray:
     """In float64."""
+    if case.problem.integer:
+        return integers.exact(operands, case.problem, case.window)
     if case.problem.op == "vq_conv":
         return convolved(operands, case.problem, case.window)
     x_BI, bias_O = (np.asarray(a, np.float64) for a in (operands.x, operands.bias_O))
@@ -111,16 +122,23 @@ def expected(case: Case, operands: Operands) -> np.ndarray:
 
 
 def assert_near(found: np.ndarray, exact: np.ndarray, dtype: str) -> None:
-    error = np.abs(np.asarray(found, np.float64) - exact).max() / np.abs(exact).max()
-    assert error < TOL[dtype]
+    found = np.asarray(found, np.float64).reshape(exact.shape)
+    error = np.abs(found - exact).max() / np.abs(exact).max()
+    assert error <= TOL.get(dtype, 0)
 
 
 @interpreted
 @pytest.mark.parametrize("index", range(len(CASES)))
 def test_interpreted_kernels_agree(index, results):
     case = CASES[index]
-    exact = expected(case, specs.random_operands(case.problem, case.x_shape))
+    exact = expected(case, case.operands())
     assert_near(results[f"arr_{index}"], exact, case.problem.dtype)
+
+
+@interpreted
+@pytest.mark.parametrize("index", range(len(TRIED)))
+def test_interpreted_trials_pass(index, results):
+    assert not results["tried"][index]
 
 
 def test_cases_hold_every_kind():
@@ -128,7 +146,7 @@ def test_cases_hold_every_kind():
     assert seen == set(itertools.product(("vq_matmul", "vq_conv"), ("fused", "staged")))
     for op in ("vq_matmul", "vq_conv"):
         of_op = [case for case in CASES if case.problem.op == op]
-        assert {case.problem.dtype for case in of_op} == set(TOL)
+        assert {case.problem.dtype for case in of_op} == {*TOL, "int8"}
         assert {case.problem.entries for case in of_op} == {16, 32, 64, 256, 4096}
         assert {case.schedule.tiles.splits for case in of_op} == {1, 2}
 
@@ -173,18 +191,29 @@ def test_kernels_lower(layer, capability):
 @lowering
 @pytest.mark.parametrize("index", range(len(CASES)))
 def test_every_code_lowers(index):
-    assert lowered(*of_case(CASES[index], 75)).count("triton_kernel_call") == 1
+    capability = 80 if CASES[index].problem.integer else 75
+    assert lowered(*of_case(CASES[index], capability)).count("triton_kernel_call") == 1
+
+
+@pytest.fixture
+def as_if(monkeypatch):
+    """Shows the dispatcher a GPU, and compiles kernels for it."""
+
+    def shown(gpu: device.Device, capability: int) -> None:
+        launch, there = triton_gpu.launch, {"capability": capability}
+        monkeypatch.setattr(
+            triton_gpu, "launch", lambda *args, **options: launch(*args, **options | there)
+        )
+        monkeypatch.setattr(dispatch, "current", lambda: gpu)
+        monkeypatch.setattr(dispatch, "_failed_trial", lambda *args: ())
+
+    return shown
 
 
 @lowering
-def test_the_named_path_is_taken(monkeypatch):
+def test_the_named_path_is_taken(as_if):
     """As if this were a T4: through the dispatcher, with gradients and under `shard_map`."""
-    launch = triton_gpu.launch
-    monkeypatch.setattr(
-        triton_gpu, "launch", lambda *args, **options: launch(*args, **options | {"capability": 75})
-    )
-    monkeypatch.setattr(dispatch, "current", lambda: T4)
-    monkeypatch.setattr(dispatch, "_failed_trial", lambda *args: ())
+    as_if(T4, 75)
     problem = Problem("vq_matmul", 4, 16, 12, 2, 16, 8, "float32", "float16")
     operands = problem.abstract((4, 16))
 
@@ -209,6 +238,24 @@ def test_the_named_path_is_taken(monkeypatch):
         assert lowered(sharded, operands).count("triton_kernel_call") == 1
 
 
+@lowering
+@pytest.mark.parametrize("case", TRIED, ids=lambda case: case.problem.op)
+def test_the_named_path_takes_integers(case, as_if):
+    as_if(H200, 90)
+    call = api.vq_matmul_int8
+    if case.problem.op == "vq_conv":
+        call = functools.partial(vq_conv_int8, **case.window.keywords())
+
+    def run(operands: IntegerOperands) -> jax.Array:
+        q = operands.x.reshape(1, *case.x_shape[-3:])  # one example
+        steps_B, zeros_B = operands.steps_P[:1], operands.zeros_P[:1]
+        return call(q, steps_B, zeros_B, *operands[1:5], operands.totals_O)
+
+    operands = case.problem.abstract(case.x_shape)
+    with dispatch.asking("triton"):
+        assert lowered(run, operands).count("triton_kernel_call") == 1
+
+
 def test_without_the_packages_every_reason_is_said(monkeypatch):
     monkeypatch.setattr(triton_gpu, "missing", lambda: "triton cannot be imported")
     problem = Problem("vq_matmul", 4, 16, 12, 2, 15, 8, "float32", "float16")
@@ -224,44 +271,54 @@ def test_without_the_packages_every_reason_is_said(monkeypatch):
         api.vq_matmul(*operands)
 
 
+def cases_of_layers(dtype: str) -> list[Case]:
+    """A product and a convolution, each by the rules and decoded first."""
+    layers = (MATMUL_LAYERS[0], CONV_LAYERS[1])
+    return [of_layer(layer, 1, dtype, made) for layer in layers for made in (None, smallest()[1])]
+
+
 @interpreted
 @pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_kernels_compile_to_machine_code(capability, tmp_path, monkeypatch):
+def test_kernels_compile_to_machine_code(capability, dtype, tmp_path, monkeypatch):
     """By NVIDIA's assembler, which the triton wheel brings."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # jax-triton leaves triton without one
     compiler = pytest.importorskip("triton.compiler")
     backends = pytest.importorskip("triton.backends.compiler")
-    names = {"bfloat16": "bf16", "uint8": "u8", "float16": "fp16", "float32": "fp32"}
     made = []
 
     def launch(kernel, operands, *, grid, shape, dtype, tiles, name, constants, **unused):
         types = [operand.dtype for operand in operands] + [jnp.dtype(dtype)]
         pointers = [argument for argument in kernel.arg_names if argument not in constants]
-        signature = {name: "*" + names[of.name] for name, of in zip(pointers, types)}
+        signature = {at: "*" + TYPES[of.name] for at, of in zip(pointers, types, strict=True)}
         signature |= dict.fromkeys(constants, "constexpr")
         aligned = {(i,): [["tt.divisibility", 16]] for i in range(len(pointers))}
-        made.append(
-            compiler.compile(
-                compiler.ASTSource(
-                    fn=kernel, signature=signature, constexprs=constants, attrs=aligned
-                ),
-                target=backends.GPUTarget("cuda", capability, 32),
-                options={"num_warps": tiles.warps, "num_stages": tiles.stages},
-            )
+        source = compiler.ASTSource(
+            fn=kernel, signature=signature, constexprs=constants, attrs=aligned
         )
+        compiled = compiler.compile(
+            source,
+            target=backends.GPUTarget("cuda", capability, 32),
+            options={"num_warps": tiles.warps, "num_stages": tiles.stages},
+        )
+        made.append((name, compiled.asm))
         return jnp.zeros(shape, dtype)
 
     monkeypatch.setattr(triton_gpu, "launch", launch)
-    for layer in (MATMUL_LAYERS[0], CONV_LAYERS[1]):
-        for schedule in (by_rule(layer.problem(1, "bfloat16")), smallest()[1]):
-            case = of_layer(layer, 1, "bfloat16", schedule)
-            jax.eval_shape(*of_case(case))
-    assert len(made) == 4
-    for compiled in made:
-        assert compiled.asm["cubin"]
-    if capability >= 80:
-        assert "mma" in made[0].asm["ptx"]
+    cases = INTEGERS if dtype == "int8" else cases_of_layers(dtype)
+    if (capability, dtype) == (75, "int8"):  # which is why `Device.refuses` them
+        with pytest.raises(RuntimeError, match="PassManager::run failed"):
+            jax.eval_shape(*of_case(TRIED[0]))
+        return
+    for case in cases:
+        jax.eval_shape(*of_case(case))
+    assert len(made) == len(cases)
+    for name, asm in made:
+        assert asm["cubin"]
+        if capability >= 80 and name != "vq_decode":
+            multiplied = {"bfloat16": ".bf16.bf16", "int8": ".s8.s8"}[dtype]
+            assert re.search(rf"mma.*{re.escape(multiplied)}", asm["ptx"])
 
 
 @pytest.mark.gpu
@@ -275,6 +332,15 @@ def test_full_size_layers_agree(dtype, batch):
         operands = specs.random_operands(case.problem, case.x_shape)
         run, _ = of_case(case)
         assert_near(np.asarray(run(operands), np.float64), expected(case, operands), dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(bool(NO_GPU), reason=str(NO_GPU))
+@pytest.mark.parametrize("index", range(len(EXACT)))
+def test_integers_are_exact(index):
+    run, _ = of_case(EXACT[index])
+    operands = EXACT[index].operands()
+    assert_near(np.asarray(run(operands)), expected(EXACT[index], operands), "int8")
 
 
 @pytest.mark.gpu
