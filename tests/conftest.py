@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Shared test set-up: compiled programs are kept, numerics strict, reference fixtures found."""
 
-import functools
 import gc
 import os
 import pathlib
@@ -108,13 +107,10 @@ def optimized(monkeypatch):
 
 @pytest.fixture
 def quick_search(monkeypatch):
-    """For runs of a command in this process whose search is not what is tested: few rounds."""
-    from vqjax.core.compress import Effort, compress_layer
-    from vqjax.pipeline import quantize
+    """For runs in this process whose search is not what is tested: few rounds."""
+    from tests import quick
 
-    effort = Effort(start_steps=4, feedback_rounds=2, descent_rounds=1, store_rounds=1)
-    compress = functools.partial(compress_layer, effort=effort)
-    monkeypatch.setattr(quantize, "compress_layer", compress)
+    quick.search(monkeypatch.setattr)
 
 
 GOLDEN_ROOT = pathlib.Path(

@@ -9,7 +9,7 @@ import jax
 EXAMPLE = pathlib.Path(__file__).parents[1] / "docs" / "example_transformer.py"
 
 
-def test_a_transformer_block_at_two_bits():
+def test_a_transformer_block_at_two_bits(quick_search):
     spec = importlib.util.spec_from_file_location("example_transformer", EXAMPLE)
     assert spec is not None
     assert spec.loader is not None

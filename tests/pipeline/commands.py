@@ -14,12 +14,15 @@ from tests import xla_flags
 
 ROOT = pathlib.Path(__file__).parents[2]
 
-# Signs of life follow each other faster here, so that the loss of a process shows in seconds.
+# Signs of life follow each other faster here, so that the loss of a process shows in seconds, and
+# searches have few rounds.
 _HASTY = """
 import sys
+from tests import quick
 from vqjax.pipeline import processes
-processes.BEAT_SECONDS, processes.SILENCE_SECONDS = 0.5, 8.0
 from vqjax.quantize.__main__ import main
+quick.search()
+processes.BEAT_SECONDS, processes.SILENCE_SECONDS = 0.5, 8.0
 sys.exit(main())
 """
 

@@ -13,6 +13,7 @@ import pytest
 import threadpoolctl
 
 import vqjax
+from tests import quick
 from tests.io import models as small
 from tests.pipeline import commands
 from tests.pipeline.commands import contents
@@ -42,17 +43,19 @@ def source(tmp_path_factory) -> pathlib.Path:
 def run(source, tmp_path_factory) -> quantize.Report:
     out = tmp_path_factory.mktemp("run") / "out"
     export = out.parent / "model.safetensors"
-    with pytest.raises(QualityGateError, match=r"PSNR .* --least-psnr 99"):  # all else is done
-        vqjax.quantize(
-            source,
-            bits=BITS,
-            out=out,
-            export=export,
-            samples=4,
-            calibration=CALIBRATION,
-            tune_steps=0,  # which has a test of its own
-            least_psnr=99.0,
-        )
+    with pytest.MonkeyPatch.context() as patch:
+        quick.search(patch.setattr)
+        with pytest.raises(QualityGateError, match=r"PSNR .* --least-psnr 99"):  # all else is done
+            vqjax.quantize(
+                source,
+                bits=BITS,
+                out=out,
+                export=export,
+                samples=4,
+                calibration=CALIBRATION,
+                tune_steps=0,  # which has a test of its own
+                least_psnr=99.0,
+            )
     return quantize.Report(out, json.loads((out / "report.json").read_text()))
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import vqjax
+from tests import quick
 from tests.io import models as small
 from tests.pipeline import commands
 from vqjax.core.plan import LayerSpec, Plan, kernel_shapes
@@ -56,9 +57,11 @@ def expected(source, plan, tmp_path_factory) -> dict[str, str]:
     """Contents of a run in this process, on one device, never interrupted."""
     out = tmp_path_factory.mktemp("run") / "out"
     calibration = Calibration(images=2, steps=3, batch=2)
-    vqjax.quantize(
-        source, plan=plan, out=out, samples=SAMPLES, tune_steps=0, calibration=calibration
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        quick.search(patch.setattr)
+        vqjax.quantize(
+            source, plan=plan, out=out, samples=SAMPLES, tune_steps=0, calibration=calibration
+        )
     return commands.contents(out)
 
 
