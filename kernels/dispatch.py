@@ -138,19 +138,18 @@ def choose(problem: Problem, refusals: Refusals, device: Device) -> Choice:
     candidates = able if name == "auto" else [name]
     measured = tuned.find(device.kind, problem)
     fastest = _packed_path(measured)
-    if measured and fastest and fastest in candidates:
-        path, made = fastest, measured.schedule
+    if fastest in candidates:
+        path = fastest
         why = f"measured on {device.kind}"
     else:
         path = candidates[0]
-        on_gpu = PLATFORMS.get(path) == "cuda"
-        made = schedule.by_rule(problem, device.multiplies_tiles) if on_gpu else None
         if name != "auto":
             why = f"{VARIABLE}={name}"
         elif path == "xla":
             why = "; ".join(f"no {other}: {', '.join(found)}" for other, found in refusals.items())
         else:
             why = "it can run here"
+    made = _schedule(path, problem, device)
     # Packed they take less memory, too: they stay so unless that was measured to be slower.
     slower = measured is not None and measured.path == "xla"
     keeps = path != "xla" and (name == path or not slower)
@@ -184,13 +183,13 @@ class Kernel(NamedTuple):
 
     Attributes:
       unsupported: why no device can run a problem; nothing if some can.
-      trial: runs kernels like those of a problem; raises if they do not compile, or give other
-        numbers than the definition.
+      trial: runs a problem of one tile by its schedule; raises if the kernel does not compile, or
+        gives other numbers than the definition.
       run: the operation, on a GPU by a schedule.
     """
 
     unsupported: Callable[[Problem], list[str]]
-    trial: Callable[[Problem], object]
+    trial: Callable[[Problem, Any], object]
     run: Callable[[Any, Schedule | None], jax.Array]
 
 
@@ -209,7 +208,7 @@ class Implementations(NamedTuple):
 
 
 def decide(problem: Problem, ways: Implementations) -> Choice:
-    """Returns what `run` would do with a problem; a small kernel is tried where there is one."""
+    """Returns what `run` would do with a problem; where there is a kernel, one tile is tried."""
     device = current()
     refusals = {
         path: _refusals(path, kernel, problem, device) for path, kernel in ways.kernels.items()
@@ -230,8 +229,19 @@ def _refusals(path: str, kernel: Kernel, problem: Problem, device: Device) -> li
             return [refused]
     found = refusals_of(path, kernel.unsupported(problem), device, integer=problem.integer)
     if not found:
-        found += _failed_trial(kernel.trial, problem.kind_of_kernel(), device)
+        tried = schedule.one_tile(problem, _schedule(path, problem, device))
+        found += _failed_trial(kernel.trial, *tried, device)
     return found
+
+
+def _schedule(path: str, problem: Problem, device: Device) -> Schedule | None:
+    """How a GPU kernel would run a problem; None for other paths."""
+    measured = tuned.find(device.kind, problem)
+    if measured and measured.path == path:
+        return measured.schedule
+    if PLATFORMS.get(path) != "cuda":
+        return None
+    return schedule.by_rule(problem, device.multiplies_tiles)
 
 
 def run(problem: Problem, operands: Any, ways: Implementations) -> jax.Array:
@@ -315,14 +325,15 @@ def _measured(device: Device) -> str:
 
 @functools.cache
 def _failed_trial(
-    trial: Callable[[Problem], object], small: Problem, device: Device
+    trial: Callable[[Problem, Any], object], small: Problem, made: Schedule | None, device: Device
 ) -> tuple[str, ...]:
-    """What is wrong with a small kernel: it would come too late from a whole model."""
+    """What is wrong with a kernel, tried on one tile: it would come too late from a whole model."""
     try:
-        trial(small)
+        trial(small, made)
     except Exception as error:  # whatever it is, there is another path
         text = str(error).strip().splitlines() or [""]
-        why = f"a small kernel fails on {device} ({type(error).__name__}: {text[0]})"
+        of = f"a kernel ({made})" if made else "native code"
+        why = f"{of} fails on {device} ({type(error).__name__}: {text[0]})"
         _log_once(f"kernels are passed over: {why}", logging.WARNING)
         return (why,)
     return ()

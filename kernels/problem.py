@@ -217,12 +217,6 @@ class Problem:
         """Bits of a code, where K is a power of two."""
         return self.entries.bit_length() - 1
 
-    def kind_of_kernel(self) -> "Problem":
-        """Returns a small problem of the same code and types: its kernel is alike, and compiled
-        soon. Tiles of 64 rows are other instructions than lower ones (wgmma, on Hopper)."""
-        rows = 64 if self.rows > 32 else 16
-        return dataclasses.replace(self, rows=rows, inputs=16, outputs=16, strides=(1, 1))
-
     def abstract(self, x_shape: tuple[int, ...]) -> Any:
         """Returns the shapes and types of the operands, without a bias: `Operands`, or in integer
         products `IntegerOperands`."""

@@ -85,6 +85,28 @@ def smallest(rows: int = _LEAST) -> tuple[Schedule, Schedule]:
     return Schedule("fused", fused), Schedule("staged", Tiles(_LEAST, _LEAST, _LEAST))
 
 
+def one_tile(problem: Problem, made: Schedule | None) -> tuple[Problem, Schedule | None]:
+    """Returns a problem of a single tile of the output, and its schedule, to be tried.
+
+    Its kernel has the code, registers and shared memory of the whole problem's, and takes no time
+    to run. Of splits, which repeat a program, there is one.
+
+    Args:
+      made: the schedule of the whole problem; None for paths that have none, which know no tiles.
+    """
+    tiles = made.tiles if made else Tiles(_LEAST, _LEAST, _LEAST)
+    depth = max(tiles.depth, 2 * _LEAST)  # of int8
+    in_step = depth if problem.window > 1 else vectors_of(depth, problem) * problem.group
+    small = dataclasses.replace(
+        problem,
+        rows=tiles.rows,
+        inputs=2 * in_step,  # a loop stays one
+        outputs=tiles.outputs,
+        strides=(1, 1),
+    )
+    return small, made and Schedule(made.kind, dataclasses.replace(tiles, splits=1))
+
+
 def vectors_of(depth: int, problem: Problem) -> int:
     """Returns how many vectors lie side by side in a depth, each filled up to a power of two."""
     return max(depth // power_of_two(problem.group), 1)

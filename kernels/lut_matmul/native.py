@@ -41,13 +41,13 @@ def unsupported(problem: Problem) -> list[str]:
     return found
 
 
-def build(problem: Problem) -> None:
-    """Builds the code, unless it was built before: all problems share it.
+def build(problem: Problem, schedule: None) -> None:
+    """Builds the code, unless it was built before: all problems share it, and there is no schedule.
 
     Raises:
       VqjaxError: if it cannot be built here.
     """
-    del problem
+    del problem, schedule
     _library()
 
 

@@ -17,6 +17,7 @@ from vqjax.kernels import dispatch, triton_gpu
 from vqjax.kernels.lut_matmul import native
 from vqjax.kernels.lut_matmul import ref as lut
 from vqjax.kernels.problem import AnyOperands, Operands, Prepared, Problem, check
+from vqjax.kernels.schedule import Schedule
 from vqjax.kernels.transform import Operation, transformable
 from vqjax.kernels.vq_conv import pallas, ref
 from vqjax.kernels.vq_conv.window import POINT, Window, unread
@@ -152,7 +153,7 @@ def ways(problem: Problem, window: Window) -> dispatch.Implementations:
         kernels={
             "pallas": dispatch.Kernel(
                 unsupported=pallas.unsupported,
-                trial=pallas.try_small,
+                trial=pallas.try_out,
                 run=lambda operands, schedule: pallas.vq_conv(operands, problem, schedule, window),
             ),
             "triton": dispatch.Kernel(
@@ -199,8 +200,8 @@ def _unsupported_triton(problem: Problem) -> list[str]:
     return triton_gpu.unsupported(problem) + unread(problem)
 
 
-def _try_triton(problem: Problem) -> None:
-    _triton().try_small(problem)
+def _try_triton(problem: Problem, schedule: Schedule) -> None:
+    _triton().try_out(problem, schedule)
 
 
 @functools.cache

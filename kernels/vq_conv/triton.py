@@ -44,12 +44,12 @@ def vq_conv(
     return _fused(operands, problem, schedule.tiles, window, capability)
 
 
-def try_small(problem: Problem) -> None:
-    """Tries both schedules on a small problem, on the default device; raises what it meets."""
+def try_out(problem: Problem, schedule: Schedule) -> None:
+    """Runs a problem with random operands, on the default device; raises what it meets."""
     window, image = for_trial(problem)
     run = functools.partial(vq_conv, window=window)
     shape = (1, *image, problem.inputs)
-    gpu_arrays.try_small(run, ref.definition(problem, window), problem, shape)
+    gpu_arrays.try_out(run, ref.definition(problem, window), problem, schedule, shape)
 
 
 def _fused(

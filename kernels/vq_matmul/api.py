@@ -23,6 +23,7 @@ from vqjax.kernels.problem import (
     Problem,
     check,
 )
+from vqjax.kernels.schedule import Schedule
 from vqjax.kernels.transform import transformable
 from vqjax.kernels.vq_matmul import pallas, ref
 
@@ -145,7 +146,7 @@ def ways(problem: Problem) -> dispatch.Implementations:
         kernels={
             "pallas": dispatch.Kernel(
                 unsupported=pallas.unsupported,
-                trial=pallas.try_small,
+                trial=pallas.try_out,
                 run=lambda operands, schedule: pallas.vq_matmul(operands, problem, schedule),
             ),
             "triton": dispatch.Kernel(
@@ -178,8 +179,8 @@ def _triton() -> Any:
     return triton
 
 
-def _try_triton(problem: Problem) -> None:
-    _triton().try_small(problem)
+def _try_triton(problem: Problem, schedule: Schedule) -> None:
+    _triton().try_out(problem, schedule)
 
 
 def _reference(operands: Operands) -> jax.Array:

@@ -40,10 +40,10 @@ def vq_matmul(
     return _fused(operands, problem, schedule.tiles, interpret)
 
 
-def try_small(problem: Problem) -> None:
-    """Tries both schedules on a small problem, on the default device; raises what it meets."""
+def try_out(problem: Problem, schedule: Schedule) -> None:
+    """Runs a problem with random operands, on the default device; raises what it meets."""
     shape = (problem.rows, problem.inputs)
-    gpu_arrays.try_small(vq_matmul, ref.definition(problem), problem, shape)
+    gpu_arrays.try_out(vq_matmul, ref.definition(problem), problem, schedule, shape)
 
 
 def _fused(operands: AnyOperands, problem: Problem, tiles: Tiles, interpret: bool) -> jax.Array:

@@ -189,7 +189,7 @@ def test_triton_is_taken_where_it_was_measured(problem, monkeypatch):
         pytest.fail("it was looked at")
 
     def kernel(unsupported) -> dispatch.Kernel:
-        return dispatch.Kernel(unsupported, lambda problem: None, lambda operands, made: operands.x)
+        return dispatch.Kernel(unsupported, lambda *of: None, lambda operands, made: operands.x)
 
     def choice(device: Device, triton=untouched) -> dispatch.Choice:
         monkeypatch.setattr(dispatch, "current", lambda: device)
@@ -224,7 +224,7 @@ def test_triton_is_taken_where_it_was_measured(problem, monkeypatch):
     ],
 )
 def test_native_code_is_taken_where_it_was_measured_to_win(measured, path, keeps, monkeypatch):
-    def tried(problem: Problem) -> None:
+    def tried(problem: Problem, made: None) -> None:
         assert path == "native", "it would be built, which takes seconds"
 
     text = table(measured).replace(H200.kind, CPU.kind) if measured else tuned.EMPTY
@@ -269,7 +269,8 @@ def test_rules_give_valid_tiles_to_every_layer():
 def test_a_kernel_that_does_not_compile_is_passed_over(monkeypatch, caplog):
     monkeypatch.setattr(dispatch, "current", lambda: H200)
 
-    def fails(problem: Problem) -> None:
+    def fails(problem: Problem, made: Schedule) -> None:
+        assert (problem.rows, problem.outputs) == (made.tiles.rows, made.tiles.outputs)
         raise RuntimeError("out of shared memory\nmore lines")
 
     broken = dispatch.Kernel(
@@ -286,9 +287,9 @@ def test_a_kernel_that_does_not_compile_is_passed_over(monkeypatch, caplog):
     with caplog.at_level(logging.INFO, "vqjax.kernels"):
         assert dispatch.run(PROBLEM, operands, ways) is operands.x
     warning, line = caplog.messages
-    assert warning.startswith("kernels are passed over: a small kernel fails on NVIDIA H200")
+    assert warning.startswith("kernels are passed over: a kernel (fused, tiles 16x32x64, 1 splits)")
     assert caplog.records[0].levelno == logging.WARNING  # which Python shows by itself
-    assert "a small kernel fails on NVIDIA H200" in line
+    assert "fails on NVIDIA H200" in line
     assert "(RuntimeError: out of shared memory)" in line
     monkeypatch.setenv(dispatch.VARIABLE, "pallas")
     with pytest.raises(VqjaxError, match="out of shared memory"):

@@ -192,7 +192,7 @@ def test_a_cache_that_cannot_be_written_is_a_reason(monkeypatch, tmp_path):
 
 def test_convolutions_of_the_model_reach_it(monkeypatch):
     seen = []
-    monkeypatch.setattr(native, "build", lambda problem: None)
+    monkeypatch.setattr(native, "build", lambda problem, schedule: None)
     monkeypatch.setattr(
         native, "lut_conv", lambda operands, window: seen.append(window) or operands.x
     )

@@ -7,6 +7,7 @@ Errors are relative to the largest output.
 import dataclasses
 import functools
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ import pytest
 from vqjax.kernels import books as code_books
 from vqjax.kernels import decode, device, gpu_arrays, pallas_decode, specs
 from vqjax.kernels.problem import Operands, Problem
-from vqjax.kernels.schedule import Schedule, Tiles, by_rule
+from vqjax.kernels.schedule import Schedule, Tiles, by_rule, one_tile, smallest
 from vqjax.kernels.vq_conv import pallas as conv_pallas
 from vqjax.kernels.vq_conv import ref as conv_ref
 from vqjax.kernels.vq_conv.specs import LAYERS as CONV_LAYERS
@@ -212,22 +213,26 @@ def test_int8_codebooks_meet_their_scale():
     assert operands.scaling().biases_O.dtype == jnp.float32
 
 
+@pytest.mark.parametrize("schedule", smallest(), ids=lambda schedule: schedule.kind)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
-def test_small_trials_compare_numbers(dtype):
+def test_trials_compare_numbers(dtype, schedule):
     """What the dispatcher asks of a kernel before a model depends on it, also while tracing."""
-    product = Problem("vq_matmul", 16, 16, 16, 4, 16, 8, dtype, "int8")
-    patches = Problem("vq_conv", 16, 16, 16, 3, 16, 9, dtype, "int8", window=3)
+    whole = Problem("vq_matmul", 40, 60, 70, 4, 16, 8, dtype, "int8")
+    product, tile = one_tile(whole, schedule)
+    window = dataclasses.replace(whole, op="vq_conv", books=3, group=9, window=3)
+    patches, _ = one_tile(window, schedule)
     window, image = for_trial(patches)
     run_product = functools.partial(matmul_pallas.vq_matmul, interpret=True)
     run_patches = functools.partial(conv_pallas.vq_conv, window=window, interpret=True)
-    cases = [
-        (run_product, matmul_ref.definition(product), product, (16, 16)),
-        (run_patches, conv_ref.definition(patches, window), patches, (1, *image, 16)),
+    shapes = [(product.rows, product.inputs), (1, *image, patches.inputs)]
+    cases: list[tuple[Any, ...]] = [
+        (run_product, matmul_ref.definition(product), product, tile, shapes[0]),
+        (run_patches, conv_ref.definition(patches, window), patches, tile, shapes[1]),
     ]
 
     def trials(x):
         for case in cases:
-            gpu_arrays.try_small(*case)
+            gpu_arrays.try_out(*case)
         return x
 
     x = jnp.float32(1)
@@ -239,4 +244,4 @@ def test_small_trials_compare_numbers(dtype):
             return 1.1 * run(operands, problem=problem, schedule=schedule)
 
         with pytest.raises(ArithmeticError, match=r"products differ from the definition by 0\.1"):
-            gpu_arrays.try_small(wrong, *rest)
+            gpu_arrays.try_out(wrong, *rest)

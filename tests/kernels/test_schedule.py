@@ -6,8 +6,15 @@ import dataclasses
 import pytest
 
 from vqjax.kernels import specs
-from vqjax.kernels.problem import Problem
-from vqjax.kernels.schedule import FUSED_ROWS_FLOAT32, by_rule, candidates, smallest, vectors_of
+from vqjax.kernels.problem import Problem, power_of_two
+from vqjax.kernels.schedule import (
+    FUSED_ROWS_FLOAT32,
+    Schedule,
+    by_rule,
+    candidates,
+    one_tile,
+    vectors_of,
+)
 
 LINEAR = Problem("vq_matmul", 64, 960, 960, 4, 16, 6, "float32", "int8")
 TYPES = ("float32", "float16", "bfloat16")
@@ -51,12 +58,18 @@ def test_without_tensor_cores_all_types_have_the_tiles_of_float32():
         assert candidates(half, tensor_cores=False) == candidates(single)
 
 
-def test_tiles_of_more_rows_are_tried_with_other_instructions():
-    rows = {
-        n: smallest(dataclasses.replace(LINEAR, rows=n).kind_of_kernel().rows)[0].tiles.rows
-        for n in (1, 32, 33, 256)
-    }
-    assert rows == {1: 16, 32: 16, 33: 64, 256: 64}
+@pytest.mark.parametrize("dtype", TYPES)
+def test_a_trial_has_the_tiles_of_its_problem_and_runs_its_loop_twice(dtype):
+    for op in ("vq_matmul", "vq_conv"):
+        for layer in specs.layers(op):
+            whole = layer.problem(2, dtype)
+            made = by_rule(whole)
+            small, tried = one_tile(whole, made)
+            assert tried == Schedule(made.kind, dataclasses.replace(made.tiles, splits=1))
+            assert (small.rows, small.outputs) == (made.tiles.rows, made.tiles.outputs)
+            assert small.fan_in >= 2 * made.tiles.depth // power_of_two(whole.group) * whole.group
+            code = ("op", "books", "entries", "group", "dtype", "codebook_dtype", "window")
+            assert all(getattr(small, name) == getattr(whole, name) for name in code)
 
 
 def test_vectors_that_are_read_place_by_place_are_fewer():

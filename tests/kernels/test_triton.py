@@ -91,7 +91,7 @@ INTEGERS = [case for example in (2, 3, 5) for case in EXACT[2 * example :][:2]]
 """By each schedule."""
 CASES = cases() + INTEGERS
 TRIED = INTEGERS[:2]
-"""Whose small kernels are tried as the dispatcher does."""
+"""Of which one tile is tried as the dispatcher does."""
 
 
 @pytest.fixture(scope="module")
