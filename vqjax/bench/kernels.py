@@ -484,7 +484,7 @@ def tune(wanted: BenchKernelsSettings) -> None:
     counted = ", ".join(f"{count} {path}" for path, count in paths.most_common())
     packed = sum(chosen.packed is not None for chosen in chosen_of)
     if packed:
-        counted += f" ({packed} of them native where weights have to stay packed)"
+        counted += f"; {packed} more native where a weight has to stay packed"
     print(f"--tune: {len(problems)} shapes on {here} written to {table}: {counted}")
 
 
