@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vqjax.kernels import decode
-from vqjax.kernels.problem import Operands, Problem
+from vqjax.kernels.problem import INTEGER, IntegerOperands, Operands, Problem
 
 Pad = tuple[int, int]
 
@@ -68,6 +68,8 @@ class Layer:
             (1, 256, 1, "int8") if self.scalar else (4, 16, 9 if self.window == 3 else 8, "float16")
         )
         books, entries, group, codebook_dtype = self.code or usual
+        if dtype == INTEGER and not self.code:
+            codebook_dtype = "int8"
         return Problem(
             op=self.op,
             rows=rows,
@@ -119,4 +121,36 @@ def random_operands(
         scales_O=put(rng.uniform(0.5, 1.5, problem.outputs).astype(np.float32)),
         codebook_scale=put(np.float32(0.01)) if whole else None,
         bias_O=put(rng.normal(size=problem.outputs).astype(np.float32)) if bias else None,
+    )
+
+
+_sums = jax.jit(decode.decode_integers, static_argnames="groups")
+
+
+def random_integer_operands(
+    problem: Problem, x_shape: tuple[int, ...], *, seed: int = 0
+) -> IntegerOperands:
+    """Returns random arrays for products of integers: codes and levels uniform.
+
+    No sum of entries exceeds int8; steps are positive, and levels that stand for 0 any.
+    """
+    rng, most = np.random.default_rng(seed), 127 // problem.books
+    codes = rng.integers(0, problem.entries, (problem.outputs, problem.groups * problem.books))
+    size = (problem.books, problem.entries, problem.group)
+    books_MKG = rng.integers(-most, most + 1, size).astype(np.int8)
+    packed_OY = decode.pack(codes, problem.entries)
+    w_OP = _sums(packed_OY, books_MKG, groups=problem.groups)
+    totals_O = np.asarray(w_OP)[:, : problem.fan_in].sum(axis=1, dtype=np.int32)
+    rows, outputs = problem.rows, problem.outputs
+    put = jax.device_put  # which compiles nothing
+    return IntegerOperands(
+        x=put(rng.integers(-128, 128, x_shape).astype(np.int8)),
+        packed_OY=put(packed_OY),
+        codebooks_MKG=put(books_MKG),
+        scales_O=put(rng.uniform(0.5, 1.5, outputs).astype(np.float32)),
+        codebook_scale=put(np.float32(0.01)),
+        bias_O=put(rng.normal(size=outputs).astype(np.float32)),
+        steps_P=put(rng.uniform(0.01, 0.02, rows).astype(np.float32)),
+        zeros_P=put(rng.integers(-128, 128, rows).astype(np.int32)),
+        totals_O=put(totals_O),
     )

@@ -5,10 +5,12 @@ import importlib.util
 import pathlib
 
 import jax
+import pytest
 
 EXAMPLE = pathlib.Path(__file__).parents[1] / "docs" / "example_transformer.py"
 
 
+@pytest.mark.slow
 def test_a_transformer_block_at_two_bits(quick_search):
     spec = importlib.util.spec_from_file_location("example_transformer", EXAMPLE)
     assert spec is not None

@@ -402,8 +402,8 @@ class BenchKernelsSettings:
     """Latents that a layer sees; guidance doubles the images of a call."""
     most_rows: int | None = None
     """Only layers of at most so many rows, such as those that see a vector for each image."""
-    dtype: Dtype = "float32"
-    """Of activations."""
+    dtype: Dtype | Literal["int8"] = "float32"
+    """Of activations; int8: products of integers, beside weights decoded to int8 at load."""
     path: Literal["auto", "xla", "pallas", "triton", "native", "lut"] = "auto"
     """What multiplies by packed weights; auto is what sampling would take."""
     repeat: int = 5

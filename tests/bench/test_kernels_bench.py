@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tests.io import models as small
-from vqjax.bench import kernels, random_weights, roofline, sums
+from vqjax.bench import cases, kernels, random_weights, roofline, sums
 from vqjax.bench.__main__ import main
 from vqjax.core import tree
 from vqjax.core.plan import make_plan
@@ -99,8 +99,8 @@ def test_layers_are_added_up_beside_the_targets_of_a_gpu():
     assert {one["target"] for one in sums.of(records, targets=False)} == {None}
 
 
-def layers_of(wanted: BenchKernelsSettings) -> list[kernels.Case]:
-    return [kernels.case_of(*place, wanted) for place in kernels.places(wanted)]
+def layers_of(wanted: BenchKernelsSettings) -> list[cases.Case]:
+    return [cases.case_of(*place, wanted.dtype) for place in kernels.places(wanted)]
 
 
 @pytest.mark.skipif(native.missing() is not None, reason=f"no native code: {native.missing()}")
@@ -210,15 +210,16 @@ def gpu(monkeypatch):
         seconds = {"xla": 2.0, "staged": 0.5, "fused": 1.0}
         return {one: seconds[one.schedule.kind if one.schedule else one.path] for one in works}
 
-    monkeypatch.setattr(kernels.Case, "scheduled", scheduled)
+    monkeypatch.setattr(cases.Case, "scheduled", scheduled)
     monkeypatch.setattr(kernels, "medians_in_turn", made_up)
 
 
-def test_the_best_schedules_are_written(tmp_path, gpu, capsys, caplog):
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_the_best_schedules_are_written(dtype, tmp_path, gpu, capsys, caplog):
     table, file = tmp_path / "tiles.json", tmp_path / "tuned.json"
     other = {"NVIDIA L4": {"vq_matmul": {"any": {"path": "xla"}}}}
     table.write_text(json.dumps({"version": 1, "devices": other}))
-    wanted = BenchKernelsSettings(model="digits", table=table, json=file, tune=True)
+    wanted = BenchKernelsSettings(model="digits", table=table, json=file, tune=True, dtype=dtype)
     kernels.run(wanted)
     entries = tuned.read(table.read_text())
     for case in layers_of(wanted):
@@ -232,7 +233,8 @@ def test_the_best_schedules_are_written(tmp_path, gpu, capsys, caplog):
         assert [one["path"] for one in tried] == ["xla", *["pallas"] * 4]
         assert [one["seconds"] for one in tried] == [2 / 6, 0.5 / 6, 1 / 6, None, None]
         assert tried[3]["why"] == "RuntimeError: out of shared memory"
-        assert tried[4]["why"] == "result differs from a decoded weight's by 0.5, limit 0.0001"
+        limit = {"float32": "0.0001", "int8": "1e-05"}[dtype]
+        assert tried[4]["why"] == f"result differs from a decoded weight's by 0.5, limit {limit}"
         assert tried[4]["tiles"]["rows"] == 32
     warnings = [line.message for line in caplog.records if line.levelname == "WARNING"]
     assert len(warnings) == 2
@@ -269,7 +271,7 @@ def test_too_little_memory_is_not_the_fault_of_a_schedule(tmp_path, gpu, monkeyp
     def scheduled(case, operands, *, path, schedule):
         raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 99 bytes")
 
-    monkeypatch.setattr(kernels.Case, "scheduled", scheduled)
+    monkeypatch.setattr(cases.Case, "scheduled", scheduled)
     wanted = BenchKernelsSettings(model="digits", table=tmp_path / "tiles.json")
     with pytest.raises(DoesNotFitError, match=r"2 copies of vq_conv .* do not fit the memory of"):
         kernels.tune(wanted)
@@ -315,7 +317,7 @@ TOKENS = dataclasses.replace(POINTS, x_shape=(1, 5, 8))
 def test_the_dense_layer_is_what_sampling_runs(layer):
     """The model's own kernel and bias, of one type: rows of a matrix would be another program on a
     GPU, with a transposition for each convolution and a bias that is added apart."""
-    case = kernels.case_of(layer, 2, BenchKernelsSettings(dtype="bfloat16"))
+    case = cases.case_of(layer, 2, "bfloat16")
     image = len(layer.x_shape) == 4
     assert case.kernel.shape == (layer.window,) * 2 * image + (8, 6)
     text = str(jax.make_jaxpr(case.dense)(case.dense_operands))
@@ -330,6 +332,33 @@ def test_the_dense_layer_is_what_sampling_runs(layer):
     assert kernels.relative_rms(*numbers) < 1e-2
 
 
+@pytest.mark.parametrize("layer", [IMAGE, POINTS, TOKENS])
+def test_integers_are_those_of_a_weight_that_was_decoded_to_bytes(layer):
+    case = cases.case_of(layer, 2, "int8")
+    x, kernel, _ = case.dense_operands
+    assert (x.dtype, kernel.dtype) == (jnp.int8, jnp.int8)
+    found, packed = case.dense(case.dense_operands), case.packed(case.operands)
+    assert found.shape == packed.reshape(found.shape).shape
+    assert kernels.relative_rms(np.asarray(packed).reshape(found.shape), np.asarray(found)) < 1e-6
+
+
+def test_products_of_integers_are_timed(tmp_path, monkeypatch, capsys):
+    file, table = tmp_path / "kernels.json", tmp_path / "tiles.json"
+    words = ["kernels", "--model", "digits", "--dtype", "int8", "--repeat", "1"]
+    assert main([*words, "--json", str(file)]) == 0
+    for record in json.loads(file.read_text())["records"]:
+        assert record["error"] < 1e-6
+        assert record["packed_bytes"] < record["dense_bytes"]
+        assert record["roofline_share"] > 0
+    capsys.readouterr()
+    assert main([*words, "--tune", "--table", str(table)]) == 0
+    assert "no native: it multiplies no integers" in capsys.readouterr().out
+    codes = dataclasses.replace(IMAGE, code=(2, 16, 9, "float16"))
+    monkeypatch.setattr(specs, "layers", lambda op: [dataclasses.replace(codes, model="digits")])
+    assert main(words) == 2
+    assert "--dtype int8: 2 of 2 layers of digits have codebooks of" in capsys.readouterr().err
+
+
 def test_a_weight_is_decoded_by_one_program():
     """Step by step there would be more than twenty, and a GPU takes a while for each."""
     problem = dataclasses.replace(IMAGE, outputs=7).problem(2, "float16")  # of no other test
@@ -341,7 +370,7 @@ def test_a_weight_is_decoded_by_one_program():
             made.append(event)
 
     jax.monitoring.register_event_duration_secs_listener(hear)
-    kernels.decoded(operands, problem, image=True)
+    cases.decoded(operands, problem, image=True)
     assert len(made) == 1
 
 
@@ -366,7 +395,7 @@ def test_programs_are_compiled_side_by_side_and_nothing_beside_what_is_timed(mon
 
 def test_inputs_go_past_the_cache_where_they_are_waited_for(monkeypatch):
     (layer,) = specs.layers("vq_matmul")
-    few = kernels.case_of(layer, 1, BenchKernelsSettings(model="digits"))
+    few = cases.case_of(layer, 1, "float32")
     many = few._replace(problem=dataclasses.replace(few.problem, rows=10**6))
     read = kernels.tree_bytes(few.operands)
     assert kernels.copies(few, 4 * read) == 8  # twice the cache
@@ -413,7 +442,7 @@ def test_rounds_compute_everything_again():
 
 def test_rounds_share_what_the_host_takes_but_for_much_arithmetic(monkeypatch):
     (layer,) = specs.layers("vq_matmul")
-    case = kernels.case_of(layer, 1, BenchKernelsSettings(model="digits"))
+    case = cases.case_of(layer, 1, "float32")
     assert kernels.rounds_of(case, 16) == 1
     monkeypatch.setattr(device, "current", lambda: H200)
     limits = kernels.LIMITS["gpu"]

@@ -6,6 +6,7 @@ import json
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 from tests.io import models as small
 from vqjax import config as config_lib
@@ -18,6 +19,7 @@ from vqjax.settings import BenchTuneSettings
 from vqjax.train import pv
 
 
+@pytest.mark.slow
 def test_parts_of_a_step(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(config_lib.PRESETS, "digits", lambda: small.TINY)
     # One code for each kind of layer: less to compile.

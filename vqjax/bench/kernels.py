@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`bench kernels`: every layer shape of a model with packed weights, beside the same dense layer.
 
-Dimension key:  O outputs   N fan-in
+"Dense" is a weight that was decoded at load: in products of integers one of int8.
 """
 
 import dataclasses
@@ -24,23 +24,18 @@ import vqjax.kernels
 from vqjax import config as config_lib
 from vqjax import progress
 from vqjax.bench import random_weights, results, roofline, sums, tables
+from vqjax.bench.cases import Case, case_of
 from vqjax.bench.clock import medians_in_turn, together
 from vqjax.bench.layers import layers_of
 from vqjax.bench.sample import BITS, asked, quantized_model, relative_rms
-from vqjax.core import grouping
 from vqjax.errors import DoesNotFitError, VqjaxError
 from vqjax.io import native
-from vqjax.kernels import decode, device, lut_matmul, specs, tuned, vq_conv, vq_matmul
-from vqjax.kernels.books import books_for
-from vqjax.kernels.dispatch import KERNELS, Choice, Implementations, refusals_of
+from vqjax.kernels import device, lut_matmul, specs, tuned, vq_conv, vq_matmul
+from vqjax.kernels.dispatch import KERNELS, refusals_of
 from vqjax.kernels.lut_matmul import counts
 from vqjax.kernels.lut_matmul import native as native_tables
-from vqjax.kernels.problem import Operands, Problem
-from vqjax.kernels.schedule import Schedule, bias_dtype, candidates
-from vqjax.kernels.vq_conv import api as conv
-from vqjax.kernels.vq_conv.window import Window
-from vqjax.kernels.vq_matmul import api as matmul
-from vqjax.models import layers as model_layers
+from vqjax.kernels.problem import INTEGER, AnyOperands
+from vqjax.kernels.schedule import Schedule, candidates
 from vqjax.pipeline import environment
 from vqjax.pipeline.journal import fingerprint
 from vqjax.settings import BenchKernelsSettings, command_line
@@ -69,9 +64,10 @@ copy, is read from its memory in a fraction of the time that it takes to start a
 CACHES = 2
 """How many times the cache all copies are: of what is a little larger than a cache, much stays."""
 
-TOLERANCES = {"float32": 1e-4, "float16": 3e-3, "bfloat16": 2e-2}
+TOLERANCES = {"float32": 1e-4, "float16": 3e-3, "bfloat16": 2e-2, "int8": 1e-5}
 """Most relative RMS of a kernel's result to that of a decoded weight. float32: what convolutions by
-transforms differ by, less than what ten bits of mantissa (TF32) would."""
+transforms differ by, less than what ten bits of mantissa (TF32) would. Sums of integers are exact,
+and scaled in float32."""
 
 Program = Callable[[list[Any]], list[jax.Array]]
 """Takes operands in several places."""
@@ -79,86 +75,6 @@ Program = Callable[[list[Any]], list[jax.Array]]
 _SOURCES = (vqjax.kernels, vq_matmul, vq_conv, lut_matmul)
 
 _log = logging.getLogger("vqjax.bench")
-
-
-class Case(NamedTuple):
-    """One layer shape at one batch size.
-
-    Attributes:
-      kernel: the decoded weight, as the model holds a dense one (`decoded`).
-    """
-
-    layer: specs.Layer
-    batch: int
-    problem: Problem
-    operands: Operands
-    kernel: jax.Array
-
-    @property
-    def window(self) -> Window:
-        """Of a convolution."""
-        pad = self.layer.padding
-        return Window(self.layer.window, self.problem.strides, (pad, pad))
-
-    def packed(self, operands: Operands) -> jax.Array:
-        """The operation on the path that is asked for."""
-        if self.layer.op == "vq_matmul":
-            return matmul.vq_matmul(*operands)
-        geometry = self.window._asdict()
-        return conv.vq_conv(*operands, window=geometry.pop("size"), **geometry)
-
-    def scheduled(self, operands: Operands, *, path: str, schedule: Schedule | None) -> jax.Array:
-        """The operation by a kernel, on a GPU with this schedule."""
-        return self.ways.kernels[path].run(operands, schedule)
-
-    @property
-    def ways(self) -> Implementations:
-        """What there is to run it."""
-        if self.layer.op == "vq_matmul":
-            return matmul.ways(self.problem)
-        return conv.ways(self.problem, self.window)
-
-    def dense(self, operands: tuple[jax.Array, Any, jax.Array]) -> jax.Array:
-        """The model's own dense layer, which is what sampling runs: of x, kernel and bias."""
-        x, kernel, bias_O = operands
-        of = self.layer
-        module = (
-            model_layers.Conv(of.outputs, of.window, of.stride, of.padding)
-            if is_image(of)
-            else model_layers.Dense(of.outputs)
-        )
-        params = {"kernel": kernel, "bias": bias_O}
-        y = module.apply({"params": params}, x.reshape(self.batch, *of.x_shape[1:]))
-        assert isinstance(y, jax.Array)  # nothing else is asked of the module
-        return y if of.op == "vq_conv" else y.reshape(len(x), -1)
-
-    @property
-    def dense_operands(self) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """What `dense` takes; of one type, as sampling places it."""
-        return self.operands.x, self.kernel, self._bias(self.problem.dtype)
-
-    def packed_operands(self, schedule: Schedule | None) -> Operands:
-        """What the operation reads, as sampling places it (`sampling.weights`).
-
-        Args:
-          schedule: of a GPU kernel, which reads more than what is stored; None for others.
-        """
-        if schedule is None:
-            return self.operands
-        books = books_for(self.problem, staged=schedule.kind == "staged")
-        prepared = books.prepare(*self.operands.defining[2:5])
-        bias_O = self._bias(bias_dtype(self.problem, schedule))
-        return self.operands._replace(bias_O=bias_O, prepared=prepared)
-
-    def _bias(self, dtype: str) -> jax.Array:
-        assert self.operands.bias_O is not None  # all of them have one
-        return self.operands.bias_O.astype(dtype)
-
-    def choice(self) -> Choice:
-        """The path that would be taken."""
-        if self.layer.op == "vq_matmul":
-            return matmul.choice(self.operands)
-        return conv.choice(self.operands, self.window)
 
 
 class Run(NamedTuple):
@@ -222,7 +138,8 @@ def layers(wanted: BenchKernelsSettings) -> list[specs.Layer]:
     """The distinct layers of the model.
 
     Raises:
-      VqjaxError: if it is no preset and cannot be loaded, or has no quantized weight.
+      VqjaxError: if it is no preset and cannot be loaded, or has no quantized weight; for int8, if
+        its codebooks are others.
     """
     preset = config_lib.PRESETS.get(wanted.model)
     if preset is None:
@@ -235,6 +152,12 @@ def layers(wanted: BenchKernelsSettings) -> list[specs.Layer]:
             bits = BITS if wanted.bits is None else wanted.bits
             shapes = random_weights.quantized_shapes(preset(), bits)
             found = layers_of(wanted.model, preset(), shapes)
+    other = sum(layer.code is not None and layer.code[3] != INTEGER for layer in found)
+    if wanted.dtype == INTEGER and other:
+        raise VqjaxError(
+            f"--dtype int8: {other} of {len(found)} layers of {wanted.model} have codebooks of "
+            "floating point, which products of integers do not read"
+        )
     return found
 
 
@@ -259,13 +182,6 @@ def operations_of(layer: specs.Layer, batch: int, wanted: BenchKernelsSettings) 
     return layer.count * counts.operations(layer.problem(batch, wanted.dtype))[0]
 
 
-def case_of(layer: specs.Layer, batch: int, wanted: BenchKernelsSettings) -> Case:
-    """A layer with random arrays, which exist while it is looked at."""
-    problem = layer.problem(batch, wanted.dtype)
-    operands = specs.random_operands(problem, layer.operands_shape(batch), seed=wanted.seed)
-    return Case(layer, batch, problem, operands, decoded(operands, problem, image=is_image(layer)))
-
-
 def compiled(
     chosen: Sequence[tuple[specs.Layer, int]],
     wanted: BenchKernelsSettings,
@@ -278,7 +194,9 @@ def compiled(
     """
     size = max(1, (os.cpu_count() or 1) // 2)  # each has two programs at least
     for start in range(0, len(chosen), size):
-        cases = together(lambda place: case_of(*place, wanted), chosen[start : start + size])
+        cases = together(
+            lambda place: case_of(*place, wanted.dtype, wanted.seed), chosen[start : start + size]
+        )
         runs = [runs_of(case) for case in cases]
         pairs = [(case, run) for case, own in zip(cases, runs) for run in own.values()]
         programs = iter(together(lambda pair: _compiled(*pair), pairs))
@@ -345,7 +263,7 @@ def measure(
         "seconds": seconds["packed"],
         "dense_seconds": seconds["dense"],
         "ratio_to_dense": seconds["dense"] / seconds["packed"],
-        "packed_bytes": packed_bytes(case),
+        "packed_bytes": tree_bytes(case.stored),
         "dense_bytes": case.kernel.nbytes,
         "moved_bytes": moved["packed"],
         "dense_moved_bytes": moved["dense"],
@@ -364,32 +282,6 @@ def measure(
 def tree_bytes(arrays: Any) -> int:
     """Bytes of all arrays."""
     return sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
-
-
-def is_image(layer: specs.Layer) -> bool:
-    """Whether the layer is a convolution, of one pixel perhaps."""
-    return len(layer.x_shape) == 4
-
-
-@functools.partial(jax.jit, static_argnames=("problem", "image"))
-def decoded(operands: Operands, problem: Problem, *, image: bool) -> jax.Array:
-    """The weight as the model holds a dense one: [H, W, I, O] of a convolution, else [I, O]."""
-    w_OP = decode.decode(
-        operands.packed_OY,
-        operands.codebooks_MKG,
-        operands.scales_O,
-        operands.codebook_scale,
-        groups=problem.groups,
-    )
-    w_ON = w_OP[:, : problem.fan_in].astype(problem.dtype)
-    sides = (problem.window, problem.window) if image else ()
-    return grouping.from_matrix(w_ON, (*sides, problem.inputs, problem.outputs))
-
-
-def packed_bytes(case: Case) -> int:
-    """Bytes of codes, codebooks and scales."""
-    _, *stored, _ = case.operands.defining
-    return tree_bytes(stored)
 
 
 def _limits() -> Limits:
@@ -455,9 +347,11 @@ def tune(wanted: BenchKernelsSettings) -> None:
     measured is not repeated. Says so where there is no kernel.
     """
     here, table = device.current(), wanted.table or tuned.own_file()
-    refused = {path: here.refuses(path) for path in KERNELS}
+    integer = wanted.dtype == INTEGER
+    refused = {path: here.refuses(path, integer=integer) for path in KERNELS}
     if not refused["native"]:
-        refused["native"] = native_tables.missing()
+        whole = "it multiplies no integers" if integer else None
+        refused["native"] = whole or native_tables.missing()
     if all(refused.values()):
         reasons = "; ".join(f"no {path}: {reason}" for path, reason in refused.items())
         print(f"--tune: nothing to tune: {reasons}; {table} stays as it is")
@@ -590,7 +484,7 @@ def trials(
     return [*(Trial(entry, each[entry], errors[entry], None) for entry in works), *passed]
 
 
-def _as_read(case: Case, places: list[Operands], schedule: Schedule | None) -> list[Operands]:
+def _as_read(case: Case, places: list[AnyOperands], schedule: Schedule | None) -> list[AnyOperands]:
     """Operands in several places, with what kernels of a schedule read, in places of its own, too.
 
     Codes, which are most of them, are shared with other schedules.
@@ -616,7 +510,8 @@ def best(tried: Sequence[Trial]) -> tuned.Entry:
 def _entries(case: Case, here: device.Device) -> Iterator[tuple[str, Schedule | None]]:
     """Paths that run a case here, by schedule."""
     for path in KERNELS:
-        reasons = refusals_of(path, case.ways.kernels[path].unsupported(case.problem), here)
+        unsupported, integer = case.ways.kernels[path].unsupported, case.problem.integer
+        reasons = refusals_of(path, unsupported(case.problem), here, integer=integer)
         if reasons:
             _log.info("%s: no %s: %s", tuned.key(case.problem), path, "; ".join(reasons))
             continue

@@ -72,7 +72,9 @@ def matmul_peak(dtype: str = "float32") -> float:
     """Operations per second of one large matrix product in a type here, best of five."""
     size = 1536 if jax.default_backend() == "cpu" else 8192
     square = jax.random.normal(jax.random.key(0), (size, size)).astype(dtype)
-    product = jax.jit(lambda a: jnp.matmul(a, a, precision=jax.lax.Precision.HIGHEST))
+    sums = jnp.int32 if square.dtype == jnp.int8 else None
+    precision = jax.lax.Precision.HIGHEST
+    product = jax.jit(lambda a: jnp.matmul(a, a, precision=precision, preferred_element_type=sums))
     product(square).block_until_ready()
     times = []
     for _ in range(5):
