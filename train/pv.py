@@ -264,6 +264,17 @@ def compile_ahead(config: PVConfig, params: Any, state: PVState, *, donate: bool
     cores.each(compile_one, kinds.values())
 
 
+def forget_programs() -> None:
+    """Gives back the memory of what `update` compiled: a program for each kind of weight.
+
+    Each takes about three hundred mappings of memory on a CPU, and Linux lets a process have 65,530
+    by default: a process that trains by one configuration after another would end at the fifth.
+    """
+    for donate in (False, True):
+        compiled: Any = _of_weight(donate)
+        compiled.clear_cache()
+
+
 def moved_fraction(state: PVState) -> jax.Array:
     """Returns the share of all vectors whose codes the last step changed, scalar."""
     codes = _code_states(state)

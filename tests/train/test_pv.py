@@ -299,13 +299,15 @@ def test_what_is_compiled_ahead_is_not_compiled_again(donate):
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     weights, state = jax.device_put((weights, transform.init(weights)), everywhere)
     compiled: Any = pv._of_weight(donate)
-    compiled.clear_cache()
+    pv.forget_programs()
     pv.compile_ahead(config, weights, state, donate=donate)
     assert compiled._cache_size() == 2
     grads = {name: jnp.ones(weight.shape) for name, weight in weights.items()}
     grads = jax.device_put(grads, everywhere)
     transform.update(grads, state, weights)
     assert compiled._cache_size() == 2
+    pv.forget_programs()
+    assert compiled._cache_size() == 0
 
 
 def test_donated_state_is_reused_for_the_same_bits():

@@ -178,6 +178,7 @@ def tuned(start: Compressed, method: str, seed: int, teaching: Teaching) -> Mode
         on_restart=pv.invalidate_all if method.endswith("_restart") else None,
         name=f"{method} {start.job.bits:g}",
     )
+    pv.forget_programs()  # the next method has others
     if method != "scalar":
         return tuning.model_of(taught, start.model)
     dense = jax.jit(distill.decoded)(taught.weights)
