@@ -52,11 +52,6 @@ def unsupported(problem: Problem) -> list[str]:
     return found
 
 
-def depth(tiles: Tiles, problem: Problem) -> int:
-    """Returns the length of the inner products: of int8, tensor cores take 32 numbers at least."""
-    return max(tiles.depth, 32) if problem.integer else tiles.depth
-
-
 def frame(problem: Problem, tiles: Tiles) -> dict[str, Any]:
     """Returns grid, shape and type of what a fused kernel stores, as `launch` takes them.
 

@@ -95,7 +95,7 @@ def one_tile(problem: Problem, made: Schedule | None) -> tuple[Problem, Schedule
       made: the schedule of the whole problem; None for paths that have none, which know no tiles.
     """
     tiles = made.tiles if made else Tiles(_LEAST, _LEAST, _LEAST)
-    depth = max(tiles.depth, 2 * _LEAST)  # of int8
+    depth = inner_depth(tiles, problem)
     in_step = depth if problem.window > 1 else vectors_of(depth, problem) * problem.group
     small = dataclasses.replace(
         problem,
@@ -105,6 +105,11 @@ def one_tile(problem: Problem, made: Schedule | None) -> tuple[Problem, Schedule
         strides=(1, 1),
     )
     return small, made and Schedule(made.kind, dataclasses.replace(tiles, splits=1))
+
+
+def inner_depth(tiles: Tiles, problem: Problem) -> int:
+    """Returns the length of the inner products: of int8, tensor cores take 32 numbers at least."""
+    return max(tiles.depth, 32) if problem.integer else tiles.depth
 
 
 def vectors_of(depth: int, problem: Problem) -> int:

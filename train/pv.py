@@ -267,8 +267,8 @@ def compile_ahead(config: PVConfig, params: Any, state: PVState, *, donate: bool
 def forget_programs() -> None:
     """Gives back the memory of what `update` compiled: a program for each kind of weight.
 
-    Each takes about three hundred mappings of memory on a CPU, and Linux lets a process have 65,530
-    by default: a process that trains by one configuration after another would end at the fifth.
+    On a CPU each takes many mappings of memory, of which Linux lets a process have 65,530 by
+    default: one that trains by several configurations after each other runs out of them.
     """
     for donate in (False, True):
         compiled: Any = _of_weight(donate)

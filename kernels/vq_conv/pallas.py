@@ -18,7 +18,7 @@ from vqjax.kernels import gpu_arrays, pallas_decode
 from vqjax.kernels import pallas_gpu as gpu
 from vqjax.kernels.books import books_for
 from vqjax.kernels.problem import AnyOperands, IntegerOperands, Problem, Scaling
-from vqjax.kernels.schedule import Schedule, Tiles
+from vqjax.kernels.schedule import Schedule, Tiles, inner_depth
 from vqjax.kernels.vq_conv import ref
 from vqjax.kernels.vq_conv.window import Window, for_trial, unread
 
@@ -63,7 +63,7 @@ def _fused(
 ) -> jax.Array:
     batch, height, width, inputs = operands.x.shape
     image = (height, width)
-    depth = gpu_arrays.depth(tiles, problem)
+    depth = inner_depth(tiles, problem)
     steps = -(-inputs // (depth * tiles.splits))
     books = books_for(problem, staged=False)
     kernel = functools.partial(

@@ -15,7 +15,7 @@ import triton.language as tl  # pyright: ignore[reportMissingImports]
 from vqjax.kernels import gpu_arrays, triton_decode, triton_gpu
 from vqjax.kernels.books import books_for
 from vqjax.kernels.problem import AnyOperands, IntegerOperands, Problem
-from vqjax.kernels.schedule import Schedule, Tiles
+from vqjax.kernels.schedule import Schedule, Tiles, inner_depth
 from vqjax.kernels.triton_decode import add_product, finish, jit, read_codes, sum_places
 from vqjax.kernels.vq_conv import ref
 from vqjax.kernels.vq_conv.window import Window, for_trial
@@ -59,7 +59,7 @@ def _fused(
     lines, columns = window.outputs((height, width))
     scaling = operands.scaling()
     books = books_for(problem, staged=False)
-    depth = gpu_arrays.depth(tiles, problem)
+    depth = inner_depth(tiles, problem)
     y = triton_gpu.launch(
         conv_kernel,
         (

@@ -15,7 +15,7 @@ from vqjax.kernels import gpu_arrays, pallas_decode
 from vqjax.kernels import pallas_gpu as gpu
 from vqjax.kernels.books import books_for
 from vqjax.kernels.problem import AnyOperands, IntegerOperands, Problem, Scaling, power_of_two
-from vqjax.kernels.schedule import Schedule, Tiles, vectors_of
+from vqjax.kernels.schedule import Schedule, Tiles, inner_depth, vectors_of
 from vqjax.kernels.vq_matmul import ref
 
 
@@ -48,7 +48,7 @@ def try_out(problem: Problem, schedule: Schedule) -> None:
 
 def _fused(operands: AnyOperands, problem: Problem, tiles: Tiles, interpret: bool) -> jax.Array:
     books = books_for(problem, staged=False)
-    vectors = vectors_of(gpu_arrays.depth(tiles, problem), problem)
+    vectors = vectors_of(inner_depth(tiles, problem), problem)
     steps = -(-problem.groups // (vectors * tiles.splits))
     kernel = functools.partial(
         _kernel, problem=books.problem, tiles=tiles, vectors=vectors, steps=steps, sums=books.sums

@@ -14,7 +14,7 @@ import triton.language as tl  # pyright: ignore[reportMissingImports]
 from vqjax.kernels import gpu_arrays, triton_decode, triton_gpu
 from vqjax.kernels.books import books_for
 from vqjax.kernels.problem import AnyOperands, IntegerOperands, Problem
-from vqjax.kernels.schedule import Schedule, Tiles, vectors_of
+from vqjax.kernels.schedule import Schedule, Tiles, inner_depth, vectors_of
 from vqjax.kernels.triton_decode import add_product, finish, jit, read_codes, sum_vectors
 from vqjax.kernels.vq_matmul import ref
 
@@ -46,7 +46,7 @@ def _fused(
     operands: AnyOperands, problem: Problem, tiles: Tiles, capability: int | None
 ) -> jax.Array:
     books = books_for(problem, staged=False)
-    vectors = vectors_of(gpu_arrays.depth(tiles, problem), problem)
+    vectors = vectors_of(inner_depth(tiles, problem), problem)
     scaling = operands.scaling()
     y = triton_gpu.launch(
         matmul_kernel,

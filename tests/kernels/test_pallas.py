@@ -243,5 +243,5 @@ def test_trials_compare_numbers(dtype, schedule):
         def wrong(operands, *, problem, schedule, run=run):
             return 1.1 * run(operands, problem=problem, schedule=schedule)
 
-        with pytest.raises(ArithmeticError, match=r"products differ from the definition by 0\.1"):
+        with pytest.raises(ArithmeticError, match=r"differ from the definition by 0\.(1|09)"):
             gpu_arrays.try_out(wrong, *rest)

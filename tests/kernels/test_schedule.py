@@ -72,6 +72,14 @@ def test_a_trial_has_the_tiles_of_its_problem_and_runs_its_loop_twice(dtype):
             assert all(getattr(small, name) == getattr(whole, name) for name in code)
 
 
+@pytest.mark.parametrize(("batch", "most"), [(2, 6), (32, 4)])
+def test_layers_of_a_model_share_trials(batch, most):
+    """As docs/kernels.md has it: each takes a compilation before the first image."""
+    every = [layer for op in ("vq_matmul", "vq_conv") for layer in specs.layers(op)]
+    whole = [one.problem(batch, "bfloat16") for one in every if one.model == "cin256-v2"]
+    assert len({one_tile(problem, by_rule(problem)) for problem in whole}) == most
+
+
 def test_vectors_that_are_read_place_by_place_are_fewer():
     """64x64x64 of them spill 600 bytes of each thread, in half precision too."""
     product = dataclasses.replace(LINEAR, dtype="bfloat16")

@@ -274,7 +274,7 @@ def ways_here(paths: Sequence[str] = (), *, eight_bits: bool = False) -> list[Wa
       VqjaxError: if a path that was named does not run here, or not in a way of its own.
     """
     found, missing = dict(WAYS), absent(eight_bits=eight_bits)
-    if not device.current().refuses("native"):  # measured is native code; all else loads decoded
+    if not device.current().refuses("native"):  # a CPU, whose only kernels are those of "native"
         found["auto"] = found["auto"]._replace(title="measured best")
     reasons = [f"no {path}: {missing[path]}" for path in paths if path in missing]
     if reasons:
