@@ -19,6 +19,7 @@ from vqjax.errors import VqjaxError
 SAVE_INTERVAL = 60.0  # seconds between checkpoints, while losses do not grow
 WINDOW = 100  # steps that the shown figures are means of
 GUARD = 10  # first steps, and last ones, whose mean losses tell whether training diverges
+_SMALL = 1 << 20  # bytes of arrays that are saved together: Orbax takes milliseconds for each array
 
 Metrics = Mapping[str, jax.Array]
 """Scalars of one step by name; "loss" is one of them."""
@@ -78,15 +79,18 @@ def train(
                 watch.add(index, {key: float(value) for key, value in metrics.items()})
                 due = time.monotonic() - saved > SAVE_INTERVAL and watch.sound
                 if due or index == steps - 1:
-                    watch.check_finite(index, state)
-                    _save(manager, index + 1, state, watch.seen)
+                    kept = _packed(state)
+                    watch.check_finite(index, kept)
+                    _save(manager, index + 1, kept, watch.seen)
                     watch.kept, saved = index + 1, time.monotonic()
                 advance(1, watch.note())
     return state
 
 
-def _save(manager: ocp.CheckpointManager, step: int, state: Any, seen: dict[str, list]) -> None:
-    kept = {"state": ocp.args.StandardSave(state), "watch": ocp.args.JsonSave(seen)}
+def _save(
+    manager: ocp.CheckpointManager, step: int, packed: dict[str, Any], seen: dict[str, list]
+) -> None:
+    kept = {"state": ocp.args.StandardSave(packed), "watch": ocp.args.JsonSave(seen)}
     try:
         manager.save(step, args=ocp.args.Composite(**kept))
     except (OSError, ValueError) as error:  # Orbax reports a full disk as the latter
@@ -98,9 +102,63 @@ def _save(manager: ocp.CheckpointManager, step: int, state: Any, seen: dict[str,
 
 
 def _restored(manager: ocp.CheckpointManager, step: int, like: Any) -> tuple[Any, dict[str, list]]:
-    wanted = {"state": ocp.args.StandardRestore(shapes_of(like)), "watch": ocp.args.JsonRestore()}
+    shapes = _packed_shapes(like)
+    wanted = {"state": ocp.args.StandardRestore(shapes), "watch": ocp.args.JsonRestore()}
     found = manager.restore(step, args=ocp.args.Composite(**wanted))
-    return found["state"], found["watch"]
+    return _unpacked(found["state"], like), found["watch"]
+
+
+def _groups(state: Any) -> dict[str, list[int]]:
+    """Which leaves are saved as one array, by the name of that: small ones of each type."""
+    groups: dict[str, list[int]] = {}
+    for index, leaf in enumerate(jax.tree.leaves(state)):
+        small = not _is_key(leaf) and leaf.size * leaf.dtype.itemsize < _SMALL
+        groups.setdefault(str(leaf.dtype) if small else f"leaf {index}", []).append(index)
+    return groups
+
+
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
+
+
+def _packed(state: Any) -> dict[str, Any]:
+    """The state as few arrays, small ones in host memory."""
+    leaves, packed = jax.tree.leaves(state), {}
+    for name, members in _groups(state).items():
+        own = [leaves[index] for index in members]
+        if name.startswith("leaf "):
+            (packed[name],) = own
+        else:
+            packed[name] = np.concatenate([np.ravel(part) for part in jax.device_get(own)])
+    return packed
+
+
+def _packed_shapes(like: Any) -> dict[str, Any]:
+    """Shapes, types and places of what `_packed` makes of such a state."""
+    leaves, shapes = jax.tree.leaves(shapes_of(like)), {}
+    for name, members in _groups(like).items():
+        own = [leaves[index] for index in members]
+        shapes[name] = own[0]
+        if not name.startswith("leaf "):
+            total = sum(leaf.size for leaf in own)
+            shapes[name] = np.empty(total, own[0].dtype)  # restored in host memory, too
+    return shapes
+
+
+def _unpacked(packed: Mapping[str, Any], like: Any) -> Any:
+    """The inverse of `_packed`; arrays lie where those of `like` do."""
+    shapes, treedef = jax.tree.flatten(shapes_of(like))
+    leaves = list(shapes)
+    for name, members in _groups(like).items():
+        if name.startswith("leaf "):
+            leaves[members[0]] = packed[name]
+            continue
+        ends = np.cumsum([shapes[index].size for index in members])
+        for index, part in zip(members, np.split(packed[name], ends[:-1]), strict=True):
+            # A copy: the next step may take its memory.
+            part = part.reshape(shapes[index].shape).copy()
+            leaves[index] = jax.device_put(part, shapes[index].sharding, may_alias=False)
+    return treedef.unflatten(leaves)
 
 
 def begun(folder: pathlib.Path) -> bool:
@@ -110,12 +168,19 @@ def begun(folder: pathlib.Path) -> bool:
 
 def shapes_of(state: Any) -> Any:
     """Returns the shapes, types and places of a state, which take no memory."""
-    return jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state
+    )
 
 
 @jax.jit
-def _finite(array: jax.Array) -> jax.Array:
+def _finite_there(array: jax.Array) -> jax.Array:
     return jnp.isfinite(array).all()
+
+
+def _finite(array: Any) -> Any:
+    """Whether all numbers are finite, found where the array is."""
+    return np.isfinite(array).all() if isinstance(array, np.ndarray) else _finite_there(array)
 
 
 class _Watch:
@@ -155,9 +220,9 @@ class _Watch:
         first = float(np.mean(self._early))
         raise self._diverged(f"loss {loss:.4g} at step {index}, {first:.4g} in the first steps")
 
-    def check_finite(self, index: int, state: Any) -> None:
+    def check_finite(self, index: int, packed: Mapping[str, Any]) -> None:
         """Raises DivergedError where a state is no number: its loss is that of the next step."""
-        floats = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
+        floats = [x for x in packed.values() if jnp.issubdtype(x.dtype, jnp.floating)]
         # One by one: all in one program would take several times as long to compile.
         if not all(jax.device_get([_finite(array) for array in floats])):
             raise self._diverged(f"NaN or infinity in the state after step {index}")

@@ -44,7 +44,7 @@ from vqjax.pipeline import (
 from vqjax.pipeline.journal import Journal, alone, fingerprint, is_done
 from vqjax.pipeline.processes import Team
 
-_PIECES = 4
+_PIECES = 5
 """Raised where unfinished work of an earlier version cannot be continued."""
 
 CALIBRATION_SEED = 1_000_003  # added to the seed, so that no report image was calibrated on
