@@ -69,9 +69,17 @@ def test_more_codebooks_than_can_be_enumerated_improve_on_the_beam_and_the_start
     ("books", "entries"), [(4, 16), (8, 16), (2, 256), (3, 256), (1, 4096), (2, 4096)]
 )
 def test_blocks_cover_all_codebooks_within_the_limit(books, entries):
-    blocks = encode._blocks(books, entries)
+    blocks = encode._blocks(books, entries, encode.EXACT_LIMIT)
     assert set(itertools.chain(*blocks)) == set(range(books))
     assert all(entries ** len(block) <= encode.EXACT_LIMIT for block in blocks)
+
+
+def test_smaller_blocks_serve_where_not_all_sums_are_enumerated():
+    assert encode._blocks(4, 16, 4096) == [[0, 1, 2, 3]]
+    blocks = encode._blocks(5, 16, 4096)
+    assert set(itertools.chain(*blocks)) == set(range(5))
+    assert {len(block) for block in blocks} == {3}
+    assert {len(block) for block in encode._blocks(3, 512, 4096)} == {1}
 
 
 @pytest.mark.parametrize("entries", [3, 16, 21])

@@ -129,13 +129,13 @@ def encode_beam(
     return codes_OBM[:, 0]
 
 
-def _blocks(books: int, entries: int) -> list[list[int]]:
+def _blocks(books: int, entries: int, most: int) -> list[list[int]]:
     """Overlapping sets of codebooks of one size, small enough to enumerate, in visiting order."""
-    size = 1
-    while entries ** (size + 1) <= EXACT_LIMIT and size < books:
-        size += 1
-    if size == books:
+    if entries**books <= EXACT_LIMIT:
         return [list(range(books))]
+    size = 1
+    while entries ** (size + 1) <= most:
+        size += 1
     apart = [[(start + i) % books for i in range(size)] for start in range(0, books, size)]
     stride = -(-books // size)
     woven = [[(start + i * stride) % books for i in range(size)] for start in range(stride)]
@@ -149,6 +149,7 @@ def encode(
     previous_OM: jax.Array | None = None,
     *,
     beam: int = 0,
+    most: int = EXACT_LIMIT,
 ) -> jax.Array:
     """Returns codes int32 [O, M] of low cost, never worse than `previous`.
 
@@ -162,9 +163,10 @@ def encode(
       books_MKG: float32.
       previous_OM: codes to start from and to improve on.
       beam: hypotheses; 0 chooses.
+      most: sums of a block, at most, up to `EXACT_LIMIT`; blocks of one codebook may have more.
     """
     books, entries, _ = books_MKG.shape
-    blocks = _blocks(books, entries)
+    blocks = _blocks(books, entries, most)
     if len(blocks) == 1 and not beam:
         codes_OM = encode_exact(linear_OG, metric_GG, books_MKG)
     else:
