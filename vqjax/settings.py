@@ -444,7 +444,14 @@ class BenchEvaluateSettings:
 
 
 GpuPart = Literal[
-    "kernels", "kernels_rows", "kernels_tuned", "sample", "sample_int8", "evaluate", "tune"
+    "kernels",
+    "kernels_rows",
+    "kernels_tuned",
+    "kernels_int8",
+    "sample",
+    "sample_int8",
+    "evaluate",
+    "tune",
 ]
 
 
@@ -465,6 +472,7 @@ class BenchGpuSettings:
         "kernels",
         "kernels_rows",
         "kernels_tuned",
+        "kernels_int8",
         "sample",
         "sample_int8",
         "evaluate",

@@ -64,7 +64,11 @@ def test_layers_come_first_and_are_those_that_sampling_has(tmp_path, monkeypatch
     assert sum(shares[name] for name in layers) > sum(shares.values()) / 2
     for found in layers.values():
         assert found.bits == 2.0
-        assert found.dtype == seen["sample"].dtype == "bfloat16"
+    assert {name: found.dtype for name, found in layers.items()} == {
+        **dict.fromkeys(layers, seen["sample"].dtype),
+        "kernels_int8": "int8",
+    }
+    assert seen["sample"].dtype == "bfloat16"
     assert layers["kernels"].batch == (2, 1)
     rows = layers["kernels_rows"]
     assert (rows.most_rows, max(rows.batch)) == (16, 16)
@@ -72,6 +76,9 @@ def test_layers_come_first_and_are_those_that_sampling_has(tmp_path, monkeypatch
     assert table.tune
     assert table.table is None  # what sampling reads
     assert table.batch == (2, 2 * usual.count)  # guidance doubles them
+    integers = layers["kernels_int8"]
+    assert (integers.tune, integers.table) == (True, None)
+    assert integers.batch == (2 * min(seen["sample_int8"].batch),)
     assert sorted(seen["sample"].batch) == [1, 4, 16, 64]
     integers = seen["sample_int8"]
     assert (integers.paths, integers.act_bits, integers.dtype) == (("integer",), 8, "bfloat16")
@@ -100,6 +107,7 @@ def test_what_does_not_run_on_a_gpu_is_not_asked_for(device, dtype, path, tmp_pa
     seen = read(found, tmp_path, monkeypatch)
     assert seen["sample"].dtype == seen["kernels"].dtype == dtype
     assert sample.ways_here(seen["sample"].paths) == [sample.WAYS[path]]
+    assert ("kernels_int8" in seen) == (path == "auto")
     tuned._tables.cache_clear()
 
 

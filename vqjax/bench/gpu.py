@@ -129,19 +129,22 @@ def parts(wanted: BenchGpuSettings, found: Here) -> list[Part]:
     Layers have the codes of the model's plan at two bits. One image under guidance is two latents,
     of which the embedding's layers see a row each; what `sample` then takes is what was tuned. The
     seconds are of nine minutes on an H200 that has compiled nothing before, most of them for
-    layers; those of sampling and tuning are programs that take a minute to compile.
+    layers; those of sampling and tuning are programs that take a minute to compile. Where no kernel
+    is taken, there are none of integers either.
     """
-    layers = ("kernels", "--model", wanted.model, "--bits", "2", "--dtype", found.dtype)
+    plan = ("kernels", "--model", wanted.model, "--bits", "2")
+    layers = (*plan, "--dtype", found.dtype)
     rows = ("--batch", "1", "2", "4", "8", "16", "--most-rows", "16")
     images = ("--batch", "1", "16", "4", "64", "--repeat", "3")
     paths = ("--dtype", found.dtype, "--paths", found.path)
     integers = ("--batch", "16", "64", "--repeat", "3", "--act-bits", "8", *paths[:-1], "integer")
     scoring = ("--pictures", "2048", "--samples", "10000", "--reference", "50000", "--repeat", "1")
     every = {
-        "kernels": (125, (*layers, "--batch", "2", "1")),
+        "kernels": (115, (*layers, "--batch", "2", "1")),
         "kernels_rows": (35, (*layers, *rows)),
-        "kernels_tuned": (115, (*layers, "--batch", "2", "32", "--tune")),
-        "sample": (125, ("sample", wanted.model, *images, *paths)),
+        "kernels_tuned": (105, (*layers, "--batch", "2", "32", "--tune")),
+        "kernels_int8": (35, (*plan, "--dtype", "int8", "--batch", "32", "--tune")),
+        "sample": (110, ("sample", wanted.model, *images, *paths)),
         "sample_int8": (50, ("sample", wanted.model, *integers)),
         "evaluate": (45, ("evaluate", *scoring)),
         "tune": (45, ("tune", "--model", wanted.model, "--tuning.batch", "8", "--repeat", "3")),
@@ -150,7 +153,7 @@ def parts(wanted: BenchGpuSettings, found: Here) -> list[Part]:
     return [
         Part(name, share, (*module, *words, *seed, "--json", str(wanted.out / f"{name}.json")))
         for name, (share, words) in every.items()
-        if name in wanted.parts
+        if name in wanted.parts and (found.path == "auto" or name != "kernels_int8")
     ]
 
 

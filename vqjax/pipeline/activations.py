@@ -175,17 +175,33 @@ def _errors(
     config: LatentDiffusionConfig, layers: _Layers, params, x_BHWC, t, ids_B, step_FL, zero_FL
 ) -> jax.Array:
     """Squared errors of the layers' inputs in one call of the U-Net, for F ranges each, [F, L]."""
-    numbers = {path: number for number, (path, _) in enumerate(layers)}
 
     def reduce(path, x, window):
         del window
-        if path not in numbers:
-            return None
-        layer = numbers[path]
-        return squared_errors(_part(x), step_FL[:, layer], zero_FL[:, layer], layers[layer][1])
+        return _part(x).astype(jnp.float32) if path in dict(layers) else None
 
     found = calibrate.capture_branches(config, params, x_BHWC, t, ids_B, reduce)
-    return jnp.stack([found[path] for path, _ in layers], axis=1)
+    order, errors = [], []
+    for bits in sorted({bits for _, bits in layers}):
+        rows = [row for row, (_, own) in enumerate(layers) if own == bits]
+        inputs = [found[layers[row][0]] for row in rows]
+        ranges = step_FL.T[np.array(rows)], zero_FL.T[np.array(rows)]
+        errors.append(_errors_of(inputs, *ranges, bits))
+        order += rows
+    return jnp.concatenate(errors)[np.argsort(order)].T
+
+
+def _errors_of(
+    inputs: Sequence[jax.Array], step_LF: jax.Array, zero_LF: jax.Array, bits: int
+) -> jax.Array:
+    """Squared errors of the inputs [N] of some layers, [L, F].
+
+    One loop over all of them: a loop for each would take several times as long to compile. Zeros,
+    which have no error in any range, fill the shorter ones.
+    """
+    longest = max(part.size for part in inputs)
+    x_LN = jnp.stack([jnp.pad(part, (0, longest - part.size)) for part in inputs])
+    return jax.lax.map(lambda layer: squared_errors(*layer, bits), (x_LN, step_LF, zero_LF))
 
 
 def _part(x: jax.Array) -> jax.Array:
