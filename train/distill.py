@@ -44,7 +44,7 @@ from vqjax.core.noise import alphas_cumprod
 from vqjax.errors import VqjaxError
 from vqjax.sampling import ddim
 from vqjax.sampling.schedule import ddim_schedule
-from vqjax.train import loop
+from vqjax.train import loop, packing
 
 Order = Literal["mixed", "trajectory"]
 
@@ -200,7 +200,7 @@ def distill(
     )
     state = jax.device_put(state, everywhere)
     if loop.begun(folder):
-        state = loop.shapes_of(state)  # or the restored one would be in memory beside it
+        state = packing.shapes_of(state)  # or the restored one would be in memory beside it
 
     constants = {"activations": activations, "weight_T": weight_T}
     constants = jax.device_put(constants, everywhere)

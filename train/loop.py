@@ -15,11 +15,11 @@ import orbax.checkpoint as ocp
 
 from vqjax import progress
 from vqjax.errors import VqjaxError
+from vqjax.train import packing
 
 SAVE_INTERVAL = 60.0  # seconds between checkpoints, while losses do not grow
 WINDOW = 100  # steps that the shown figures are means of
 GUARD = 10  # first steps, and last ones, whose mean losses tell whether training diverges
-_SMALL = 1 << 20  # bytes of arrays that are saved together: Orbax takes milliseconds for each array
 
 Metrics = Mapping[str, jax.Array]
 """Scalars of one step by name; "loss" is one of them."""
@@ -79,7 +79,7 @@ def train(
                 watch.add(index, {key: float(value) for key, value in metrics.items()})
                 due = time.monotonic() - saved > SAVE_INTERVAL and watch.sound
                 if due or index == steps - 1:
-                    kept = _packed(state)
+                    kept = packing.pack(state)
                     watch.check_finite(index, kept)
                     _save(manager, index + 1, kept, watch.seen)
                     watch.kept, saved = index + 1, time.monotonic()
@@ -102,75 +102,15 @@ def _save(
 
 
 def _restored(manager: ocp.CheckpointManager, step: int, like: Any) -> tuple[Any, dict[str, list]]:
-    shapes = _packed_shapes(like)
+    shapes = packing.packed_shapes(like)
     wanted = {"state": ocp.args.StandardRestore(shapes), "watch": ocp.args.JsonRestore()}
     found = manager.restore(step, args=ocp.args.Composite(**wanted))
-    return _unpacked(found["state"], like), found["watch"]
-
-
-def _groups(state: Any) -> dict[str, list[int]]:
-    """Which leaves are saved as one array, by the name of that: small ones of each type."""
-    groups: dict[str, list[int]] = {}
-    for index, leaf in enumerate(jax.tree.leaves(state)):
-        small = not _is_key(leaf) and leaf.size * leaf.dtype.itemsize < _SMALL
-        groups.setdefault(str(leaf.dtype) if small else f"leaf {index}", []).append(index)
-    return groups
-
-
-def _is_key(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
-
-
-def _packed(state: Any) -> dict[str, Any]:
-    """The state as few arrays, small ones in host memory."""
-    leaves, packed = jax.tree.leaves(state), {}
-    for name, members in _groups(state).items():
-        own = [leaves[index] for index in members]
-        if name.startswith("leaf "):
-            (packed[name],) = own
-        else:
-            packed[name] = np.concatenate([np.ravel(part) for part in jax.device_get(own)])
-    return packed
-
-
-def _packed_shapes(like: Any) -> dict[str, Any]:
-    """Shapes, types and places of what `_packed` makes of such a state."""
-    leaves, shapes = jax.tree.leaves(shapes_of(like)), {}
-    for name, members in _groups(like).items():
-        own = [leaves[index] for index in members]
-        shapes[name] = own[0]
-        if not name.startswith("leaf "):
-            total = sum(leaf.size for leaf in own)
-            shapes[name] = np.empty(total, own[0].dtype)  # restored in host memory, too
-    return shapes
-
-
-def _unpacked(packed: Mapping[str, Any], like: Any) -> Any:
-    """The inverse of `_packed`; arrays lie where those of `like` do."""
-    shapes, treedef = jax.tree.flatten(shapes_of(like))
-    leaves = list(shapes)
-    for name, members in _groups(like).items():
-        if name.startswith("leaf "):
-            leaves[members[0]] = packed[name]
-            continue
-        ends = np.cumsum([shapes[index].size for index in members])
-        for index, part in zip(members, np.split(packed[name], ends[:-1]), strict=True):
-            # A copy: the next step may take its memory.
-            part = part.reshape(shapes[index].shape).copy()
-            leaves[index] = jax.device_put(part, shapes[index].sharding, may_alias=False)
-    return treedef.unflatten(leaves)
+    return packing.unpack(found["state"], like), found["watch"]
 
 
 def begun(folder: pathlib.Path) -> bool:
     """Whether `train` would continue from a checkpoint."""
     return folder.exists() and bool(ocp.utils.checkpoint_steps(folder))
-
-
-def shapes_of(state: Any) -> Any:
-    """Returns the shapes, types and places of a state, which take no memory."""
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state
-    )
 
 
 @jax.jit

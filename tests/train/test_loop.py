@@ -14,7 +14,7 @@ import optax
 import pytest
 
 from vqjax.errors import VqjaxError
-from vqjax.train import loop
+from vqjax.train import loop, packing
 
 OPTIMIZER = optax.adam(0.1)
 KEY = jax.random.key(0)
@@ -108,7 +108,7 @@ def test_a_state_that_is_no_number_is_not_kept(tmp_path, monkeypatch):
         r"The state after 2 steps is kept",
     ):
         loop.train("run", {"w": jnp.ones(3)}, overflowing, 3, tmp_path)
-    found = loop.train("run", loop.shapes_of({"w": jnp.ones(3)}), overflowing, 2, tmp_path)
+    found = loop.train("run", packing.shapes_of({"w": jnp.ones(3)}), overflowing, 2, tmp_path)
     np.testing.assert_array_equal(found["w"], np.ones(3))
 
 
@@ -148,7 +148,7 @@ def test_a_resumed_run_needs_shapes_alone(tmp_path):
     whole = loop.train("run", start(), step, 5, tmp_path / "whole")
     loop.train("run", start(), step, 3, tmp_path / "run")
     assert loop.begun(tmp_path / "run")
-    resumed = loop.train("run", loop.shapes_of(start()), step, 5, tmp_path / "run")
+    resumed = loop.train("run", packing.shapes_of(start()), step, 5, tmp_path / "run")
     np.testing.assert_array_equal(resumed[0]["w"], whole[0]["w"])
 
 
@@ -162,7 +162,7 @@ def test_states_are_not_kept_beside_the_present_one(tmp_path, monkeypatch):
         return {"sum": state["sum"] + 1}, {"loss": index}
 
     loop.train("run", {"sum": jnp.zeros(77)}, adding, 3, tmp_path)
-    start = loop.shapes_of({"sum": jnp.zeros(77)})
+    start = packing.shapes_of({"sum": jnp.zeros(77)})
     loop.train("run", start, adding, 6, tmp_path)
     assert max(alive) <= 2  # Python up to 3.12 holds the arguments of the call before
 
@@ -185,41 +185,3 @@ def test_a_checkpoint_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
         VqjaxError, match=r"cannot write a checkpoint \(RESOURCE[^\n]*\); make room"
     ):
         loop.train("run", start(), step, 2, tmp_path)
-
-
-def test_small_arrays_are_saved_together(tmp_path, monkeypatch):
-    """Orbax takes milliseconds for each array; a state of tuning has thousands."""
-    monkeypatch.setattr(loop, "_SMALL", 64)
-    rng = np.random.default_rng(0)
-    state = {
-        "key": jax.random.key(7),
-        "large": jnp.asarray(rng.standard_normal((5, 7)), jnp.float32),
-        "half": jnp.asarray(rng.standard_normal(3), jnp.bfloat16),
-        "count": jnp.int32(-4),
-        "none": None,
-        "small": [
-            jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((2, 3), (), (4,))
-        ],
-        "codes": jnp.arange(9, dtype=jnp.uint8),
-    }
-    packed = loop._packed(state)
-    assert {name: array.size for name, array in packed.items()} == {
-        "bfloat16": 3,
-        "float32": 11,
-        "int32": 1,
-        "uint8": 9,
-        "leaf 3": 1,
-        "leaf 4": 35,
-    }
-
-    def kept(state, index):
-        return state, {"loss": jnp.float32(1)}
-
-    loop.train("run", state, kept, 1, tmp_path)
-    found = loop.train("run", loop.shapes_of(state), kept, 1, tmp_path)
-    assert jax.tree.structure(found) == jax.tree.structure(state)
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(state), strict=True):
-        assert (a.dtype, a.shape, a.sharding) == (b.dtype, b.shape, b.sharding)
-        if not jnp.issubdtype(a.dtype, jax.dtypes.extended):
-            np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
-    assert jnp.array_equal(jax.random.key_data(found["key"]), jax.random.key_data(state["key"]))
