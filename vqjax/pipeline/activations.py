@@ -201,7 +201,12 @@ def _errors_of(
     """
     longest = max(part.size for part in inputs)
     x_LN = jnp.stack([jnp.pad(part, (0, longest - part.size)) for part in inputs])
-    return jax.lax.map(lambda layer: squared_errors(*layer, bits), (x_LN, step_LF, zero_LF))
+
+    def of_layer(layer: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        x_N, step_F, zero_F = layer
+        return squared_errors(x_N, step_F, zero_F, bits)
+
+    return jax.lax.map(of_layer, (x_LN, step_LF, zero_LF))
 
 
 def _part(x: jax.Array) -> jax.Array:
