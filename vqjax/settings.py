@@ -468,16 +468,7 @@ class BenchGpuSettings:
     minutes: float = 9.0
     """For all parts, of which each has its share of what is left: what takes longer is ended, and
     what would begin later is left out."""
-    parts: tuple[GpuPart, ...] = (
-        "kernels",
-        "kernels_rows",
-        "kernels_tuned",
-        "kernels_int8",
-        "sample",
-        "sample_int8",
-        "evaluate",
-        "tune",
-    )
+    parts: tuple[GpuPart, ...] = typing.get_args(GpuPart)
     """Only these."""
     out: pathlib.Path = pathlib.Path("vqjax-gpu")
     """Folder of the results, one JSON file for each part, and of summary.json."""

@@ -107,7 +107,6 @@ def test_what_does_not_run_on_a_gpu_is_not_asked_for(device, dtype, path, tmp_pa
     seen = read(found, tmp_path, monkeypatch)
     assert seen["sample"].dtype == seen["kernels"].dtype == dtype
     assert sample.ways_here(seen["sample"].paths) == [sample.WAYS[path]]
-    assert ("kernels_int8" in seen) == (path == "auto")
     tuned._tables.cache_clear()
 
 

@@ -129,8 +129,7 @@ def parts(wanted: BenchGpuSettings, found: Here) -> list[Part]:
     Layers have the codes of the model's plan at two bits. One image under guidance is two latents,
     of which the embedding's layers see a row each; what `sample` then takes is what was tuned. The
     seconds are of nine minutes on an H200 that has compiled nothing before, most of them for
-    layers; those of sampling and tuning are programs that take a minute to compile. Where no kernel
-    is taken, there are none of integers either.
+    layers; those of sampling and tuning are programs that take a minute to compile.
     """
     plan = ("kernels", "--model", wanted.model, "--bits", "2")
     layers = (*plan, "--dtype", found.dtype)
@@ -153,7 +152,7 @@ def parts(wanted: BenchGpuSettings, found: Here) -> list[Part]:
     return [
         Part(name, share, (*module, *words, *seed, "--json", str(wanted.out / f"{name}.json")))
         for name, (share, words) in every.items()
-        if name in wanted.parts and (found.path == "auto" or name != "kernels_int8")
+        if name in wanted.parts
     ]
 
 
