@@ -80,9 +80,11 @@ def fit(
 
 
 def _name(config: LatentDiffusionConfig, images_VNHWC, labels_N, args: Training) -> str:
-    """What tells a training from all others with another result."""
+    """What tells a training from all others with another result, or other checkpoints."""
+    from vqjax.train.loop import LAYOUT
+
     steps = args.seed, args.autoencoder_steps, args.unet_steps
-    digest = hashlib.sha256(json.dumps([config.to_dict(), *steps]).encode())
+    digest = hashlib.sha256(json.dumps([LAYOUT, config.to_dict(), *steps]).encode())
     for array in (images_VNHWC, labels_N):
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()[:12]

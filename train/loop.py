@@ -19,6 +19,7 @@ from vqjax.train import packing
 
 SAVE_INTERVAL = 60.0  # seconds between checkpoints, while losses do not grow
 WINDOW = 100  # steps that the shown figures are means of
+LAYOUT = 2  # of checkpoints; raised where those of an earlier version cannot be continued
 GUARD = 10  # first steps, and last ones, whose mean losses tell whether training diverges
 
 Metrics = Mapping[str, jax.Array]
