@@ -130,7 +130,7 @@ def encode_beam(
 
 
 def _blocks(books: int, entries: int, most: int) -> list[list[int]]:
-    """Overlapping sets of codebooks of one size, small enough to enumerate, in visiting order."""
+    """All codebooks, or overlapping sets of one size with `most` sums each, in visiting order."""
     if entries**books <= EXACT_LIMIT:
         return [list(range(books))]
     size = 1

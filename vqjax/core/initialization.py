@@ -16,8 +16,8 @@ SAMPLE = 2048
 """Vectors that the first codebooks are made from; more of them gain nothing measurable."""
 
 _SUMS = 4096
-"""Sums of a block where not all are enumerated. Codebooks move on while these codes are searched:
-for five of 16 entries, blocks of 65,536 take three times as long and leave no less error."""
+"""Sums of a block where not all are enumerated, or those of two codebooks if these are more.
+Codebooks move on while these codes are searched: larger blocks take longer for no less error."""
 
 
 @functools.partial(jax.jit, static_argnames=("books", "entries", "steps", "beam", "tile"))
