@@ -15,6 +15,18 @@ Advance = Callable[..., None]
 
 LINE_INTERVAL = 10.0  # seconds between plain lines, so that a log of hours stays readable
 
+_watchers: list[Callable[[str], None]] = []
+
+
+@contextlib.contextmanager
+def watched(see: Callable[[str], None]) -> Iterator[None]:
+    """Calls `see(name)`, from any thread, after each call of what a `stage` yields."""
+    _watchers.append(see)
+    try:
+        yield
+    finally:
+        _watchers.remove(see)
+
 
 @contextlib.contextmanager
 def stage(name: str, total: int, *, done: int = 0, quiet: bool = False) -> Iterator[Advance]:
@@ -28,13 +40,24 @@ def stage(name: str, total: int, *, done: int = 0, quiet: bool = False) -> Itera
     Yields:
       The function to call after each unit, from any thread.
     """
-    if quiet:
-        yield lambda count=1, note="": None
-    elif sys.stderr.isatty():
-        with _bar(name, total, done) as advance:
-            yield advance
-    else:
-        yield _lines(name, total, done)
+    with contextlib.ExitStack() as shown:
+        if quiet:
+            show: Advance = _silent
+        elif sys.stderr.isatty():
+            show = shown.enter_context(_bar(name, total, done))
+        else:
+            show = _lines(name, total, done)
+
+        def advance(count: int = 1, note: str = "") -> None:
+            show(count, note)
+            for see in tuple(_watchers):
+                see(name)
+
+        yield advance
+
+
+def _silent(count: int = 1, note: str = "") -> None:
+    del count, note
 
 
 @contextlib.contextmanager

@@ -281,6 +281,36 @@ class BenchTuneSettings:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class BenchPipelineSettings:
+    """Times a whole quantization, stage by stage, and predicts one that tunes for longer.
+
+    Weights are random. Every stage runs as python -m vqjax.quantize runs it, with --act-bits 8; of
+    tuning one round of the teacher, and the complete course is predicted from its steps."""
+
+    model: Preset = "digits"
+    """Preset whose U-Net is quantized."""
+    bits: float = 2.0
+    """Most stored bits per quantized weight."""
+    tune_steps: int | None = None
+    """Of the complete course; default: 100 for models of up to 64 pixels, 3,200 for larger ones."""
+    samples: int | None = None
+    """Images per model in the report; default: 256 for models of up to 64 pixels, else 4."""
+    calibration: Calibration = Calibration()
+    """Inputs that layer errors are measured on."""
+    tuning: Tuning = Tuning()
+    """What a step sees; a round of the teacher has as many trajectories as a batch has pairs."""
+    memory: float | None = None
+    """Most GB that the run takes, as --memory of python -m vqjax.quantize."""
+    out: pathlib.Path = pathlib.Path("vqjax-runs/pipeline")
+    """Folder of the weights and the run. The same command continues what was interrupted, and shows
+    again what was measured; another folder measures again."""
+    json: pathlib.Path | None = None
+    """Results."""
+    seed: int = 0
+    """Of weights, calibration and search."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class BenchAblationSettings:
     """Compares ways of tuning the embedded model, on the same noise and classes.
 

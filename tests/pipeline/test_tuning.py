@@ -14,6 +14,7 @@ import pytest
 
 import vqjax
 from tests.io import models as small
+from vqjax import progress
 from vqjax.core import grouping, scalar, tree
 from vqjax.core.activations import Activations
 from vqjax.core.model import Model
@@ -158,16 +159,19 @@ def test_tuning_is_a_stage_of_a_run(tmp_path, monkeypatch, quick_search):
     file.write_text(Plan(layers).to_json())
     untuned, student_of = [], tuning.student_of
     monkeypatch.setattr(tuning, "student_of", lambda m: (untuned.append(m), student_of(m))[1])
-    run = vqjax.quantize(
-        source,
-        plan=file,
-        out=tmp_path / "out",
-        samples=4,
-        act_bits=4,
-        calibration=Calibration(images=2, steps=3, batch=2),
-        tuning=Tuning(batch=2, trajectories=2, rate=1.0),  # that of eight bits moves no float16
-        tune_steps=2,
-    )
+    units = []
+    with progress.watched(units.append):
+        run = vqjax.quantize(
+            source,
+            plan=file,
+            out=tmp_path / "out",
+            samples=4,
+            act_bits=4,
+            calibration=Calibration(images=2, steps=3, batch=2),
+            tuning=Tuning(batch=2, trajectories=2, rate=1.0),  # that of eight bits moves no float16
+            tune_steps=2,
+        )
+    assert units.count("tune") == 2
     assert run.report["tuning"] == {"steps": 2}
     assert run.report["seconds"]["tune"] > 0
     old, new = (tree.flatten(model.params) for model in (*untuned, vqjax.load(run.out)))

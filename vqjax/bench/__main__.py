@@ -12,6 +12,7 @@ from vqjax.settings import (
     BenchGpuSettings,
     BenchKernelsSettings,
     BenchParetoSettings,
+    BenchPipelineSettings,
     BenchSampleSettings,
     BenchTuneSettings,
 )
@@ -21,6 +22,7 @@ Settings = (
     | BenchKernelsSettings
     | BenchSampleSettings
     | BenchTuneSettings
+    | BenchPipelineSettings
     | BenchAblationSettings
     | BenchParetoSettings
     | BenchEvaluateSettings
@@ -37,6 +39,7 @@ def main(argv: list[str] | None = None) -> int:
             "kernels": BenchKernelsSettings,
             "sample": BenchSampleSettings,
             "tune": BenchTuneSettings,
+            "pipeline": BenchPipelineSettings,
             "ablation": BenchAblationSettings,
             "pareto": BenchParetoSettings,
             "evaluate": BenchEvaluateSettings,
@@ -63,6 +66,10 @@ def _work(settings: Settings) -> None:
         from vqjax.bench import tune
 
         tune.run(settings)
+    elif isinstance(settings, BenchPipelineSettings):
+        from vqjax.bench import pipeline
+
+        pipeline.run(settings)
     elif isinstance(settings, BenchSampleSettings):
         from vqjax.bench import sample
 
