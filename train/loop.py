@@ -39,6 +39,7 @@ def train(
     *,
     inputs: Callable[[int], Any] = jnp.int32,
     most: float = math.inf,
+    guard: int | None = None,
     advice: str = "take a lower learning rate",
 ) -> Any:
     """Runs `step` for indices 0 .. steps - 1, or from the last checkpoint in `folder`.
@@ -53,6 +54,8 @@ def train(
       inputs: what a step sees beside the state; follows from the index alone, which makes a resumed
         run equal to an unbroken one. Default: the index.
       most: mean loss of the last steps, over that of the first ones, above which training stops.
+      guard: so many steps are the first ones and the last ones, default: `GUARD`. Where losses rise
+        and fall with what the steps see, as many as it takes to see all of it.
       advice: what to try then.
 
     Returns:
@@ -69,7 +72,7 @@ def train(
     )
     with ocp.CheckpointManager(folder, options=options) as manager:
         first = manager.latest_step() or 0
-        watch = _Watch(name, most, advice)
+        watch = _Watch(name, most, guard or GUARD, advice)
         if first:
             state, seen = _restored(manager, first, state)
             watch.restore(first, seen)
@@ -127,9 +130,11 @@ def _finite(array: Any) -> Any:
 class _Watch:
     """Keeps the metrics of the last steps, and tells when they say that training diverged."""
 
-    def __init__(self, name: str, most: float, advice: str):
-        self._name, self._most, self._advice = name, most, advice
-        self._recent: collections.deque[dict[str, float]] = collections.deque(maxlen=WINDOW)
+    def __init__(self, name: str, most: float, guard: int, advice: str):
+        self._name, self._most, self._guard, self._advice = name, most, guard, advice
+        self._recent: collections.deque[dict[str, float]] = collections.deque(
+            maxlen=max(WINDOW, guard)
+        )
         self._early: list[float] = []
         self.kept = 0  # steps of the last checkpoint
 
@@ -153,7 +158,7 @@ class _Watch:
         """Takes the metrics of a step; raises DivergedError."""
         loss = metrics["loss"]
         self._recent.append(metrics)
-        if len(self._early) < GUARD:
+        if len(self._early) < self._guard:
             self._early.append(loss)
         limit = self._most * float(np.mean(self._early))
         if math.isfinite(loss) and not self._last() > limit:
@@ -179,7 +184,7 @@ class _Watch:
         return "  ".join(f"{key} {self._mean(key):.5f}" for key in self._recent[-1])
 
     def _last(self) -> float:
-        return float(np.mean([metrics["loss"] for metrics in self._recent][-GUARD:]))
+        return float(np.mean([metrics["loss"] for metrics in self._recent][-self._guard :]))
 
     def _mean(self, key: str) -> float:
         return float(np.mean([metrics[key] for metrics in self._recent]))

@@ -123,6 +123,24 @@ def test_a_short_run_that_diverges_stops_too(jump, tmp_path):
         loop.train("run", {"index": jnp.int32(0)}, jumping, 100, tmp_path, most=20)
 
 
+def test_losses_may_rise_and_fall_within_the_guard(tmp_path):
+    def in_turn(rising):
+        def losses(state, index):
+            turn, place = divmod(index, 24)
+            return state, {"loss": (1 + rising * turn) * jnp.where(place < 12, 1e-3, 0.1)}
+
+        return losses
+
+    def run(name, rising, **settings):
+        loop.train(name, start(), in_turn(rising), 96, tmp_path / name, most=20, **settings)
+
+    with pytest.raises(loop.DivergedError, match="at step 13"):
+        run("a", 0)
+    run("b", 0, guard=24)
+    with pytest.raises(loop.DivergedError, match="it diverged"):
+        run("c", 40, guard=24)
+
+
 def test_what_diverged_diverges_again_from_its_last_good_state(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "GUARD", 4)
     monkeypatch.setattr(loop, "SAVE_INTERVAL", -1.0)  # after every step
