@@ -79,6 +79,8 @@ class Recipe:
         the other with all images of a batch, as the training loops of EfficientDM and AQUATIC-Diff
         do.
       remat: gradient checkpointing.
+      dtype: which both networks compute in; latents, predictions, the loss and gradients are
+        float32 all the same.
     """
 
     steps: int
@@ -90,6 +92,7 @@ class Recipe:
     seed: int = 0
     order: Order = "mixed"
     remat: bool = False
+    dtype: str = "float32"
 
     def __post_init__(self) -> None:
         """Raises VqjaxError if batches have no such parts."""
@@ -217,6 +220,7 @@ def distill(
             guidance=recipe.guidance,
             remat=recipe.remat,
             parts=recipe.parts,
+            dtype=recipe.dtype,
         )
         program = cores.beside(lambda: lowered(student, like, **constants).compile())
         others = cores.beside(lambda: compile_ahead(student.weights, weights_state))
@@ -249,6 +253,8 @@ def distill(
         folder,
         inputs=lesson,
         most=_MOST,
+        # In order of the trajectory losses rise and fall with it, by more than any divergence.
+        guard=lessons.steps_per_round if recipe.order == "trajectory" else None,
         advice=ADVICE,
     )[0]
 
@@ -267,8 +273,10 @@ def mean_loss(
 
     Args:
       params: of the model, dense; its activations are quantized where it has ranges.
+      recipe: its batches; both networks compute in float32 here.
       teacher, weight_of_t: as in `distill`.
     """
+    recipe = dataclasses.replace(recipe, dtype="float32")
     sharding = NamedSharding(_mesh(recipe, None), PartitionSpec("batch"))
     lessons = Lessons(teacher, recipe, sharding)
     weight_T, config = lessons.weights(weight_of_t), teacher.config
@@ -306,7 +314,7 @@ def parameters(dense: Student, activations: Activations | None) -> models.Params
     return params
 
 
-@functools.partial(jax.jit, static_argnames=("config", "guidance", "remat", "parts"))
+@functools.partial(jax.jit, static_argnames=("config", "guidance", "remat", "parts", "dtype"))
 def loss_and_gradients(
     config: LatentDiffusionConfig,
     student: Student,
@@ -317,6 +325,7 @@ def loss_and_gradients(
     weight_T: jax.Array,
     remat: bool = False,
     parts: int = 1,
+    dtype: str = "float32",
 ) -> tuple[jax.Array, Student]:
     """The loss of this module's head, and its gradients.
 
@@ -324,6 +333,7 @@ def loss_and_gradients(
       activations: as in `distill`.
       weight_T: of every timestep of the model, float32.
       parts: as many equal parts of the batch are computed one after the other.
+      dtype: as in `Recipe`.
 
     Returns:
       The loss, and gradients by the decoded kernels and all else that is trained.
@@ -337,6 +347,7 @@ def loss_and_gradients(
             guidance=guidance,
             weight_T=weight_T,
             remat=remat,
+            dtype=dtype,
         )
 
     value_and_grad = jax.default_matmul_precision(PRECISION)(jax.value_and_grad(loss_of))
@@ -364,6 +375,7 @@ def weighted_loss(
     guidance: float,
     weight_T: jax.Array,
     remat: bool = False,
+    dtype: str = "float32",
 ) -> jax.Array:
     """The loss of this module's head, scalar.
 
@@ -371,7 +383,7 @@ def weighted_loss(
       params: dense.
       weight_T: as in `loss_and_gradients`.
     """
-    error_BHWC = guided_error(config, params, taught, guidance, remat=remat)
+    error_BHWC = guided_error(config, params, taught, guidance, remat=remat, dtype=dtype)
     return jnp.mean(weight_T[taught.t_B] * jnp.mean(error_BHWC**2, axis=(1, 2, 3)))
 
 
@@ -382,9 +394,14 @@ def guided_error(
     guidance: float,
     *,
     remat: bool = False,
+    dtype: str = "float32",
 ) -> jax.Array:
     """What the guided prediction of `params` differs by from the teacher's, [B, H, W, C]."""
-    predict = functools.partial(models.predict_noise, config, params, remat=remat)
+
+    def predict(x: jax.Array, t: jax.Array, context: jax.Array | None) -> jax.Array:
+        found = models.predict_noise(config, params, x.astype(dtype), t, context, remat=remat)
+        return found.astype(x.dtype)
+
     if taught.ids_B is None:
         return predict(taught.x_BHWC, taught.t_B, None) - taught.eps_cond_BHWC
     both = _both(config, taught.ids_B)
@@ -413,7 +430,7 @@ class Lessons:
         self.grid_T = grid(config, recipe)
         self._recipe, self._sharding, self._config = recipe, sharding, config
         self._params = jax.device_put(teacher.params, NamedSharding(sharding.mesh, PartitionSpec()))
-        self._teach = functools.partial(trajectories, config, recipe.guidance)
+        self._teach = functools.partial(trajectories, config, recipe.guidance, dtype=recipe.dtype)
         self._round = -1
         mixed = recipe.order == "mixed"
         self._together = recipe.trajectories if mixed else recipe.batch
@@ -505,7 +522,7 @@ def near_grid(
     return rng.integers(low_T[:, None], high_T[:, None], shape, np.int32, endpoint=True)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "guidance"))
+@functools.partial(jax.jit, static_argnames=("config", "guidance", "dtype"))
 @jax.default_matmul_precision(PRECISION)
 def trajectories(
     config: LatentDiffusionConfig,
@@ -514,12 +531,19 @@ def trajectories(
     ids_P: jax.Array | None,
     x_PHWC: jax.Array,
     t_TP: jax.Array,
+    *,
+    dtype: str = "float32",
 ) -> Taught:
     """DDIM by the teacher with everything that it said on the way: `Taught` with axes [T, P].
 
     Args:
       t_TP: int32, timesteps of each trajectory, descending. The last step goes to timestep 0.
+      dtype: which the network computes in; what returns is of the type of x.
     """
+
+    def predict(x: jax.Array, t: jax.Array, context: jax.Array | None) -> jax.Array:
+        return models.predict_noise(config, params, x.astype(dtype), t, context).astype(x.dtype)
+
     alphas = jnp.asarray(alphas_cumprod(config), jnp.float32)
     next_TP = jnp.concatenate([t_TP[1:], jnp.zeros_like(t_TP[:1])])
     alphas_TP, alphas_next_TP = (alphas[t][..., None, None, None] for t in (t_TP, next_TP))
@@ -530,11 +554,11 @@ def trajectories(
     def step(x, inputs):
         t_P, a_P, a_next_P = inputs
         if ids_P is None:
-            cond = eps = models.predict_noise(config, params, x, t_P, None)
+            cond = eps = predict(x, t_P, None)
             uncond = None
         else:
             doubled = jnp.concatenate([x, x]), jnp.concatenate([t_P, t_P])
-            both = models.predict_noise(config, params, *doubled, context)
+            both = predict(*doubled, context)
             uncond, cond = jnp.split(both, 2)
             eps = uncond + guidance * (cond - uncond)
         return ddim.update(x, eps, a_P, a_next_P)[0], Taught(x, t_P, ids_P, cond, uncond)

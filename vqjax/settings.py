@@ -68,6 +68,9 @@ class Tuning:
     rate: float | None = None
     """Multiplies all learning rates; default: 1 up to two bits per weight, an eighth at four, in
     powers between and beyond."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What both networks compute in, there and back; weights, moments and the loss are float32.
+    bfloat16 is for GPUs, where it takes less time; a CPU gains nothing."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@
 import dataclasses
 import functools
 import pathlib
+import re
 from typing import Any
 
 import jax
@@ -123,6 +124,34 @@ def test_networks_are_multiplied_as_tensor_cores_do_whatever_the_caller_wants():
         assert "Precision.HIGHEST" not in text
 
 
+def test_both_networks_multiply_in_the_recipes_type_and_gradients_are_float32():
+    before, activations = student(bits=3)
+    learn = functools.partial(
+        distill.loss_and_gradients,
+        TEACHER.config,
+        activations=activations,
+        guidance=RECIPE.guidance,
+        weight_T=jnp.ones(TEACHER.config.timesteps),
+    )
+    walk = functools.partial(distill.trajectories, TEACHER.config, RECIPE.guidance)
+    ids, noise = jnp.array([1, 2]), jnp.zeros((2, *TEACHER.config.latent_shape))
+    t_TP = np.repeat(distill.grid(TEACHER.config, RECIPE)[:, None], 2, axis=1)
+    for dtype, short in (("float32", "f32"), ("bfloat16", "bf16")):
+        for work, arguments in (
+            (learn, (before, lessons(RECIPE).like())),
+            (walk, (TEACHER.params, ids, noise, t_TP)),
+        ):
+            traced, shapes = jax.make_jaxpr(
+                functools.partial(work, dtype=dtype), return_shape=True
+            )(*arguments)
+            products = re.findall(
+                r":(\w+)\[[^]]*\] = (?:dot_general|conv_general_dilated)", str(traced)
+            )
+            assert set(products) == {short}
+            found = {str(leaf.dtype) for leaf in jax.tree.leaves(shapes)}
+            assert {"float32"} <= found <= {"float32", "int32", "uint8", "float0"}
+
+
 @pytest.mark.parametrize(("steps", "timesteps"), [(25, 1000), (30, 1000), (1, 1000), (9, 10)])
 def test_trajectories_visit_all_timesteps_between_those_of_the_grid(steps, timesteps):
     config = dataclasses.replace(TEACHER.config, timesteps=timesteps)
@@ -143,6 +172,21 @@ def test_mixed_batches_use_every_pair_once_and_follow_from_the_index():
     given(5)  # another round
     again = lessons(RECIPE)(2)
     jax.tree.map(np.testing.assert_array_equal, again, batches[2])
+
+
+@pytest.mark.parametrize(("order", "guard"), [("trajectory", 3), ("mixed", None)])
+def test_a_course_in_order_of_the_trajectory_is_guarded_by_whole_ones(
+    order, guard, tmp_path, monkeypatch
+):
+    seen = []
+    monkeypatch.setattr(loop, "train", lambda *args, guard, **rest: [seen.append(guard)])
+    before, activations = student(bits=None)
+    optimizer = optax.sgd(0.1)
+    recipe = dataclasses.replace(RECIPE, order=order)
+    distill.distill(
+        TEACHER, before, optimizer, optimizer, recipe, tmp_path, activations=activations
+    )
+    assert seen == [guard]
 
 
 def test_batches_in_order_of_the_trajectory_have_one_timestep_each():

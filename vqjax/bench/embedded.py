@@ -159,6 +159,7 @@ def tuned(start: Compressed, method: str, seed: int, teaching: Teaching) -> Mode
         trajectories=teaching.tuning.trajectories,
         seed=seed + tuning.SEED,
         order=teaching.order,
+        dtype=teaching.tuning.dtype,
     )
     known = fingerprint(repr(teaching))[:8]
     ahead = {}

@@ -76,8 +76,11 @@ def measure(
         trajectories=wanted.tuning.batch,
         guidance=model.config.guidance,
         remat=memory.needs_remat(shapes),
+        dtype=wanted.tuning.dtype,
     )
-    teach = jax.jit(functools.partial(distill.trajectories, model.config, recipe.guidance))
+    teach = jax.jit(
+        functools.partial(distill.trajectories, model.config, recipe.guidance, dtype=recipe.dtype)
+    )
     t_TP = np.repeat(distill.grid(model.config, recipe)[:, None], recipe.batch, axis=1)
     ids = jnp.zeros(recipe.batch, jnp.int32) if model.config.n_classes else None
     noise = jax.random.normal(jax.random.key(0), (recipe.batch, *model.config.latent_shape))
@@ -96,6 +99,7 @@ def measure(
             taught,
             guidance=recipe.guidance,
             weight_T=weight_T,
+            dtype=recipe.dtype,
         )
 
     both = jax.jit(
@@ -106,6 +110,7 @@ def measure(
             guidance=recipe.guidance,
             weight_T=weight_T,
             remat=recipe.remat,
+            dtype=recipe.dtype,
         )
     )
     like = jax.eval_shape(lambda: first(teach(*lesson)))

@@ -107,6 +107,7 @@ def recipe_of(job: "Job") -> distill.Recipe:
         guidance=config.guidance,
         seed=wanted.seed + SEED,
         remat=memory.needs_remat(job.shapes),
+        dtype=wanted.tuning.dtype,
     )
 
 
