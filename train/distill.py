@@ -253,7 +253,7 @@ def distill(
         folder,
         inputs=lesson,
         most=_MOST,
-        # In order of the trajectory losses rise and fall with it, by more than any divergence.
+        # In order of the trajectory losses rise and fall with it, by as much as in a divergence.
         guard=lessons.steps_per_round if recipe.order == "trajectory" else None,
         advice=ADVICE,
     )[0]

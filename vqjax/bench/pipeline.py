@@ -16,13 +16,12 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 from rich.console import Console
 from rich.table import Table
 
 from vqjax import config as config_lib
 from vqjax import progress
-from vqjax.bench import random_weights
+from vqjax.bench import random_weights, work
 from vqjax.bench.clock import CompileClock
 from vqjax.config import LatentDiffusionConfig
 from vqjax.errors import VqjaxError
@@ -75,7 +74,7 @@ def run(wanted: BenchPipelineSettings) -> None:
         "seconds": seconds,
         "compile_seconds": round(clock.seconds, 1) if whole else None,
         "peak_memory_bytes": record["peak_memory_bytes"],
-        "accelerator_memory_bytes": _accelerator_memory() if whole else None,
+        "accelerator_memory_bytes": work.accelerator_peak_bytes() if whole else None,
         "tuning": tuning,
         "complete": complete(seconds, tuning, complete_steps(config, wanted)),
     }
@@ -168,11 +167,6 @@ def complete(
     tuned = seconds[_TUNE] + more + saves * tuning["checkpoint_seconds"]
     stages = {**seconds, _TUNE: tuned}
     return {"tune_steps": steps, "seconds": stages, "total_seconds": sum(stages.values())}
-
-
-def _accelerator_memory() -> int | None:
-    """The peak so far; None on a CPU, which does not tell."""
-    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
 def show(found: Mapping[str, Any]) -> None:

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vqjax import config as config_lib
-from vqjax.bench import random_weights
+from vqjax.bench import random_weights, work
 from vqjax.bench.clock import medians_in_turn, together
 from vqjax.core import cores, tree
 from vqjax.core.activations import Activations
@@ -57,7 +57,7 @@ def run(wanted: BenchTuneSettings) -> None:
     }
     for part, median_seconds in measure(wanted, model, student, activations):
         seconds[part] = median_seconds
-        found["peak_memory_bytes"] = _peak_memory_bytes()
+        found["peak_memory_bytes"] = work.accelerator_peak_bytes() or peak_memory_bytes()
         if part == PARTS[-1]:
             found["v_step_share"] = share_of_v_step(seconds)
         if wanted.json is not None:  # after each: the last takes longest to compile
@@ -183,12 +183,6 @@ def median(work: Callable[..., Any], repeat: int, *arguments: Any) -> float:
         jax.block_until_ready(work(*arguments))
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds)
-
-
-def _peak_memory_bytes() -> int:
-    """Of an accelerator, where there is one, else of this process."""
-    of_device = jax.local_devices()[0].memory_stats() or {}
-    return of_device.get("peak_bytes_in_use", peak_memory_bytes())
 
 
 def share_of_v_step(seconds: Mapping[str, float]) -> float:

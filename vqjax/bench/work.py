@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Counted operations of one layer's quantization by stage, and the machine's speed.
+"""Counted operations of one layer's quantization by stage, and the machine's speed and memory.
 
 Dimension key:  O outputs   N fan-in   J vectors of a row   M codebooks   K entries   R rows
 """
@@ -66,6 +66,11 @@ def _sums(spec: LayerSpec) -> float:
     every = spec.codebooks * math.log2(spec.entries)
     blocks = math.ceil(every / math.log2(EXACT_LIMIT))
     return blocks * 2.0 ** (every / blocks)
+
+
+def accelerator_peak_bytes() -> int | None:
+    """The most memory of the first device that was in use so far; None on a CPU."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
 def matmul_peak(dtype: str = "float32") -> float:
