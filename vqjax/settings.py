@@ -112,7 +112,7 @@ class QuantizeSettings:
     memory: float | None = None
     """Most GB that the run takes in each process, of an accelerator's memory where there is one:
     moments that do not fit take another pass, fewer layers are searched side by side, and batches
-    of tuning are computed in parts. Default: 4 GB for moments, and what the rest needs."""
+    of tuning are computed in parts. Default: 2.6 GB for moments, and what the rest needs."""
     seed: int = 0
     """Of calibration, search and samples."""
 

@@ -9,10 +9,11 @@ import pytest
 
 from tests.io import models as small
 from vqjax import models
-from vqjax.core import folding, tree
+from vqjax.core import folding, row_sums, tree
 from vqjax.core import moments as moments_lib
 from vqjax.core.plan import kernel_shapes
 from vqjax.pipeline import calibrate
+from vqjax.pipeline.gathered import Moments
 from vqjax.settings import Calibration
 
 SETTINGS = Calibration(images=3, steps=4, batch=2)
@@ -73,7 +74,7 @@ def _rows_by_image(model, visited) -> dict[str, np.ndarray]:
 
 
 def test_moments_are_the_means_over_what_each_output_reads(monkeypatch):
-    monkeypatch.setattr(calibrate, "_BLOCK", 50)
+    monkeypatch.setattr(row_sums, "BLOCK", 50)
     monkeypatch.setattr(calibrate, "_CHUNK_BYTES", 1 << 18)
     monkeypatch.setattr(moments_lib, "HELD_FEATURES", 180)
     model = small.dense(small.CLASSES)
@@ -93,7 +94,7 @@ def test_moments_are_the_means_over_what_each_output_reads(monkeypatch):
     }
     assert sizes == {False, True}
 
-    again = calibrate.from_arrays(calibrate.to_arrays(moments))
+    again = Moments.from_arrays(moments.to_arrays())
     assert again.keys() == moments.keys()
     for path, moment in moments.items():
         for one, other in zip(moment.to_arrays().values(), again[path].to_arrays().values()):
@@ -126,9 +127,9 @@ def test_equal_weights_change_nothing():
     model = small.dense(small.CLASSES)
     visited = list(calibrate.trajectories(model, SETTINGS, seed=0))[1:]
     paths = PATHS[-2:]
-    plain = calibrate.to_arrays(calibrate.second_moments(model, visited, paths))
+    plain = calibrate.second_moments(model, visited, paths).to_arrays()
     equal = calibrate.second_moments(model, visited, paths, weights_T=np.ones(SETTINGS.steps))
-    for name, array in calibrate.to_arrays(equal).items():
+    for name, array in equal.to_arrays().items():
         np.testing.assert_array_equal(array, plain[name])
 
 

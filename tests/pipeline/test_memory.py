@@ -55,18 +55,17 @@ def test_without_a_limit_everything_goes_side_by_side():
     assert found.peak == sum(found.parts.values())
 
 
-def test_less_memory_means_more_passes_and_fewer_layers_at_a_time():
-    plenty, passes, workers = divide(None).peak, [], []
-    for share in (1.1, 0.8, 0.6, 0.5):
-        found = divide(share * plenty)
-        assert found.peak <= share * plenty
-        passes.append(len(calibrate.batches(SIZES, found.moments)))
-        workers.append(found.workers)
-    assert passes == sorted(passes)
-    assert workers == sorted(workers, reverse=True)
-    assert (passes[0], workers[0]) == (1, 4)
-    assert passes[-1] > 4
-    assert workers[-1] == 1
+def test_less_memory_means_fewer_layers_at_a_time_and_more_passes():
+    plenty = divide(None).peak
+    found = []
+    for share in (1.1, 0.8, 0.6, 0.5, 0.45):
+        division = divide(share * plenty)
+        assert division.peak <= share * plenty
+        found.append((-division.workers, len(calibrate.batches(SIZES, division.moments))))
+    assert found == sorted(found)  # where two layers do not fit, moments have the room of one
+    assert found[0] == (-4, 1)
+    assert found[-1][0] == -1
+    assert found[-1][1] > 2
 
 
 def test_passes_do_not_depend_on_the_cores_of_the_machine():
@@ -110,9 +109,9 @@ def test_the_published_model_is_tuned_on_a_gpu_of_16_gb():
     ("limit", "workers", "tuned", "accelerated", "pairs", "peak"),
     [
         (None, 2, 32, False, 32, 89.2),
-        (None, 2, 0, False, 0, 39.4),
+        (None, 2, 0, False, 0, 39.2),
         (None, 1, 32, True, 32, 27.8),
-        (None, 1, 0, True, 0, 14.5),
+        (None, 1, 0, True, 0, 12.0),
         (16e9, 1, 32, True, 4, 14.0),
     ],
 )
@@ -126,7 +125,7 @@ def test_the_published_model_takes_what_the_documentation_says(
 
 
 @pytest.mark.parametrize(
-    ("batch", "accelerated", "least"), [(16, False, 24.5), (2, False, 20.8), (16, True, 12.1)]
+    ("batch", "accelerated", "least"), [(16, False, 24.2), (2, False, 20.4), (16, True, 12.1)]
 )
 def test_the_published_model_does_with_what_the_documentation_says(batch, accelerated, least):
     assert f"{least} GB" in (DOCS / "scale.md").read_text(encoding="utf-8")
@@ -140,8 +139,8 @@ def test_the_published_model_does_with_what_the_documentation_says(batch, accele
     ("free", "advice"),
     [
         (32.06e9, "32.1 GB can be had; ask for --memory 32, or end other programs"),
-        (22e9, "it needs at least --memory 24.5, or --memory 22 --calibration.batch 1, or end"),
-        (16e9, "it needs at least --memory 24.5, or --memory 20.5 --calibration.batch 1, or end"),
+        (22e9, "it needs at least --memory 24.2, or --memory 22 --calibration.batch 1, or end"),
+        (16e9, "it needs at least --memory 24.2, or --memory 20.2 --calibration.batch 1, or end"),
     ],
 )
 def test_what_a_refused_run_is_told_to_ask_for_is_not_refused_next(monkeypatch, free, advice):
@@ -152,7 +151,7 @@ def test_what_a_refused_run_is_told_to_ask_for_is_not_refused_next(monkeypatch, 
     monkeypatch.setattr(estimate, "available_memory", lambda: free)
     with pytest.raises(DoesNotFitError) as refused:
         quantize._check_memory(job)
-    assert f"takes about 39.4 GB of memory, {free / 1e9:.1f} GB can be had; " in str(refused.value)
+    assert f"takes about 39.2 GB of memory, {free / 1e9:.1f} GB can be had; " in str(refused.value)
     assert advice in str(refused.value)
     for gigabytes, batch in re.findall(r"--memory ([\d.]+)(?: --calibration.batch (\d+))?", advice):
         limit = 1e9 * float(gigabytes)

@@ -10,6 +10,7 @@ Timesteps count as their weights say, which have the mean 1 (`pipeline.timesteps
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -20,15 +21,15 @@ import numpy as np
 
 from vqjax import models, sampling
 from vqjax.config import LatentDiffusionConfig
-from vqjax.core import cores, plan
+from vqjax.core import cores, plan, row_sums, window_sums
 from vqjax.core import moments as moments_lib
 from vqjax.core.model import Model
-from vqjax.core.moments import Moment
+from vqjax.core.row_sums import RowSums
+from vqjax.core.window_sums import WindowSums
+from vqjax.pipeline import gathered
+from vqjax.pipeline.gathered import Gathered, Moments, Sums
 from vqjax.sampling.schedule import ddim_schedule
 from vqjax.settings import Calibration
-
-Moments = dict[str, Moment]
-"""By kernel path."""
 
 _TIME = re.compile(plan.TIME)
 
@@ -36,16 +37,21 @@ _CLASS = re.compile(r"/attn2/to_(k|v|out)/kernel$")
 """Layers that see the class alone, where they see one token: queries of one key do nothing."""
 
 _CHUNK_BYTES = 1 << 26  # patches of a convolution that exist at a time, one image at least
-_BLOCK = 2048  # columns of a moment that are added at a time; those below the diagonal are not
+_COPIES = 3  # of images, where windows are added up by displacements
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerInput:
-    """One layer as the U-Net calls it: `positions` outputs per image, `fan_in` inputs to each."""
+    """One layer as the U-Net calls it: `positions` outputs per image, `fan_in` inputs to each.
+
+    Attributes:
+      image: height and width of what it reads, where its windows are such as `window_sums` adds up.
+    """
 
     fan_in: int
     positions: int
     window: int = 1
+    image: tuple[int, int] | None = None
 
     @property
     def numbers(self) -> int:
@@ -54,18 +60,34 @@ class LayerInput:
 
     @property
     def moment_bytes(self) -> int:
-        """Memory of its moments."""
-        held = moments_lib.held_size(self.fan_in, self.window)
-        return 4 * (self.fan_in**2 + self.fan_in + held**2 + held)
+        """Memory of what is gathered for its moments."""
+        shapes = *self.sums(self.fan_in), *self.sums(self.held)
+        return 4 * sum(math.prod(shape) for shape in shapes)
+
+    @property
+    def moment_flops(self) -> int:
+        """Operations that gather what one image adds, in products of matrices."""
+        if self.image is None:
+            return 2 * self.positions * self.fan_in**2
+        return window_sums.flops(self.image, self.fan_in // self.window**2)
+
+    @property
+    def held(self) -> int:
+        """P."""
+        return moments_lib.held_size(self.fan_in, self.window)
+
+    def sums(self, features: int) -> Sums:
+        """Shapes of the sums over rows of some features."""
+        if self.image is None:
+            return row_sums.shapes(features)
+        return window_sums.shapes(self.image, features // self.window**2)
 
 
-class _Sums(NamedTuple):
-    """Of a layer's rows, each image's divided by their number. `held` is empty for none."""
+class _Both(NamedTuple):
+    """Sums over a layer's rows, each image's divided by their number; `held` None for none."""
 
-    second_NN: jax.Array
-    mean_N: jax.Array
-    held_PP: jax.Array
-    held_mean_P: jax.Array
+    whole: Sums
+    held: Sums | None
 
 
 def trace_layers(config: LatentDiffusionConfig, params: models.Params) -> dict[str, LayerInput]:
@@ -84,9 +106,10 @@ def _traced(config: LatentDiffusionConfig, treedef: Any, types: tuple) -> dict[s
     sizes: dict[str, LayerInput] = {}
 
     def measure(path: str, x: jax.Array, window: dict[str, Any]) -> None:
-        rows = jax.eval_shape(functools.partial(_rows, **window), x)
+        rows = jax.eval_shape(functools.partial(row_sums.patches, **window), x)
         positions = int(np.prod(rows.shape[:-1]))
-        sizes[path] = LayerInput(rows.shape[-1], positions, window.get("window", 1))
+        image = x.shape[1:3] if window_sums.fit(x.shape, **window) else None
+        sizes[path] = LayerInput(rows.shape[-1], positions, window.get("window", 1), image)
 
     def run(params, x, t):
         context = models.embed_classes(config, params, jnp.zeros((1,), jnp.int32))
@@ -175,16 +198,16 @@ def second_moments(
     weights_T = np.ones(steps) if weights_T is None else weights_T
     sizes = trace_layers(model.config, model.params)
     images = sum(x_TBHWC.shape[1] for x_TBHWC, _, _ in visited)
-    found = _moments_of_labels(model, paths, sizes, visited[0][1], weights_T)
+    found = _of_labels(model, paths, sizes, visited[0][1], weights_T)
     held = {
         path: moments_lib.held_every(sizes[path].fan_in, sizes[path].window, images)
         for path in paths
         if path not in found
     }
-    add = functools.partial(_sums_and, model.config, tuple(held.items()), _BLOCK, _CHUNK_BYTES)
+    add = functools.partial(_sums_and, model.config, tuple(held.items()), _CHUNK_BYTES)
     firsts = np.cumsum([0] + [x_TBHWC.shape[1] for x_TBHWC, _, _ in visited])
 
-    def sums_of(batches: Sequence[int]) -> dict[str, _Sums]:
+    def sums_of(batches: Sequence[int]) -> dict[str, _Both]:
         sums = {path: _empty(sizes[path], every) for path, every in held.items()}
         for number in batches:
             x_TBHWC, t_T, ids_B = visited[number]
@@ -203,18 +226,20 @@ def second_moments(
     sums = functools.reduce(_added, cores.in_order(sums_of, parts))
     rows = images * steps * (1 if visited[0][2] is None else 2)
     for path, every in held.items():
-        found[path] = _moment(sums.pop(path), rows, images // every / images if every else 0.0)
-    return {path: found[path] for path in paths}
+        both, share = sums.pop(path), images // every / images if every else 0.0
+        means = gathered.mean(both.whole, rows), gathered.mean(both.held, rows * share)
+        found[path] = Gathered(*means, share)
+    return Moments({path: found[path] for path in paths})
 
 
-def _moments_of_labels(
+def _of_labels(
     model: Model,
     paths: Sequence[str],
     sizes: Mapping[str, LayerInput],
     t_T: np.ndarray,
     weights_T: np.ndarray,
-) -> Moments:
-    """Moments of those of the layers that see the timestep or the class alone, over all there are.
+) -> dict[str, Gathered]:
+    """Of those of the layers that see the timestep or the class alone, over all there are.
 
     Trajectories would leave out timesteps that a sampler of other steps visits, and of a thousand
     classes nearly all.
@@ -228,20 +253,20 @@ def _moments_of_labels(
     if timed:
         all_t = np.arange(1, config.timesteps, dtype=np.int32)
         weights = np.interp(all_t, t_T[::-1], weights_T[::-1])
-        found |= _moments_of_all(model, timed, all_t, np.zeros_like(all_t), weights)
+        found |= _of_all(model, timed, all_t, np.zeros_like(all_t), weights)
     classed = class_layers(config, sizes) & set(paths)
     if classed:
         ids = np.arange(config.null_class + 1, dtype=np.int32)
         weights = np.where(ids == config.null_class, config.null_class, 1.0)
-        found |= _moments_of_all(model, classed, np.ones_like(ids), ids, weights)
+        found |= _of_all(model, classed, np.ones_like(ids), ids, weights)
     return found
 
 
-def _moments_of_all(
+def _of_all(
     model: Model, paths: Collection[str], t_R: np.ndarray, ids_R: np.ndarray, weight_R: np.ndarray
-) -> Moments:
-    """Moments of layers that see no image, over inputs without others to come: held out is a half
-    that equals the whole."""
+) -> dict[str, Gathered]:
+    """Of layers that see no image, over inputs without others to come: held out is a half that
+    equals the whole."""
     weight_R = (weight_R / weight_R.sum()).astype(np.float32)
     found = {}
     for path, (second_NN, mean_N) in jax.device_get(
@@ -249,7 +274,7 @@ def _moments_of_all(
     ).items():
         kept = moments_lib.held_columns(len(mean_N), moments_lib.held_size(len(mean_N), 1), 1)
         held_NN = second_NN[np.ix_(kept, kept)]
-        found[path] = Moment(second_NN, mean_N, held_NN, 0.5, mean_N[kept])
+        found[path] = Gathered(RowSums(second_NN, mean_N), RowSums(held_NN, mean_N[kept]), 0.5)
     return found
 
 
@@ -293,31 +318,12 @@ def capture_branches(
     return models.capture_inputs(config, params, x_BHWC, t_B, context, reduce)[1]
 
 
-def to_arrays(moments: Moments) -> dict[str, np.ndarray]:
-    """Moments as named arrays, for storage."""
-    return {
-        f"{path}/{name}": array
-        for path, moment in moments.items()
-        for name, array in moment.to_arrays().items()
-    }
-
-
-def from_arrays(arrays: Mapping[str, np.ndarray]) -> Moments:
-    """The inverse of `to_arrays`."""
-    found: dict[str, dict[str, np.ndarray]] = {}
-    for key, array in arrays.items():
-        path, _, name = key.rpartition("/")
-        found.setdefault(path, {})[name] = array
-    return {path: Moment.from_arrays(fields) for path, fields in found.items()}
-
-
 @functools.partial(
-    jax.jit, static_argnames=("config", "held", "block", "chunk_bytes"), donate_argnames="sums"
+    jax.jit, static_argnames=("config", "held", "chunk_bytes"), donate_argnames="sums"
 )
 def _sums_and(
     config: LatentDiffusionConfig,
     held: tuple[tuple[str, int], ...],
-    block: int,
     chunk_bytes: int,
     sums,
     params,
@@ -331,101 +337,66 @@ def _sums_and(
 
     Args:
       held: every how manieth image is held out, by path.
-      block, chunk_bytes: `_BLOCK` and `_CHUNK_BYTES`.
+      chunk_bytes: `_CHUNK_BYTES`.
     """
     held_every = dict(held)
 
     def reduce(path, x, window):
         if path not in sums:
             return None
-        add = functools.partial(
-            _add_rows, weight=weight, window=window, limits=(block, chunk_bytes)
-        )
-        return _add(sums[path], x, index_B, held_every[path], window.get("window", 1), add)
+        add = functools.partial(_add, weight=weight, window=window, chunk_bytes=chunk_bytes)
+        whole, held = sums[path]
+        whole = add(whole, x)
+        if held is not None:
+            held = add(held, _held_out(x, index_B, held_every[path], held, window))
+        return _Both(whole, held)
 
     return capture_branches(config, params, x_BHWC, t, ids_B, reduce)
 
 
-def _empty(size: LayerInput, every: int) -> _Sums:
-    held = moments_lib.held_size(size.fan_in, size.window) if every else 0
-    shapes = ((size.fan_in,) * 2, (size.fan_in,), (held, held), (held,))
-    return _Sums(*(jnp.zeros(shape, jnp.float32) for shape in shapes))
+def _empty(size: LayerInput, every: int) -> _Both:
+    def zeros(features: int) -> Sums:
+        shapes = size.sums(features)
+        return type(shapes)(*(jnp.zeros(shape, jnp.float32) for shape in shapes))
+
+    return _Both(zeros(size.fan_in), zeros(size.held) if every else None)
 
 
-def _added(sums: dict[str, _Sums], more: dict[str, _Sums]) -> dict[str, _Sums]:
+def _added(sums: dict[str, _Both], more: dict[str, _Both]) -> dict[str, _Both]:
     return jax.tree.map(np.add, *jax.device_get((sums, more)))
 
 
-def _add(sums: _Sums, x: jax.Array, index_B, every: int, window: int, add: Callable) -> _Sums:
-    """Adds one call's rows to a layer's sums, by `add` (`_add_rows`)."""
-    second_NN, mean_N = add(sums.second_NN, sums.mean_N, x)
-    if not every:
-        return sums._replace(second_NN=second_NN, mean_N=mean_N)
+def _held_out(
+    x: jax.Array, index_B: jax.Array, every: int, held: Sums, window: dict[str, Any]
+) -> jax.Array:
+    """What counts for a held-out moment of what a layer sees: some images, the others zero, and
+    some channels."""
     batch = len(index_B)  # of images; x may hold both branches
     held_B = index_B % every == every - 1
     place_V = jnp.nonzero(held_B, size=-(-batch // every), fill_value=0)[0]
     real_V = jnp.arange(len(place_V)) < jnp.sum(held_B)
-    columns = moments_lib.held_columns(len(mean_N), len(sums.held_mean_P), window)
-    kept = x.reshape(-1, batch, *x.shape[1:])[:, place_V][..., columns[:: window**2] // window**2]
+    side = window.get("window", 1)
+    area = side**2
+    columns = moments_lib.held_columns(x.shape[-1] * area, gathered.features(held), side)
+    kept = x.reshape(-1, batch, *x.shape[1:])[:, place_V][..., columns[::area] // area]
     kept *= real_V.reshape(1, -1, *[1] * (x.ndim - 1))
-    kept = kept.reshape(-1, *kept.shape[2:])
-    return _Sums(second_NN, mean_N, *add(sums.held_PP, sums.held_mean_P, kept))
+    return kept.reshape(-1, *kept.shape[2:])
 
 
-def _add_rows(
-    second_NN,
-    mean_N,
-    x: jax.Array,
-    *,
-    weight: jax.Array,
-    window: dict[str, Any],
-    limits: tuple[int, int],
-):
-    """Adds all rows of some images; few images at a time, so that their patches stay small."""
-    block, chunk_bytes = limits
-    shape = jax.eval_shape(functools.partial(_rows, **window), x).shape
-    positions, fan_in = int(np.prod(shape[1:-1])), shape[-1]
-    most = max(1, chunk_bytes // (4 * positions * fan_in))
+def _add(
+    sums: Sums, x: jax.Array, *, weight: jax.Array, window: dict[str, Any], chunk_bytes: int
+) -> Sums:
+    """Adds what some images show a layer, a few of them at a time, so that copies stay small."""
+    shape = jax.eval_shape(functools.partial(row_sums.patches, **window), x).shape
+    positions = math.prod(shape[1:-1])
+    weight = weight / positions
+
+    def add(sums: Sums, x: jax.Array) -> tuple[Sums, None]:
+        if isinstance(sums, WindowSums):
+            return window_sums.add(sums, x, weight), None
+        return row_sums.add(sums, row_sums.patches(x, **window), weight), None
+
+    width = _COPIES * x.shape[-1] if isinstance(sums, WindowSums) else shape[-1]
+    most = max(1, chunk_bytes // (4 * positions * width))
     together = max(n for n in range(1, len(x) + 1) if len(x) % n == 0 and n <= most)
-
-    def add(sums, x):
-        second_NN, mean_N = sums
-        rows_RN = _rows(x, **window).astype(jnp.float32).reshape(-1, fan_in)
-        for low in range(0, fan_in, block):
-            high = min(low + block, fan_in)
-            product = jnp.matmul(
-                rows_RN[:, :high].T, rows_RN[:, low:high], precision=jax.lax.Precision.HIGHEST
-            )
-            second_NN = second_NN.at[:high, low:high].add(weight * product / positions)
-        return (second_NN, mean_N + weight * jnp.sum(rows_RN, axis=0) / positions), None
-
-    parts = x.reshape(-1, together, *x.shape[1:])
-    return jax.lax.scan(add, (second_NN, mean_N), parts)[0]
-
-
-def _moment(sums: _Sums, count: int, share: float) -> Moment:
-    """Means of the sums over `count` rows' worth, the blocks below the diagonal filled in."""
-    second_NN, mean_N, held_PP, held_mean_P = (np.array(part) for part in sums)
-    for matrix in (second_NN, held_PP):
-        for low in range(_BLOCK, len(matrix), _BLOCK):
-            rows = slice(low, low + _BLOCK)
-            matrix[rows, :low] = matrix[:low, rows].T
-    second_NN /= np.float32(count)
-    mean_N /= np.float32(count)
-    if not share:
-        return Moment(second_NN, mean_N)
-    held = np.float32(count * share)
-    return Moment(second_NN, mean_N, held_PP / held, share, held_mean_P / held)
-
-
-def _rows(x: jax.Array, window: int = 1, stride: int = 1, padding: tuple[int, int] = (0, 0)):
-    """A layer's input as what each output reads, [..., N], columns (input channel, ky, kx)."""
-    if window == 1:
-        return x
-    return jax.lax.conv_general_dilated_patches(
-        x,
-        (window, window),
-        (stride, stride),
-        (padding, padding),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )
+    return jax.lax.scan(add, sums, x.reshape(-1, together, *x.shape[1:]))[0]

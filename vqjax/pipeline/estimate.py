@@ -97,7 +97,7 @@ def estimate(
     weights = sum(math.prod(shape) for shape in unet.values())
     stored = plan.bits_report(unet).total
     forward = total([layer_flops(unet[p], plan[p], sizes[p].positions) for p in plan]).dense
-    moments = sum(2 * size.positions * size.fan_in**2 for size in sizes.values())
+    moments = sum(size.moment_flops for size in sizes.values())
     positions = math.prod(config.latent_shape[:2])
     followed = min(calibration.images, max(LEAST_IMAGES, POSITIONS // positions))
     weighed = _BACKWARD * followed * calibration.steps * 2

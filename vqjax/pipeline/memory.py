@@ -18,7 +18,7 @@ from vqjax.settings import Calibration
 TRAINED = ("unet", "cond_stage")
 """Parts of a model that are tuned; the first stage stays as it is."""
 
-DEFAULT_MOMENTS = 4_000_000_000  # bytes of moments side by side where nobody set a limit
+DEFAULT_MOMENTS = 2_600_000_000  # bytes of moments side by side where nobody set a limit
 
 _RUNTIME = 0.7e9  # interpreter, libraries, and the programs that every run compiles
 _PROGRAMS = 42e6  # of one shape of kernel: code, traces, and what compiling them left behind
@@ -98,7 +98,8 @@ def divide(
             for paths in batches(dict(sizes), moments)
         )
         calibrating = {"activations": activations, "moments": _MOMENT_COPIES * group}
-        search = {"search": _SEARCH_MATRICES * 4 * sum(sorted(_squares(sizes))[-count:])}
+        matrices = _SEARCH_MATRICES + (not accelerated)  # the whole moment, in the host's memory
+        search = {"search": matrices * 4 * sum(sorted(_squares(sizes))[-count:])}
         if accelerated:
             return fixed | max(calibrating, search, key=_total)
         return fixed | {"programs": int(_PROGRAMS) * alike} | calibrating | search
@@ -129,9 +130,10 @@ def divide(
             needed=least.peak,
         )
     # Passes must not depend on the machine's cores: moments get their half before layers that are
-    # searched beside the first one.
+    # searched beside the first one, and all of it where there is no room for a second layer.
     rest = (limit - _total(searching(1, 1))) / _MOMENT_COPIES + needed[0]
-    moments = int(min(max(rest / 2, needed[0]), sum(needed), DEFAULT_MOMENTS))
+    halves = _total(searching(max(int(rest / 2), needed[0]), 2)) <= limit
+    moments = int(min(rest / 2 if halves else rest, sum(needed), DEFAULT_MOMENTS))
     moments = max(moments, needed[0])
     counts = (n for n in range(workers, 0, -1) if _total(searching(moments, n)) <= limit)
     pairs = (n for n in range(tuned, 0, -1) if tuned % n == 0 and _total(tuning(n)) <= limit)

@@ -41,6 +41,7 @@ from vqjax.pipeline import (
     timesteps,
     tuning,
 )
+from vqjax.pipeline.gathered import Moments
 from vqjax.pipeline.journal import Journal, alone, fingerprint, is_done
 from vqjax.pipeline.processes import Team
 
@@ -479,15 +480,15 @@ def trajectories(job: Job, journal: Journal) -> list[tuple]:
     return [(arrays[f"{i}.x"], arrays[f"{i}.t"], arrays.get(f"{i}.ids")) for i in range(count)]
 
 
-def _moments(job, journal, visited, weights_T, index, paths, part) -> calibrate.Moments:
+def _moments(job, journal, visited, weights_T, index, paths, part) -> Moments:
     found = journal.shared(f"moments-{index}")
-    kept = {} if found is None else calibrate.from_arrays(found[0])
+    kept = Moments({}) if found is None else Moments.from_arrays(found[0])
     if kept.keys() == set(paths):  # else from a machine that divided the layers in another way
         return kept
     calls = sum(len(t) for _, t, _ in visited)
     with journal.stage("calibrate"), progress.stage(f"calibrate{part}", calls) as advance:
         moments = calibrate.second_moments(job.model, visited, paths, advance, weights_T=weights_T)
-    journal.store(f"moments-{index}", calibrate.to_arrays(moments), {})
+    journal.store(f"moments-{index}", moments.to_arrays(), {})
     return moments
 
 
