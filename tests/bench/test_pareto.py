@@ -138,7 +138,7 @@ def test_every_point_is_made_once(small_model, tmp_path, monkeypatch, capsys):
     with pytest.raises(Stopped):
         embedded.compressed(work, 2.5)
     journal = Journal(embedded.folder(work) / "2.5", {})
-    assert journal.load("moments-0") is not None
+    assert journal.load("gathered-0") is not None
 
 
 class Stopped(Exception):

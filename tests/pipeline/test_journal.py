@@ -56,7 +56,7 @@ def test_a_run_killed_before_its_first_record_starts_anew(tmp_path):
 
 def test_a_run_killed_at_its_end_leaves_no_pieces(tmp_path):
     journal = Journal.open(tmp_path, {"fingerprint": "f"})
-    journal.store("moments-0", {"a": np.ones(3)}, {})
+    journal.store("gathered-0", {"a": np.ones(3)}, {})
     journal.record["status"] = "done"  # and here the process dies
     journal.save()
     assert Journal.open(tmp_path, {"fingerprint": "f"}).done

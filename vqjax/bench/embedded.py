@@ -61,7 +61,7 @@ VARIANTS = {
 _BATCH = 100  # samples of one compiled call
 _HELD_OUT = 2500  # pairs of a latent and a timestep, all of so many trajectories as a batch has
 _CLASSES = 10
-_COMMON = ("trajectories", "timesteps", "moments-0")
+_COMMON = ("trajectories", "timesteps", "gathered-0")
 """Pieces of a run that no bit width changes."""
 
 

@@ -481,14 +481,14 @@ def trajectories(job: Job, journal: Journal) -> list[tuple]:
 
 
 def _moments(job, journal, visited, weights_T, index, paths, part) -> Moments:
-    found = journal.shared(f"moments-{index}")
+    found = journal.shared(f"gathered-{index}")
     kept = Moments({}) if found is None else Moments.from_arrays(found[0])
     if kept.keys() == set(paths):  # else from a machine that divided the layers in another way
         return kept
     calls = sum(len(t) for _, t, _ in visited)
     with journal.stage("calibrate"), progress.stage(f"calibrate{part}", calls) as advance:
         moments = calibrate.second_moments(job.model, visited, paths, advance, weights_T=weights_T)
-    journal.store(f"moments-{index}", moments.to_arrays(), {})
+    journal.store(f"gathered-{index}", moments.to_arrays(), {})
     return moments
 
 
