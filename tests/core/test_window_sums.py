@@ -32,7 +32,8 @@ def test_every_window_counts_once(shape):
     second_NN, sum_N = window_sums.moments(summed((first, 1.0), (second, 0.25)))
     expected_NN, expected_N = np.zeros((36, 36)), np.zeros(36)
     for x_BHWC, weight in ((first, 1.0), (second, 0.25)):
-        rows_RN = np.asarray(row_sums.patches(x_BHWC, **WINDOW), np.float64).reshape(-1, 36)
+        patches = row_sums.patches(jnp.asarray(x_BHWC), **WINDOW)
+        rows_RN = np.asarray(patches, np.float64).reshape(-1, 36)
         expected_NN += weight * rows_RN.T @ rows_RN
         expected_N += weight * rows_RN.sum(axis=0)
     np.testing.assert_allclose(second_NN, expected_NN, atol=1e-6 * np.abs(expected_NN).max())

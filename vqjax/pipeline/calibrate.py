@@ -108,7 +108,7 @@ def _traced(config: LatentDiffusionConfig, treedef: Any, types: tuple) -> dict[s
     def measure(path: str, x: jax.Array, window: dict[str, Any]) -> None:
         rows = jax.eval_shape(functools.partial(row_sums.patches, **window), x)
         positions = int(np.prod(rows.shape[:-1]))
-        image = x.shape[1:3] if window_sums.fit(x.shape, **window) else None
+        image = (x.shape[1], x.shape[2]) if window_sums.fit(x.shape, **window) else None
         sizes[path] = LayerInput(rows.shape[-1], positions, window.get("window", 1), image)
 
     def run(params, x, t):
@@ -227,8 +227,8 @@ def second_moments(
     rows = images * steps * (1 if visited[0][2] is None else 2)
     for path, every in held.items():
         both, share = sums.pop(path), images // every / images if every else 0.0
-        means = gathered.mean(both.whole, rows), gathered.mean(both.held, rows * share)
-        found[path] = Gathered(*means, share)
+        of_held = None if both.held is None else gathered.mean(both.held, rows * share)
+        found[path] = Gathered(gathered.mean(both.whole, rows), of_held, share)
     return Moments({path: found[path] for path in paths})
 
 

@@ -79,16 +79,18 @@ class Moments(Mapping[str, Moment]):
                 shares[path] = float(array)
         return cls(
             {
-                path: Gathered(_sums_of(of["whole"]), _sums_of(of.get("held")), shares[path])
+                path: Gathered(
+                    _sums_of(of["whole"]),
+                    _sums_of(of["held"]) if "held" in of else None,
+                    shares[path],
+                )
                 for path, of in parts.items()
             }
         )
 
 
-def mean(sums: Sums | None, count: float) -> Sums | None:
+def mean(sums: Sums, count: float) -> Sums:
     """Returns sums over `count` rows' worth as means, NumPy arrays; of `RowSums` all blocks."""
-    if sums is None:
-        return None
     host = jax.tree.map(np.array, sums)
     if isinstance(host, RowSums):
         row_sums.complete(host.second_NN)
@@ -108,8 +110,6 @@ def _moments(sums: Sums) -> tuple[np.ndarray, np.ndarray]:
     return window_sums.moments(sums) if isinstance(sums, WindowSums) else tuple(sums)
 
 
-def _sums_of(fields: Mapping[str, np.ndarray] | None) -> Sums | None:
-    if fields is None:
-        return None
+def _sums_of(fields: Mapping[str, np.ndarray]) -> Sums:
     kind = RowSums if fields.keys() == set(RowSums._fields) else WindowSums
     return kind(**fields)
