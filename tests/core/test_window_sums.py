@@ -48,6 +48,7 @@ def test_places_that_no_window_reads_are_zero():
     second_NN, sum_N = window_sums.moments(summed((x_BHWC, 1.0)))
     np.testing.assert_array_equal(sum_N[:3], 0)
     assert np.abs(second_NN[:3]).max() < 1e-6 * second_NN.max()
+    assert np.diagonal(second_NN).min() >= 0
 
 
 @pytest.mark.parametrize(

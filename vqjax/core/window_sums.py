@@ -139,7 +139,10 @@ def moments(sums: WindowSums) -> tuple[np.ndarray, np.ndarray]:
                 second_CYXCYX[:, y + dy, x + dx, :, y, x] = found_CC.T
                 second_CYXCYX[:, y, x, :, y + dy, x + dx] = found_CC
     fan_in = channels * SIDE**2
-    return second_CYXCYX.reshape(fan_in, fan_in), sum_CYX.reshape(fan_in)
+    second_NN = second_CYXCYX.reshape(fan_in, fan_in)
+    # A channel that lives at the edges alone is a difference of equal sums elsewhere.
+    np.fill_diagonal(second_NN, np.maximum(np.diagonal(second_NN), 0))
+    return second_NN, sum_CYX.reshape(fan_in)
 
 
 def _read(sums: WindowSums, d: int, along: int, row: int | None, column: int | None) -> np.ndarray:
