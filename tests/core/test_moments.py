@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 
 from vqjax.core import grouping, moments
-from vqjax.core.moments import Moment
 from vqjax.errors import VqjaxError
 
 
@@ -49,7 +48,7 @@ def test_large_layers_keep_a_share_of_the_channels_and_fit_on_that_share_of_imag
     monkeypatch.setattr(moments, "HELD_FEATURES", 9)
     rows_IRN = _rows(fan_in=27)
     moment = moments.of_images(rows_IRN, 3)
-    assert moment.to_arrays()["held_NN"].shape == (9, 9)
+    assert moment.held_NN.shape == (9, 9)
     split = _split(moment, 3)
     fit = np.arange(9) % 3 == 2
     np.testing.assert_allclose(split.fit_PP, _second(rows_IRN[fit][..., :9]), atol=1e-5)
@@ -75,16 +74,6 @@ def test_one_image_holds_nothing_out():
     moment = moments.of_images(_rows(images=1))
     assert moment.held_NN is None
     assert moments.split(moment, 1) is None
-
-
-@pytest.mark.parametrize("images", [1, 4])
-def test_arrays_give_back_the_moment(images):
-    moment = moments.of_images(_rows(images=images))
-    again = Moment.from_arrays(moment.to_arrays())
-    assert again.held_share == moment.held_share
-    assert again.to_arrays().keys() == moment.to_arrays().keys()
-    for one, other in zip(moment.to_arrays().values(), again.to_arrays().values()):
-        np.testing.assert_array_equal(one, other)
 
 
 def test_a_held_out_moment_of_part_of_a_channel_is_refused():

@@ -13,7 +13,7 @@ from vqjax.core import folding, row_sums, tree
 from vqjax.core import moments as moments_lib
 from vqjax.core.plan import kernel_shapes
 from vqjax.pipeline import calibrate
-from vqjax.pipeline.gathered import Moments
+from vqjax.pipeline.gathered import Gathered, Moments
 from vqjax.settings import Calibration
 
 SETTINGS = Calibration(images=3, steps=4, batch=2)
@@ -86,19 +86,31 @@ def test_moments_are_the_means_over_what_each_output_reads(monkeypatch):
             rows_IRN = rows_IRN[0].reshape(SETTINGS.steps, 2, -1)
         expected = moments_lib.of_images(rows_IRN, window)
         assert moments[path].held_share == expected.held_share
-        for one, other in zip(moments[path].to_arrays().values(), expected.to_arrays().values()):
+        for one, other in zip(moments[path]._asdict().values(), expected._asdict().values()):
             scale = np.abs(other).max()
             np.testing.assert_allclose(one / scale, other / scale, atol=2e-5)
     sizes = {
-        len(moment.to_arrays()["held_mean_N"]) < len(moment.mean_N) for moment in moments.values()
+        len(moment._asdict()["held_mean_N"]) < len(moment.mean_N) for moment in moments.values()
     }
     assert sizes == {False, True}
 
     again = Moments.from_arrays(moments.to_arrays())
     assert again.keys() == moments.keys()
     for path, moment in moments.items():
-        for one, other in zip(moment.to_arrays().values(), again[path].to_arrays().values()):
+        for one, other in zip(moment._asdict().values(), again[path]._asdict().values()):
             np.testing.assert_array_equal(one, other)
+
+
+def test_arrays_give_back_moments_of_one_image():
+    sums = row_sums.RowSums(np.eye(3, dtype=np.float32), np.ones(3, np.float32))
+    moments = Moments({"unet/a/kernel": Gathered(sums, None, 0.0)})
+    again = Moments.from_arrays(moments.to_arrays())
+    assert again.keys() == moments.keys()
+    moment = again["unet/a/kernel"]
+    assert moment.held_NN is None
+    assert moment.held_share == 0
+    np.testing.assert_array_equal(moment.second_NN, sums.second_NN)
+    np.testing.assert_array_equal(moment.mean_N, sums.sum_N)
 
 
 def test_timesteps_count_as_their_weights_say():
@@ -119,7 +131,7 @@ def test_timesteps_count_as_their_weights_say():
             assert moments[path].held_share == pytest.approx(1 / images)
         for name, other in expected.items():
             scale = np.abs(np.asarray(other)).max()
-            found = moments[path].to_arrays()[name]
+            found = moments[path]._asdict()[name]
             np.testing.assert_allclose(found / scale, other / scale, atol=2e-5, err_msg=path)
 
 
@@ -193,7 +205,7 @@ def test_moments_do_not_depend_on_the_passes():
     together = calibrate.second_moments(model, visited, two)
     for path in two:
         alone = calibrate.second_moments(model, visited, [path])
-        parts = (moments[path].to_arrays().values() for moments in (alone, together))
+        parts = (moments[path]._asdict().values() for moments in (alone, together))
         for one, other in zip(*parts):
             np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
 

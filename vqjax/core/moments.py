@@ -46,16 +46,6 @@ class Moment(NamedTuple):
     held_share: float = 0.0
     held_mean_N: np.ndarray | None = None
 
-    def to_arrays(self) -> dict[str, np.ndarray]:
-        """Everything as named arrays, for storage."""
-        fields = self._asdict() | {"held_share": np.float64(self.held_share)}
-        return {name: np.asarray(value) for name, value in fields.items() if value is not None}
-
-    @classmethod
-    def from_arrays(cls, arrays: dict[str, np.ndarray]) -> "Moment":
-        """The inverse of `to_arrays`."""
-        return cls(**{**arrays, "held_share": float(arrays["held_share"])})
-
 
 class Split(NamedTuple):
     """Two moments of disjoint images, float64, over the same columns.
