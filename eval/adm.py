@@ -30,7 +30,7 @@ BATCH = 64
 CPU_BATCH = 8
 """Pictures in one call on a CPU, which makes several calls at a time: faster than one call of 64,
 part of which keeps a single core busy."""
-FLUSH = 1024  # rows at once into the moments, whose cost is that of a matrix of 2048 x 2048
+FLUSH = 4096  # rows at once into the moments; each call visits matrices of 2048 x 2048, too
 
 
 class Rows(NamedTuple):

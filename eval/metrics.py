@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from scipy.linalg.blas import dsyrk
 
 from vqjax.errors import VqjaxError
 from vqjax.eval import nearest
@@ -48,7 +49,7 @@ class Accumulator:
 
     count: int = 0
     mean: np.ndarray | float = 0.0
-    scatter: np.ndarray | float = 0.0
+    _upper: np.ndarray | None = dataclasses.field(default=None, init=False, repr=False)
 
     def add(self, rows_NF: np.ndarray) -> None:
         """Takes one batch, any float dtype, at least one row."""
@@ -60,15 +61,20 @@ class Accumulator:
         np.subtract(rows, mean_F, out=centred[:-1])
         # What lies between the means is one more row of the same product.
         centred[-1] = step * (self.count * len(rows) / total) ** 0.5
-        self.scatter += centred.T @ centred  # in place: it is the largest array here
+        if self._upper is None:
+            self._upper = np.zeros((rows.shape[1],) * 2, order="F")
+        # Half of a symmetric product, added in place: with NumPy's every batch would be mirrored.
+        self._upper = dsyrk(1.0, centred.T, 1.0, self._upper, overwrite_c=True)
         self.mean = self.mean + step * (len(rows) / total)
         self.count = total
 
     def moments(self) -> Moments:
         """Raises VqjaxError below two rows, where a covariance does not exist."""
-        if self.count < 2:
+        if self._upper is None or self.count < 2:
             raise VqjaxError(f"covariance needs at least 2 feature rows, found {self.count}")
-        covariance = np.asarray(self.scatter) / (self.count - 1)
+        covariance = self._upper + self._upper.T
+        covariance[np.diag_indices_from(covariance)] /= 2
+        covariance /= self.count - 1
         return Moments(np.asarray(self.mean), covariance, self.count)
 
 
