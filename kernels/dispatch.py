@@ -210,6 +210,8 @@ class Implementations(NamedTuple):
 def decide(problem: Problem, ways: Implementations) -> Choice:
     """Returns what `run` would do with a problem; where there is a kernel, one tile is tried."""
     device = current()
+    if not problem.rows:
+        return Choice("xla", None, "nothing to multiply", keeps=False)
     refusals = {
         path: _refusals(path, kernel, problem, device) for path, kernel in ways.kernels.items()
     }

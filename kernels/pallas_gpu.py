@@ -75,7 +75,7 @@ def indices(first: jax.Array | int, count: int) -> jax.Array:
 def divide(number: jax.Array, by: int) -> tuple[jax.Array, jax.Array]:
     """Returns quotient and rest. `//` and `%` would treat signs, which are not there, and on a
     scalar they do not lower on this backend."""
-    divisor = jnp.full(number.shape, by, jnp.int32)
+    divisor = jnp.full(number.shape, by, number.dtype)
     return jax.lax.div(number, divisor), jax.lax.rem(number, divisor)
 
 

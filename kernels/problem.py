@@ -267,6 +267,11 @@ def check(problem: Problem, operands: AnyOperands) -> None:
         ("scales", operands.scales_O, (problem.outputs,)),
         ("bias", operands.bias_O, (problem.outputs,)),
         ("codebook_scale", operands.codebook_scale, ()),
+        (
+            "factors of prepared",
+            operands.prepared and operands.prepared.factors_O,
+            (problem.outputs,),
+        ),
     ):
         if found is not None:
             wrong += _factor_misfits(name, found, shape)

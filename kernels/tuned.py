@@ -116,6 +116,8 @@ def read(text: str) -> dict[tuple[str, str, str], Entry]:
     data = json.loads(text)
     if data.get("version") != VERSION:
         raise gathered([f"version {data.get('version')!r}, expected {VERSION}"], _HEADING)
+    if not isinstance(data.get("devices"), dict):
+        raise gathered(['no "devices", expected choices by kind of device'], _HEADING)
     problems: list[str] = []
     table = {
         (kind, op, name): _entry(fields, f"{kind}: {op} {name}", problems)

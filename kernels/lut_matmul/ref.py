@@ -79,7 +79,9 @@ def lut_conv(
 
 def tables(x_PJG: jax.Array, books_MKG: jax.Array) -> jax.Array:
     """Returns the products of all input vectors with all entries, [L, P]."""
-    products_JMKP = jnp.einsum("pjg,mkg->jmkp", x_PJG, books_MKG)
+    # float32 is multiplied as such: a GPU would round it to TF32 by default.
+    exact = jax.lax.Precision.HIGHEST
+    products_JMKP = jnp.einsum("pjg,mkg->jmkp", x_PJG, books_MKG, precision=exact)
     return products_JMKP.reshape(-1, x_PJG.shape[0])
 
 

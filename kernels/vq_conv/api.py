@@ -90,7 +90,8 @@ def vq_conv_int8(
     """Returns the convolution in integers plus a bias, float32 [B, H', W', O].
 
     Args:
-      q_BHWI: int8; example b has x = steps[b] (q - zeros[b]), and is padded with what stands for 0.
+      q_BHWI: int8; example b has x = steps[b] (q - zeros[b]), and is padded with zeros[b], which
+        stands for 0 and fits int8.
       steps_B, zeros_B, packed_OY, codebooks_MKG, scales_O, codebook_scale, totals_O, bias_O,
         prepared: as in `vq_matmul_int8`; columns of the matrix are ordered (input channel, ky, kx).
       window, strides, padding: as in `vq_conv`.
@@ -98,6 +99,10 @@ def vq_conv_int8(
     Raises:
       VqjaxError: as `vq_conv`.
     """
+    if q_BHWI.ndim != 4 or q_BHWI.dtype != jnp.int8:
+        raise VqjaxError(
+            f"vq_conv_int8: q {q_BHWI.dtype} {q_BHWI.shape}; expected int8 [B, H, W, I]"
+        )
     arrays = (packed_OY, codebooks_MKG, scales_O, codebook_scale, totals_O, bias_O, prepared)
     shape = Window.of(window, strides, padding, q_BHWI.shape[1:3])
     if shape == POINT:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, Self
 
 import jax
 
+from vqjax.errors import VqjaxError
 from vqjax.kernels.problem import Problem
 
 Pair = tuple[int, int]
@@ -32,11 +33,22 @@ class Window(NamedTuple):
         padding: str | Sequence[Sequence[int]],
         image: Sequence[int],
     ) -> Self:
-        """Writes "SAME" and "VALID" out for an image of some height and width."""
+        """Writes "SAME" and "VALID" out for an image of some height and width.
+
+        Raises:
+          VqjaxError: if padding is negative, or the padded image is smaller than the window.
+        """
         if isinstance(padding, str):
             padding = jax.lax.padtype_to_pads(image, (size, size), strides, padding)
         (above, below), (left, right) = padding
-        return cls(size, (strides[0], strides[1]), ((above, below), (left, right)))
+        made = cls(size, (strides[0], strides[1]), ((above, below), (left, right)))
+        if min(above, below, left, right) < 0 or min(made.outputs(image)) < 1:
+            raise VqjaxError(
+                f"a window of {size}x{size} on an image of {image[0]}x{image[1]}, padded by "
+                f"{made.padding}: expected padding of 0 or more, and an image that then holds the "
+                f"window"
+            )
+        return made
 
     def outputs(self, image: Sequence[int]) -> Pair:
         """Returns height and width of the output."""

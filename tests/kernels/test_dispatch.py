@@ -13,11 +13,11 @@ import pytest
 from vqjax.errors import VqjaxError
 from vqjax.kernels import dispatch, specs, tuned
 from vqjax.kernels.device import Device
-from vqjax.kernels.problem import Problem
+from vqjax.kernels.problem import Prepared, Problem
 from vqjax.kernels.schedule import FUSED_ROWS, Schedule, Tiles, by_rule
 from vqjax.kernels.vq_conv.api import vq_conv
 from vqjax.kernels.vq_conv.specs import LAYERS as CONV_LAYERS
-from vqjax.kernels.vq_matmul.api import vq_matmul
+from vqjax.kernels.vq_matmul.api import choice, vq_matmul
 from vqjax.kernels.vq_matmul.specs import LAYERS as MATMUL_LAYERS
 
 PROBLEM = Problem("vq_matmul", 1, 960, 960, 4, 16, 8, "bfloat16", "float16")
@@ -251,6 +251,8 @@ def test_a_bad_table_lists_its_mistakes():
     assert "path 'cuda', expected one of xla, native, pallas, triton" in message
     assert "kind 'quick', expected fused or staged" in message
     assert "rows 8, expected a power of two from 16" in message
+    with pytest.raises(VqjaxError, match='no "devices"'):
+        tuned.read(json.dumps({"version": tuned.VERSION}))
 
 
 def test_the_shipped_table_is_valid():
@@ -314,6 +316,33 @@ def test_misfits_are_said_before_anything_runs():
     )
     with pytest.raises(VqjaxError, match=r"x \(1, 960\), .* expected \[B, H, W, I\]"):
         vq_conv(*operands, window=3)
+
+
+def test_what_was_prepared_is_of_the_same_outputs():
+    operands = specs.random_operands(PROBLEM, (1, 960))
+    of_more = Prepared(jnp.ones(2 * 960), jnp.zeros(0), ())
+    with pytest.raises(VqjaxError, match=r"factors of prepared \(1920,\), expected \(960,\)"):
+        vq_matmul(*operands._replace(prepared=of_more))
+
+
+def test_no_rows_are_for_xla(monkeypatch):
+    operands = specs.random_operands(PROBLEM, (1, 960))
+    nothing = operands._replace(x=operands.x[:0])
+    for name in ("lut", "pallas", "auto"):
+        with dispatch.asking(name):
+            assert vq_matmul(*nothing).shape == (0, 960)
+    monkeypatch.setattr(dispatch, "current", lambda: H200)
+    assert choice(nothing).path == "xla"
+
+
+@pytest.mark.parametrize(
+    ("padding", "side"), [(((1, -1), (0, 0)), 5), ("VALID", 2), (((0, 0), (0, 0)), 1)]
+)
+def test_a_window_fits_into_its_image(padding, side):
+    problem = Problem("vq_conv", 1, 4, 3, 2, 16, 9, "float32", "float16", window=3)
+    operands = specs.random_operands(problem, (1, side, side, 4))
+    with pytest.raises(VqjaxError, match=f"3x3 on an image of {side}x{side}, .* holds the window"):
+        vq_conv(*operands, window=3, padding=padding)
 
 
 @pytest.mark.parametrize("op", ["vq_matmul", "vq_conv"])

@@ -23,6 +23,7 @@ from vqjax.kernels import dispatch
 from vqjax.kernels.device import Device
 from vqjax.kernels.problem import Problem
 from vqjax.kernels.schedule import Schedule, Tiles, smallest
+from vqjax.kernels.vq_conv import api as conv_api
 from vqjax.kernels.vq_conv import pallas as conv_pallas
 from vqjax.kernels.vq_conv import ref as conv_ref
 from vqjax.kernels.vq_conv.window import Window
@@ -187,6 +188,10 @@ def test_misfits_are_said_before_anything_runs():
     assert "activations are float32, expected int8" in text
     assert "codebooks are float32, expected int8" in text
     assert "totals_O int32 (2,), expected int32 (3,)" in text
+    rest = (operands.steps_P, operands.zeros_P, *arguments, operands.codebook_scale)
+    for q in (operands.x, operands.x.astype(jnp.uint8).reshape(1, 2, 1, 20)):
+        with pytest.raises(VqjaxError, match=r"vq_conv_int8: q u?int8 .* expected int8 \[B"):
+            conv_api.vq_conv_int8(q, *rest, operands.totals_O, window=3)
 
 
 @pytest.mark.slow

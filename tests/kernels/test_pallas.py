@@ -125,6 +125,15 @@ def test_convolutions_agree(interpret, index):
     assert_near(found, convolved(operands, problem, window), dtype)
 
 
+def test_a_convolution_agrees_where_numbers_have_64_bits():
+    code, image, sizes = (2, 16, "int8"), (1, 3, 3), (18, 3)
+    problem, window = conv_problem(image, sizes, code, 9, SAME, "float32")
+    operands = specs.random_operands(problem, (*image, sizes[0]))
+    with jax.enable_x64(True):
+        found = conv_pallas.vq_conv(operands, problem, FUSED, window, interpret=True)
+    assert_near(found, convolved(operands, problem, window), "float32")
+
+
 @INTERPRET
 @pytest.mark.parametrize(
     ("bits", "books"), [(bits, (4, 3, 1)[bits % 3]) for bits in code_books.CODE_BITS]

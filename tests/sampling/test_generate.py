@@ -124,7 +124,9 @@ def test_rounding_is_half_up():
         ([], {}, "expected a list of class ids"),
         ([0], {"steps": 0}, "steps: found 0, expected 1 to 999"),
         ([0], {"steps": 1000}, "steps: found 1000"),
+        ([0], {"steps": 2.0}, "steps: found 2.0, expected a whole number"),
         ([0], {"eta": -1}, "eta: found -1"),
+        ([0], {"eta": 1.2}, r"eta: found 1.2, expected 0 \(deterministic\) to 1"),
         ([0], {"seed": -1}, "seed: found -1, expected a whole number from 0 to"),
         ([0], {"seed": 2**32}, "seed: found 4294967296"),
         ([0], {"seed": 1.5}, "seed: found 1.5"),
@@ -134,6 +136,12 @@ def test_rounding_is_half_up():
 def test_mistakes_are_named(classes, settings, message):
     with pytest.raises(VqjaxError, match=message):
         vqjax.sample(MODEL, classes, **settings)
+
+
+@pytest.mark.parametrize("first_index", [-1, 2**32 - 1])
+def test_images_have_numbers_of_their_own(first_index):
+    with pytest.raises(VqjaxError, match=r"first_index: .* expected 0 to 2\^32 - 1"):
+        sampling.generate(MODEL, [0, 0], steps=2, first_index=first_index)
 
 
 def test_a_call_has_images():

@@ -200,13 +200,14 @@ def generate_with_latents(
       Images uint8 [N, H, W, 3] and latents float32 [N, h, w, c].
 
     Raises:
-      VqjaxError: for a class id that the model does not have, unusable settings, or a model that
-        integers cannot compute.
+      VqjaxError: for a class id that the model does not have, unusable settings, numbers of images
+        that are not below 2^32, or a model that integers cannot compute.
     """
     config, classes = model.config, np.asarray(classes)
     guidance = config.guidance if guidance is None else guidance
     run = Run(steps, float(guidance), float(eta), dtype, dispatch.wanted())
     check(config, classes, run, seed=seed, batch_size=batch_size)
+    _check_numbers(first_index, len(classes))
     batch_size = min(batch_size, len(classes))
     if integer:
         _check_ranges(model)
@@ -295,6 +296,15 @@ def check(
     if batch_size < 1:
         raise VqjaxError(f"batch_size: found {batch_size}, expected 1 or more images in a call")
     ddim_schedule(config, run.steps, run.eta)
+
+
+def _check_numbers(first_index: int, count: int) -> None:
+    last = first_index + count - 1
+    if first_index < 0 or last >= 2**32:
+        raise VqjaxError(
+            f"first_index: images would have the numbers {first_index} to {last}, expected 0 to "
+            f"2^32 - 1: the noise of an image is drawn from its number"
+        )
 
 
 def _check_classes(config: LatentDiffusionConfig, classes: np.ndarray) -> None:

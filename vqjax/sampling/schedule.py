@@ -38,8 +38,12 @@ def check(steps: int, eta: float, timesteps: int | None = None) -> None:
       timesteps: that the model was trained on; None where the model is not known.
 
     Raises:
-      VqjaxError: if `steps` is not in [1, timesteps - 1] or `eta` is negative.
+      VqjaxError: if `steps` is no whole number in [1, timesteps - 1] or `eta` not in [0, 1]: above 1
+        there can be more noise than a latent has (arXiv 2010.02502, eq. 12 takes a root of what is
+        left), and samples are NaN.
     """
+    if not isinstance(steps, int | np.integer):
+        raise VqjaxError(f"steps: found {steps!r}, expected a whole number")
     if steps < 1 or (timesteps is not None and steps >= timesteps):
         expected = (
             "1 or more"
@@ -47,8 +51,8 @@ def check(steps: int, eta: float, timesteps: int | None = None) -> None:
             else f"1 to {timesteps - 1} (the model was trained on {timesteps} timesteps)"
         )
         raise VqjaxError(f"steps: found {steps}, expected {expected}")
-    if not 0 <= eta < float("inf"):
-        raise VqjaxError(f"eta: found {eta}, expected 0 (deterministic) or more, 1 for DDPM noise")
+    if not 0 <= eta <= 1:
+        raise VqjaxError(f"eta: found {eta}, expected 0 (deterministic) to 1 (the noise of DDPM)")
 
 
 def ddim_schedule(config: LatentDiffusionConfig, steps: int, eta: float = 0.0) -> DDIMSchedule:
@@ -59,7 +63,7 @@ def ddim_schedule(config: LatentDiffusionConfig, steps: int, eta: float = 0.0) -
       eta: 0 is deterministic DDIM, 1 has the noise of DDPM (arXiv 2010.02502, eq. 16).
 
     Raises:
-      VqjaxError: if `steps` is not in [1, T - 1] or `eta` is negative.
+      VqjaxError: as `check` says.
     """
     check(steps, eta, config.timesteps)
     all_alphas = alphas_cumprod(config).astype(np.float32).astype(np.float64)
