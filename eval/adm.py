@@ -104,9 +104,10 @@ def scores(
 
     Returns:
       `fid, sfid, is, precision, recall`; how far they spread: `fid_se` (standard error by the
-      delta method, None where N <= 2048), `is_sd` (over splits, None for one split),
-      `precision_se` and `recall_se` (binomial); `n`, `reference_n`, `reference_manifold_n`
-      (pictures that precision and recall saw), `reference_statistics` ("stored" or "pictures"),
+      delta method, None where N <= 2048 or the samples' file has statistics), `is_sd` (over
+      splits, None for one split), `precision_se` and `recall_se` (binomial); `n`, `reference_n`,
+      `reference_manifold_n` (pictures that precision and recall saw), `reference_statistics`
+      ("stored" or "pictures"),
       `inception_sha256`, `published_weights`, `name`, and `notes`: sentences that belong beside
       the numbers. Without a reference, what needs one is absent.
     """
@@ -118,7 +119,7 @@ def scores(
         "inception_sha256": weights.sha256,
         "published_weights": weights.published,
         "name": NAME,
-        "notes": _notes(samples.count, reference, weights, found.classes_N),
+        "notes": _notes(samples, reference, weights, found.classes_N),
     }
     if reference is None or real is None:
         return content
@@ -130,7 +131,9 @@ def scores(
         "sfid": metrics.frechet_distance(real_spatial, spatial),
         "precision": precision,
         "recall": recall,
-        "fid_se": metrics.frechet_error(found.rows_NF, found.pooled, real_pooled),
+        "fid_se": None
+        if samples.statistics
+        else metrics.frechet_error(found.rows_NF, found.pooled, real_pooled),
         "precision_se": float(np.sqrt(precision * (1 - precision) / samples.count)),
         "recall_se": float(np.sqrt(recall * (1 - recall) / len(real.rows_NF))),
         "reference_n": reference.count,
@@ -170,7 +173,7 @@ def gather(rows: Iterable[Rows], images: ImageSet) -> Seen:
       images: the set they are of; its pictures are not looked at.
 
     Raises:
-      VqjaxError: if there are fewer than two pictures.
+      VqjaxError: if there are fewer than two pictures, or not as many as the set says.
     """
     count, kept = images.count, images.manifold or images.count
     pooled, spatial = metrics.Accumulator(), metrics.Accumulator()
@@ -181,6 +184,8 @@ def gather(rows: Iterable[Rows], images: ImageSet) -> Seen:
     done = flushed = 0
     for seen in rows:
         size = len(seen.pooled)
+        if done + size > count:
+            raise _other_count(images, f"{done + size} or more")
         rows_NF[done : done + size] = seen.pooled[: max(0, kept - done)]
         classes_N[done : done + size] = np.argmax(seen.logits, 1)
         splits.add(seen.logits)
@@ -190,7 +195,16 @@ def gather(rows: Iterable[Rows], images: ImageSet) -> Seen:
             spatial.add(np.concatenate([batch.spatial for batch in waiting]))
             pooled.add(np.concatenate([batch.pooled for batch in waiting]))
             waiting, flushed = [], done
+    if done != count:
+        raise _other_count(images, str(done))
     return Seen(pooled.moments(), spatial.moments(), rows_NF, splits, classes_N)
+
+
+def _other_count(images: ImageSet, found: str) -> VqjaxError:
+    return VqjaxError(
+        f"{images.where}: features of {found} pictures came, {images.count} were announced; the "
+        f"pictures, or features that were kept of them, have changed"
+    )
 
 
 def rows_of(images_NHWC: np.ndarray, places: Mapping[Any, Params]) -> Rows:
@@ -276,9 +290,9 @@ def check_set(images: ImageSet) -> None:
 
 
 def _notes(
-    count: int, reference: ImageSet | None, weights: Weights, classes_N: np.ndarray
+    samples: ImageSet, reference: ImageSet | None, weights: Weights, classes_N: np.ndarray
 ) -> list[str]:
-    notes = []
+    notes, count = [], samples.count
     if reference is not None and count != PUBLISHED_COUNT:
         notes.append(
             f"N = {count:,}: FID and sFID are biased upwards by about 1/N, so they compare only "
@@ -289,6 +303,8 @@ def _notes(
             f"{count:,} samples do not fill {inception.POOLED:,} dimensions: the covariance is "
             f"singular, FID and sFID are mostly bias"
         )
+    if reference is not None and samples.statistics is not None:
+        notes.append("FID and sFID are of the statistics that the samples' file stores")
     if reference is not None and reference.statistics is None:
         notes.append(
             f"the reference holds no stored statistics: FID and sFID are against its "

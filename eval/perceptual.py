@@ -15,7 +15,8 @@ from vqjax.errors import VqjaxError
 from vqjax.models import lpips as network
 
 _BATCH = 8
-_SMALLEST = 16  # below it the fifth activation has no position left
+SMALLEST = 16
+"""Side in pixels below which the fifth activation has no position left."""
 
 
 def lpips(
@@ -39,8 +40,8 @@ def lpips(
             )
     if a_NHWC.shape != b_NHWC.shape:
         raise VqjaxError(f"twins must have one shape, found {a_NHWC.shape} and {b_NHWC.shape}")
-    if min(a_NHWC.shape[1:3]) < _SMALLEST:
-        raise VqjaxError(f"LPIPS needs sides of at least {_SMALLEST} pixels, found {a_NHWC.shape}")
+    if min(a_NHWC.shape[1:3]) < SMALLEST:
+        raise VqjaxError(f"LPIPS needs sides of at least {SMALLEST} pixels, found {a_NHWC.shape}")
 
     def of_batch(params: network.Params, start: int) -> np.ndarray:
         a, b = a_NHWC[start : start + _BATCH], b_NHWC[start : start + _BATCH]

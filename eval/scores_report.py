@@ -75,12 +75,14 @@ def build(content: Mapping[str, Any], pictures: Pictures) -> dict[str, bytes]:
       File name to content: "evaluation.json", "evaluation.md", "evaluation.html", and the pictures
       that the Markdown file shows: "samples-<side>.png", "worst-<rank>.png".
     """
-    text = json.dumps(plain(content), indent=2, ensure_ascii=False, allow_nan=False)
-    files = {
-        "evaluation.json": (text + "\n").encode(),
-        "evaluation.md": _markdown(content, pictures).encode(),
-        "evaluation.html": _page(content, pictures).encode(),
+    texts = {
+        "evaluation.json": json.dumps(plain(content), indent=2, ensure_ascii=False, allow_nan=False)
+        + "\n",
+        "evaluation.md": _markdown(content, pictures),
+        "evaluation.html": _page(content, pictures),
     }
+    # Names of files need not be UTF-8.
+    files = {name: text.encode(errors="backslashreplace") for name, text in texts.items()}
     files |= {f"samples-{side}.png": png for side, png in pictures.samples.items()}
     return files | {f"worst-{rank:02d}.png": png for rank, png in enumerate(pictures.worst)}
 

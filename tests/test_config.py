@@ -43,7 +43,7 @@ def test_the_example_of_the_documents_is_one(pytestconfig, tmp_path):
             r"(?s)channel_mult: found \(1, '2'\), expected tuple\[int.*context_dim: found 1.5, exp",
         ),
         ('{"name": "a", "first_stage": {"kind": "vae"}}', "found 'vae', expected 'vq' or 'kl'"),
-        ('{"name": "a", "timesteps": -1}', "timesteps: found -1, expected 2 or more"),
+        ('{"name": "a", "timesteps": -1}', "timesteps: found -1, expected 2 to 100,000"),
     ],
 )
 def test_files_without_a_configuration_say_what_is_wrong(content, said, tmp_path):
@@ -74,7 +74,7 @@ BIG = 10**400  # JSON has it, floats do not
         ({"unet__channel_mult": [1, 0]}, r"channel_mult: found \(1, 0\), expected whole numbers"),
         ({"unet__attention_resolutions": [-2]}, r"found \(-2,\), expected .* 1 or more, or none"),
         ({"unet__model_channels": 0}, "unet.model_channels: found 0, expected 1 or more$"),
-        ({"unet__num_res_blocks": -1}, "unet.num_res_blocks: found -1, expected 0 or more"),
+        ({"unet__num_res_blocks": -1}, "unet.num_res_blocks: found -1, expected 0 to 100"),
         ({"unet__num_heads": -1}, "unet.num_heads: found -1, expected 1 or more"),
         (
             {"unet__num_head_channels": -1},
@@ -84,7 +84,9 @@ BIG = 10**400  # JSON has it, floats do not
         ({"first_stage__resolution": 0}, "first_stage.resolution: found 0, expected 1 or more"),
         ({"first_stage__n_embed": 0}, "first_stage.n_embed: found 0, expected 1 or more"),
         ({"n_classes": -1}, "n_classes: found -1, expected 0 or more"),
-        ({"timesteps": 1}, "timesteps: found 1, expected 2 or more"),
+        ({"timesteps": 1}, "timesteps: found 1, expected 2 to 100,000"),
+        ({"timesteps": 10**12}, "timesteps: found 10+, expected 2 to 100,000"),
+        ({"unet__channel_mult": [1] * 17}, "expected whole numbers of 1 or more, .* at most 16"),
         ({"linear_start": -0.0015}, "found -0.0015, 0.0195, expected 0 < linear_start <= linear"),
         ({"linear_start": 0.5}, "found 0.5, 0.0195, expected 0 < linear_start <= linear_end < 1"),
         ({"linear_end": 1}, "linear_start, linear_end: found 0.0015, 1, expected"),

@@ -268,6 +268,11 @@ def find(wanted: "str | os.PathLike | LatentDiffusionConfig") -> LatentDiffusion
         raise VqjaxError(f"--config {path}: {error}") from None
 
 
+_MOST = {"timesteps": 100_000, "num_res_blocks": 100, "transformer_depth": 100}
+_MOST_LEVELS = 16
+"""Beyond what models have; a damaged file would fill memory."""
+
+
 def misfits(config: LatentDiffusionConfig) -> list[str]:
     """Values that no model can be computed with, a line each: field, what was found and expected.
 
@@ -282,7 +287,7 @@ def misfits(config: LatentDiffusionConfig) -> list[str]:
     for where, part in (("unet.", unet), ("first_stage.", stage), ("", config)):
         for name, kind in typing.get_type_hints(type(part)).items():
             value = getattr(part, name)
-            expected = _expected(name, kind, value, least.get(name, 1))
+            expected = _expected(name, kind, value, least.get(name, 1), _MOST.get(name))
             if expected is not None:
                 found.append(f"{where}{name}: found {value!r}, expected {expected}")
     start, end = config.linear_start, config.linear_end
@@ -296,15 +301,20 @@ def misfits(config: LatentDiffusionConfig) -> list[str]:
     return found
 
 
-def _expected(name: str, kind: Any, value: Any, least: int) -> str | None:
+def _expected(name: str, kind: Any, value: Any, least: int, most: int | None) -> str | None:
     """What a whole number, or several, should be; None where it is, and for all else."""
     if typing.get_origin(kind) is tuple:
         empty = name in ("attention_resolutions", "attn_resolutions")
-        if (value or empty) and all(item >= 1 for item in value):
+        if (value or empty) and len(value) <= _MOST_LEVELS and all(item >= 1 for item in value):
             return None
-        return f"whole numbers of 1 or more, {'or none' if empty else 'at least one'}"
-    if kind not in (int, int | None) or value is None or value >= least:
+        some = "or none" if empty else "at least one"
+        return f"whole numbers of 1 or more, {some}, at most {_MOST_LEVELS}"
+    if kind not in (int, int | None) or value is None:
         return None
+    if least <= value <= (value if most is None else most):
+        return None
+    if most is not None:
+        return f"{least} to {most:,}"
     return f"{least} or more" if kind is int else f"{least} or more, or null"
 
 

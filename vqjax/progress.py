@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -16,6 +17,16 @@ Advance = Callable[..., None]
 LINE_INTERVAL = 10.0  # seconds between plain lines, so that a log of hours stays readable
 
 _watchers: list[Callable[[str], None]] = []
+
+
+def console(**settings: Any) -> Console:
+    """Returns a console that shows text as it is: paths and names may hold [brackets], which rich
+    reads as markup.
+
+    Args:
+      settings: of `rich.console.Console`.
+    """
+    return Console(highlight=False, markup=False, emoji=False, **settings)
 
 
 @contextlib.contextmanager
@@ -63,14 +74,14 @@ def _silent(count: int = 1, note: str = "") -> None:
 @contextlib.contextmanager
 def _bar(name: str, total: int, done: int) -> Iterator[Advance]:
     columns = (
-        TextColumn("{task.description:<12}"),
+        TextColumn("{task.description:<12}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("ETA"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
     )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with Progress(*columns, console=console(stderr=True)) as progress:
         task = progress.add_task(name, total=total, completed=done, note="")
         yield lambda count=1, note="": progress.update(task, advance=count, note=note)
 

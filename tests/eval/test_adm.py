@@ -140,6 +140,14 @@ def test_scores_are_those_of_all_rows_at_once(small):
     assert "not the published one" not in notes
 
 
+@pytest.mark.parametrize("rows", [70, 90])
+def test_as_many_pictures_come_as_a_set_says(small, rows):
+    images = image_set.from_array(_pictures(rows, 0))
+    images = dataclasses.replace(images, count=80)
+    with pytest.raises(VqjaxError, match=r"features of \d+ .*pictures came, 80 were announced"):
+        adm.look(images, WEIGHTS)
+
+
 def test_stored_statistics_go_before_pictures(small):
     real, made, whole = _pictures(40, 0), _pictures(60, 1), _pictures(500, 2)
     pooled, spatial = _moments(whole)

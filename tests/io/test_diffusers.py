@@ -376,6 +376,10 @@ def test_values_that_no_model_has_are_named(tmp_path):
     write_json(tmp_path, CELEBAHQ | {"scheduler": schedule})
     with pytest.raises(VqjaxError, match=r"(?s)timesteps: found 0, .*linear_end: found -0\.0015, "):
         read(tmp_path)
+    endless = CELEBAHQ["scheduler"] | {"num_train_timesteps": float("inf")}
+    write_json(tmp_path, CELEBAHQ | {"scheduler": endless})
+    with pytest.raises(VqjaxError, match="OverflowError: cannot convert float infinity"):
+        read(tmp_path)
 
 
 def test_folders_without_a_usable_config(tmp_path):

@@ -101,6 +101,9 @@ def test_every_picture_that_does_not_fit_is_named(tmp_path):
     Image.fromarray(PICTURES[0]).convert("RGBA").save(tmp_path / "alpha.png")
     (tmp_path / "broken.png").write_bytes(b"nothing")
     _png16(tmp_path / "deep.png")
+    first, *others = map(Image.fromarray, PICTURES[:3])
+    first.save(tmp_path / "moving.webp", save_all=True, append_images=others)
+    first.save(tmp_path / "holed.png", transparency=(0, 0, 0))
     with Image.open(tmp_path / "deep.png") as image:
         assert image.mode == "RGB"  # why its header is looked at
     with pytest.raises(VqjaxError, match="8-bit RGB of one size") as caught:
@@ -112,6 +115,8 @@ def test_every_picture_that_does_not_fit_is_named(tmp_path):
     assert "alpha.png: with alpha (mode RGBA)" in text
     assert "broken.png: cannot be read" in text
     assert "deep.png: 16 bits per sample" in text
+    assert "moving.webp: 3 pictures in one file" in text
+    assert "holed.png: a color that stands for transparent" in text
     assert "0.png" not in text
 
 
@@ -135,10 +140,14 @@ BAD = {
     "half": ({"mu_s": None, "sigma_s": None}, "mu_s: missing"),
     "not square": (
         {"sigma": np.ones((3, 2))},
-        r"sigma is float64 \[3, 2\].*floating point \[D, D\]",
+        r"sigma is float64 \[3, 2\].*floating point \[3, 3\]",
     ),
     "integers": ({"mu": np.arange(3)}, r"mu is int64 \[3\], expected floating point \[D\]"),
-    "dimensions": ({"sigma_s": np.eye(3)}, "sigma_s: 3 dimensions, mu_s has 2"),
+    "dimensions": (
+        {"sigma_s": np.eye(3)},
+        r"sigma_s is float64 \[3, 3\], expected floating point \[2, 2\]",
+    ),
+    "variances": ({"sigma": -np.eye(3)}, "sigma: negative variances"),
     "nan": ({"mu": np.full(3, np.nan)}, "mu: NaN or infinite"),
     "lopsided": ({"sigma": np.triu(np.ones((3, 3)))}, "sigma: not symmetric"),
 }
@@ -156,6 +165,23 @@ def test_npz_that_does_not_serve(case, tmp_path):
         open_images(tmp_path / "a.npz")
 
 
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ("(-7, 5, 4, 3)", r"found uint8 \[-7, 5, 4, 3\]"),
+        ("(True, 5, 4, 3)", r"found uint8 \[True, 5, 4, 3\]"),
+        ("(" * 300, r"not a readable \.npz file"),
+    ],
+)
+def test_headers_that_hold_no_sizes(shape, message, tmp_path):
+    header = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}".ljust(1000) + "\n"
+    member = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode() + bytes(420)
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as file:
+        file.writestr("arr_0.npy", member)
+    with pytest.raises(VqjaxError, match=message):
+        open_images(tmp_path / "a.npz")
+
+
 def test_files_that_are_no_batches(tmp_path):
     (tmp_path / "text.npz").write_text("hello")
     with pytest.raises(VqjaxError, match=r"not a readable \.npz"):
@@ -166,8 +192,11 @@ def test_files_that_are_no_batches(tmp_path):
         open_images(tmp_path / "no_arrays.npz")
     with pytest.raises(VqjaxError, match="no such file"):
         open_images(tmp_path / "absent.npz")
+    (tmp_path / "a.tar").touch()
     with pytest.raises(VqjaxError, match=r"expected an \.npz file with arr_0 or a folder"):
         open_images(tmp_path / "a.tar")
+    with pytest.raises(VqjaxError, match=r"b\.tar: no such file or folder"):
+        open_images(tmp_path / "b.tar")
     (tmp_path / "empty").mkdir()
     with pytest.raises(VqjaxError, match="no pictures"):
         open_images(tmp_path / "empty")

@@ -24,6 +24,7 @@ from vqjax.eval import adm, fidelity
 from vqjax.io import adm_npz, image_set, inception, native
 from vqjax.models import inception as network
 from vqjax.pipeline import evaluate, features, run_file, sampled, sources
+from vqjax.pipeline import twins as pairs
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -221,6 +222,10 @@ def test_features_that_are_there_are_not_computed_again(tmp_path, fake_network, 
     assert calls == [4, 4, 2]
     np.testing.assert_array_equal(again.rows_NF, whole.rows_NF)
     np.testing.assert_array_equal(again.spatial.covariance, whole.spatial.covariance)
+    block = tmp_path / "part" / "00001.safetensors"
+    block.write_bytes(block.read_bytes()[:50])
+    with pytest.raises(VqjaxError, match=r"00001.safetensors: no features .* delete it"):
+        features.look(images, fake_network, tmp_path / "part", "all", block=4)
 
 
 def test_a_mistake_costs_no_samples(twins, whole, tmp_path, fake_network):
@@ -298,6 +303,9 @@ def test_a_damaged_shard_is_named(twins, tmp_path):
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(VqjaxError, match=r"images-00001.npy: unreadable .* delete it"):
         evaluate.run(settings)
+    np.save(path, np.zeros((2, 8, 8, 3), np.uint8))
+    with pytest.raises(VqjaxError, match=r"uint8 \[2, 8, 8, 3\], expected uint8 \[2, 16, 16\]"):
+        evaluate.run(settings)
 
 
 def test_a_lost_shard_of_latents_is_sampled_again(twins, tmp_path):
@@ -325,6 +333,22 @@ def test_twins_must_be_as_many_of_one_size(twins, tmp_path):
     pair = {"source": str(tmp_path / "a.npz"), "against": str(tmp_path / "b.npz"), "count": None}
     with pytest.raises(VqjaxError, match=r"12 of 8 x 8 and .* 11 of 16 x 16"):
         evaluate.prepare(wanted(twins, tmp_path / "run", **pair))
+    small = image_set.from_array(pictures(1)[:, :8, :8])
+    with pytest.raises(VqjaxError, match=r"--lpips: .* 8 x 8, expected sides of at least 16"):
+        pairs.check(small, small, with_lpips=True)
+
+
+@pytest.mark.slow
+def test_names_may_hold_anything(tmp_path, capsys):
+    """Brackets, which are markup to the library that prints, and bytes that are no UTF-8."""
+    folder = tmp_path / os.fsdecode(b"made \xff")
+    folder.mkdir()
+    for number, picture in enumerate(pictures(1)):
+        Image.fromarray(picture).save(folder / os.fsdecode(b"%d \xfe.png" % number))
+    out = tmp_path / "scores [/of] it [ema]"
+    evaluate.run(lib.EvaluateSettings(source=str(folder), against=str(folder), out=out))
+    assert f"report: {out / 'evaluation.html'}\n" in capsys.readouterr().out
+    assert json.loads((out / "evaluation.json").read_text())["difference"]["identical"] == 12
 
 
 def test_mistakes_end_with_code_2(twins, tmp_path, capsys):

@@ -6,6 +6,7 @@ import gc
 import json
 import math
 import pathlib
+import re
 import weakref
 
 import numpy as np
@@ -124,6 +125,20 @@ def test_a_file_of_another_size_is_named_and_recorded(tmp_path, monkeypatch, cap
     assert "the published file has 1,827,378,153" in capsys.readouterr().err
 
 
+def test_a_reference_of_unknown_size_is_not_in_the_cost():
+    known = run_file.load("cin256_w2a8")
+    assert known.evaluate is not None
+    evaluate = dataclasses.replace(known.evaluate, reference="tfds:imagenet2012?size=256")
+    costs = [
+        run_cost.predict(run) for run in (known, dataclasses.replace(known, evaluate=evaluate))
+    ]
+    assert costs[0] is not None
+    assert costs[1] is not None
+    assert costs[0].disk > costs[1].disk
+    assert "the features of" not in costs[0].describe()
+    assert costs[1].describe().endswith("beside that, the features of tfds:imagenet2012?size=256")
+
+
 def test_the_cost_grows_with_the_samples():
     run = run_file.load("digits_w2a8")
     assert run.evaluate is not None
@@ -151,6 +166,10 @@ def test_the_cost_grows_with_the_samples():
         ('{"name": "a", "quantize": []}', r"quantize: found \[\], expected an object"),
         ('{"name": "a", "quantize": null}', "expected a run"),
         ('{"run": {"name": "a", "evaluate": {}}, "results": 1}', "results: found 1, expected"),
+        ('{"run": {"name": "a", "evaluate": {}}, "results": {"fid": "b"}}', "fid: found 'b', exp"),
+        ('{"run": {"name": "a", "evaluate": {}}, "results": {"n": NaN}}', "n: found nan, expected"),
+        ('{"settings": {}, "fingerprint": "", "sha256": "b"}', "sha256: found 'b', expected"),
+        ("[" * 100_000, "not JSON"),
         ('{"run": {"name": "a", "evaluate": {}}, "inputs": 1}', "inputs: found 1, expected"),
         (
             '{"run": {"name": "a", "evaluate": {}}, "notes": "b"}',
@@ -495,6 +514,14 @@ def test_a_run_and_its_parts_are_repeated_to_the_same_bits(small_run, capsys):
             again(folder / "first" / path, "first")
         again(folder / "first" / path, name)
         assert "all numbers and bits are equal" in capsys.readouterr().out
+
+
+def test_runs_whose_names_have_other_letters_do_not_share_a_folder():
+    runs = [run_file.Run(name, None, None, {}, {}) for name in ("实验", "..", "W2A8 ä", "W2A8")]
+    slugs = [reproduce._slug(run, lib.ReproduceSettings()) for run in runs]
+    assert len(set(slugs)) == len(slugs)
+    assert slugs[-1] == "w2a8"
+    assert all(re.fullmatch("[a-z0-9_]+", slug) for slug in slugs)
 
 
 def test_a_run_of_a_long_command_has_a_short_name(tmp_path):

@@ -17,9 +17,9 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from rich.console import Console
 from rich.table import Table
 
+from vqjax import progress
 from vqjax.errors import VqjaxError
 from vqjax.io import native
 from vqjax.settings import BenchGpuSettings, command_line
@@ -197,4 +197,4 @@ def show(records: Sequence[Mapping[str, Any]], out: pathlib.Path) -> None:
         table.add_column(name, justify="right" if name == "s" else "left")
     for record in records:
         table.add_row(record["part"], record["state"], f"{record['seconds']:.0f}")
-    Console(highlight=False).print(table)
+    progress.console().print(table)

@@ -61,7 +61,7 @@ class Piece:
 def run(wanted: BenchAqSettings) -> None:
     """Times what is not yet in the JSON file, then prints where the time went."""
     assert wanted.model is not None
-    console = Console(highlight=False)
+    console = progress.console()
     effort, rows = results.effort_of(wanted), ROWS[wanted.effort]
     pieces = pieces_of(config_lib.PRESETS[wanted.model]())
     identity = results.identity(wanted)

@@ -16,7 +16,6 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from vqjax import config as config_lib
@@ -180,7 +179,7 @@ def show(found: Mapping[str, Any]) -> None:
     table.add_row(
         "all", f"{sum(measured.values()):,.1f}", f"{whole['total_seconds']:,.1f}", style="bold"
     )
-    console = Console(highlight=False)
+    console = progress.console()
     console.print(table)
     made = found["compile_seconds"]
     console.print(

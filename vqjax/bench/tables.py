@@ -7,6 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from vqjax import progress
+
 TITLES = {
     "reference": "Stored bits no higher than the reference's",
     "exact": "Stored bits no higher than 2.00 and 4.00",
@@ -32,8 +34,8 @@ _PIPE_WIDTH = 150  # characters of a line where no terminal tells
 
 def wide_console() -> Console:
     """A console that a table of many columns fits in, also when its output goes to a file."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=_PIPE_WIDTH)
+    console = progress.console()
+    return console if console.is_terminal else progress.console(width=_PIPE_WIDTH)
 
 
 def percent(share: float | None) -> str:

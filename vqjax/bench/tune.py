@@ -17,10 +17,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from vqjax import config as config_lib
+from vqjax import progress
 from vqjax.bench import random_weights, work
 from vqjax.bench.clock import medians_in_turn, together
 from vqjax.core import cores, tree
@@ -201,7 +201,7 @@ def show(found: Mapping[str, Any]) -> None:
         seconds = found["seconds"][part]
         table.add_row(part, f"{1e3 * seconds:,.1f}", f"{seconds / whole:.1%}")
     table.add_row("step", f"{1e3 * whole:,.1f}", "", style="bold")
-    console = Console(highlight=False)
+    console = progress.console()
     console.print(table)
     console.print(
         f"V step: {found['v_step_share']:.1%} of the student's forward and backward; "

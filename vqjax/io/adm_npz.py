@@ -9,9 +9,11 @@ Dimension key:  N pictures   H W rows and columns   B batch
 """
 
 import contextlib
+import lzma
 import math
 import os
 import pathlib
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -124,8 +126,22 @@ def _readable(path: pathlib.Path) -> Iterator[None]:
         raise VqjaxError(f"{path}: no such file") from error
     except VqjaxError:
         raise
-    except (OSError, zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError) as error:
+    except _DAMAGE as error:
         raise VqjaxError(f"{path}: not a readable .npz file ({error}); save it again") from error
+
+
+_DAMAGE = (
+    OSError,
+    EOFError,
+    ValueError,
+    RuntimeError,
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    # By headers, which NumPy reads as Python.
+    tokenize.TokenError,
+    MemoryError,
+)
 
 
 def _header(member: IO[bytes], where: str) -> tuple[tuple[int, ...], np.dtype]:
@@ -183,9 +199,12 @@ def _statistics(archive: zipfile.ZipFile, path: pathlib.Path, names: set[str]) -
     problems = [f"{name}: missing" for name in fields if name not in names]
     found = {}
     for mean, covariance in (fields[:2], fields[2:]):
-        for name, shape in ((mean, ("D",)), (covariance, ("D", "D"))):
+        size: int | str = "D"
+        for name, axes in ((mean, 1), (covariance, 2)):
             if name in names:
+                shape = (size,) * axes
                 found[name] = _array(archive, path, name, shape, "f").astype(np.float64)
+                size = len(found[name])  # the covariance is large: what does not fit is not read
                 if not np.isfinite(found[name]).all():
                     problems.append(f"{name}: NaN or infinite values")
         if {mean, covariance} <= found.keys():
@@ -196,8 +215,8 @@ def _statistics(archive: zipfile.ZipFile, path: pathlib.Path, names: set[str]) -
 
 
 def _misfits(mean: str, mu: np.ndarray, covariance: str, sigma: np.ndarray) -> list[str]:
-    if len(mu) != len(sigma):
-        return [f"{covariance}: {len(sigma)} dimensions, {mean} has {len(mu)}"]
     if not np.allclose(sigma, sigma.T, rtol=0, atol=_SYMMETRY * max(np.abs(sigma).max(), 1e-300)):
         return [f"{covariance}: not symmetric"]
+    if (np.diag(sigma) < 0).any():
+        return [f"{covariance}: negative variances"]
     return []

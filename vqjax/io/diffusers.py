@@ -317,7 +317,7 @@ def read_config(
             **_schedule(found.get("scheduler")),
         )
         problems += misfits(config)
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, ArithmeticError) as error:
         problems.append(f"{type(error).__name__}: {error}")
     if problems:
         raise gathered(

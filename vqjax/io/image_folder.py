@@ -58,6 +58,7 @@ def _header(file: pathlib.Path) -> tuple[int, int]:
     try:
         with Image.open(file, formats=[FORMATS[file.suffix.lower()]]) as image:
             mode, size = image.mode, image.size
+            frames, transparent = getattr(image, "n_frames", 1), "transparency" in image.info
         with open(file, "rb") as raw:
             start = raw.read(_PNG_DEPTH_AT + 1)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
@@ -65,6 +66,12 @@ def _header(file: pathlib.Path) -> tuple[int, int]:
     # Pillow reads a PNG of 16 bits per sample as if it had 8, and calls it RGB.
     if (start.startswith(b"\x89PNG") and start[_PNG_DEPTH_AT] == 16) or mode.startswith("I;16"):
         raise VqjaxError("16 bits per sample")
+    if start.startswith(b"\x89PNG") and start[_PNG_DEPTH_AT - 12 : _PNG_DEPTH_AT - 8] != b"IHDR":
+        raise VqjaxError("a PNG file whose header does not come first")
+    if frames > 1:
+        raise VqjaxError(f"{frames} pictures in one file")
+    if mode == "RGB" and transparent:
+        raise VqjaxError("a color that stands for transparent")
     if mode != "RGB":
         names = {"L": "grayscale", "1": "black and white", "P": "palette", "RGBA": "with alpha"}
         raise VqjaxError(f"{names.get(mode, 'not RGB')} (mode {mode})")
@@ -75,5 +82,5 @@ def _pixels(file: pathlib.Path) -> np.ndarray:
     try:
         with Image.open(file, formats=[FORMATS[file.suffix.lower()]]) as image:
             return np.asarray(image)
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise VqjaxError(f"{file}: cannot be read ({error}); make it again") from error

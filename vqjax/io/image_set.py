@@ -69,7 +69,8 @@ def from_array(
 
 def check_shape(shape: tuple[int, ...], dtype: np.dtype, where: str) -> None:
     """Raises VqjaxError unless this is a set of uint8 RGB pictures, at least one."""
-    if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape:
+    whole = all(type(side) is int and side > 0 for side in shape)  # a header may hold anything
+    if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or not whole:
         raise VqjaxError(
             f"{where}: scores need uint8 pictures [N, H, W, 3] of 0..255, found {dtype} "
             f"{list(shape)}; convert to 8-bit RGB first"

@@ -84,10 +84,12 @@ class Shards:
             raise VqjaxError(
                 f"{path}: unreadable ({error}); delete it, the same command samples it again"
             ) from error
-        if len(array) != len(self.pictures_of(number)):
+        expected = len(self.pictures_of(number)), *(self.size if name == "images" else ())
+        kinds = {"images": np.uint8, "latents": np.float32}
+        if array.shape[: len(expected)] != expected or array.dtype != kinds[name]:
             raise VqjaxError(
-                f"{path}: {len(array)} pictures, expected {len(self.pictures_of(number))}; delete "
-                f"it, the same command samples it again"
+                f"{path}: {array.dtype} {list(array.shape)}, expected {np.dtype(kinds[name])} "
+                f"{list(expected)} and channels; delete it, the same command samples it again"
             )
         return array
 

@@ -23,6 +23,8 @@ def open_images(path: str | os.PathLike) -> ImageSet:
         return image_folder.open_folder(path)
     if path.suffix == ".npz":
         return adm_npz.open_npz(path)
+    if not path.exists():
+        raise VqjaxError(f"{path}: no such file or folder")
     raise VqjaxError(
         f"{path}: expected an .npz file with arr_0 or a folder of pictures, "
         f"or {tfds_images.PREFIX}NAME"

@@ -88,7 +88,7 @@ def load_model_folder(path: str | os.PathLike) -> Model:
             )
             item = ocp.args.PyTreeRestore(item=abstract, restore_args=restore_args)  # type: ignore[call-arg]
             restored = checkpointer.restore(path, args=ocp.args.Composite(params=item))
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         if isinstance(error, VqjaxError):
             raise
         raise VqjaxError(f"{path}: not a readable model folder ({error}); remake it") from error

@@ -212,7 +212,7 @@ def _pixels(encoded: bytes, dataset: _Dataset, number: int) -> np.ndarray:
             if dataset.side is not None:
                 return adm_crop.center_crop(picture, dataset.side)
             return np.asarray(picture.convert("RGB"))
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise VqjaxError(
             f"{dataset.where}: picture {number} cannot be read ({error}); prepare the dataset again"
         ) from error

@@ -16,9 +16,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
+from vqjax import progress
 from vqjax.config import LatentDiffusionConfig
 from vqjax.core import compress
 from vqjax.core.activations import CANDIDATES, TRIED
@@ -219,7 +219,7 @@ def _bytes_of(path: pathlib.Path, name: str) -> int:
 
 def show(estimate: Estimate, plan: Plan, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Prints the plan by kind of layer, then bytes, memory and time."""
-    console = Console(highlight=False)
+    console = progress.console()
     report = plan.bits_report(shapes)
     table = Table(title="Plan", title_justify="left")
     for name in ("kind", "layers", "weights", "codebooks", "bits per weight", "bytes"):

@@ -10,10 +10,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from PIL import Image
-from rich.console import Console
 from rich.table import Table
 
-from vqjax import settings
+from vqjax import progress, settings
 from vqjax.config import LatentDiffusionConfig
 from vqjax.errors import VqjaxError
 from vqjax.eval import adm, judges, scores_report
@@ -170,7 +169,7 @@ def prepare(wanted: settings.EvaluateSettings) -> Evaluation:
             labels = sources.class_ids(config, count, wanted.seed)
             sets[side] = shards[side].image_set(source.where, labels)
     if "against" in sets:
-        twins.check(sets["source"], sets["against"])
+        twins.check(sets["source"], sets["against"], with_lpips=beside.lpips_params is not None)
     if beside.weights is not None:
         for pictures in sets.values():
             adm.check(pictures, beside.reference)
@@ -471,7 +470,7 @@ def _all(pictures: ImageSet) -> np.ndarray:
 
 
 def _show(content: dict[str, Any], folder: pathlib.Path) -> None:
-    console = Console(highlight=False)
+    console = progress.console()
     for table in scores_report.tables(content):
         shown = Table(title=table.heading, title_justify="left")
         for index, column in enumerate(table.columns):

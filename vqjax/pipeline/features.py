@@ -11,6 +11,7 @@ import safetensors.numpy
 
 from vqjax import progress
 from vqjax.core import cores
+from vqjax.errors import VqjaxError
 from vqjax.eval import adm
 from vqjax.io import native
 from vqjax.io.image_set import ImageSet
@@ -29,7 +30,8 @@ def look(
       title: for the progress shown.
 
     Raises:
-      VqjaxError: if the pictures cannot be read or are fewer than two.
+      VqjaxError: if the pictures, or features that were kept, cannot be read, do not belong
+        together or are fewer than two.
     """
     folder.mkdir(parents=True, exist_ok=True)
     starts = range(0, images.count, block)
@@ -46,7 +48,7 @@ def look(
             for path in paths:
                 pictures = next(batches, None)
                 if path in kept:
-                    yield adm.Rows(**safetensors.numpy.load_file(path))
+                    yield _kept(path)
                     continue
                 assert pictures is not None
                 seen = adm.rows_of(pictures, places)
@@ -55,3 +57,13 @@ def look(
                 yield seen
 
     return adm.gather(rows(), images)
+
+
+def _kept(path: pathlib.Path) -> adm.Rows:
+    try:
+        return adm.Rows(**safetensors.numpy.load_file(path))
+    except (safetensors.SafetensorError, TypeError) as error:
+        raise VqjaxError(
+            f"{path}: no features of a block of pictures ({error}); delete it, the same command "
+            "makes it again"
+        ) from error

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from vqjax import progress
@@ -206,4 +205,4 @@ def show(plan: Plan, rows: Mapping[str, dict[str, float]]) -> None:
                       codes, f"{row['bits_per_weight']:.3f}",
                       f"{row['sensitivity']:.2g}", f"{row['expected_output_mse']:.2g}",
                       f"{100 * row['expected_cost'] / total:.1f}")  # fmt: skip
-    Console(highlight=False).print(table)
+    progress.console().print(table)

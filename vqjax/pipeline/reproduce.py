@@ -11,10 +11,9 @@ import shlex
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
-from vqjax import settings
+from vqjax import progress, settings
 from vqjax.config import PRESETS
 from vqjax.errors import QualityGateError, VqjaxError
 from vqjax.eval import literature, report
@@ -85,7 +84,7 @@ def run(wanted: settings.ReproduceSettings) -> dict[str, Any]:
     cost = run_cost.predict(asked)
     # Before files are looked for: who lacks them will want to know whether to get them.
     told = "unknown: the run does not name its model" if cost is None else cost.describe()
-    console = Console(highlight=False, stderr=True)
+    console = progress.console(stderr=True)
     console.print(f"{asked.name}: {told}", soft_wrap=True)
     here = run_file.resolved(asked, wanted.files)
     doubts = run_file.doubts(here)
@@ -186,7 +185,7 @@ def _judge(asked: Run, record: Mapping[str, Any], changed: list[str]) -> None:
         table.add_column(column)
     for row in found:
         table.add_row(row.name, _short(row.before), _short(row.after), row.verdict)
-    console = Console(highlight=False)
+    console = progress.console()
     console.print(table)
     if all(row.verdict == "equal" for row in found):
         print("all numbers and bits are equal")
@@ -233,6 +232,8 @@ def _command(wanted: settings.ReproduceSettings) -> str:
 
 def _slug(asked: Run, wanted: settings.ReproduceSettings) -> str:
     name = re.sub(r"[^a-z0-9.]+", "_", asked.name.lower()).strip("_.")
+    if not asked.name.isascii() or not name:  # of such names too little is left to tell them apart
+        name = f"{name or 'run'}_{journal.fingerprint(asked.name)[:8]}"
     seed = "" if wanted.seed is None else f"_seed{wanted.seed}"
     # A folder of its own, since the folder of a quantization refuses one within another limit.
     memory = "" if wanted.memory is None else f"_memory{wanted.memory:g}"

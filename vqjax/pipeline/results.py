@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
+from vqjax import progress
 from vqjax.config import LatentDiffusionConfig
 from vqjax.core import tree
 from vqjax.core.flops import Flops, layer_flops, total
@@ -271,9 +271,9 @@ def show(content: dict[str, Any], folder: pathlib.Path) -> None:
         near, rival = content["fidelity"], content["fidelity_scalar_baseline"]
         shown = (report.number(_score(found, key), 3) for found in (near, rival))
         table.add_row(f"{name} to full precision", "", *shown)
-    console = Console(highlight=False)
+    console = progress.console()
     console.print(table)
-    console.print(f"report: {folder / 'report.html'}\nmodel:  {folder / 'model'}")
+    console.print(f"report: {folder / 'report.html'}\nmodel:  {folder / 'model'}", soft_wrap=True)
 
 
 def _score(found: Mapping[str, Any], score: str) -> float | None:

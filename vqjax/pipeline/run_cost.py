@@ -2,6 +2,7 @@
 """What a run will take on this machine, told before its files are there."""
 
 import dataclasses
+import pathlib
 
 import jax
 
@@ -11,6 +12,7 @@ from vqjax.core import folding, tree
 from vqjax.core.flops import layer_flops, total
 from vqjax.core.plan import make_plan
 from vqjax.eval.report import duration, size
+from vqjax.io import published
 from vqjax.pipeline import calibrate, estimate, evaluate, planning, quantize
 from vqjax.pipeline.run_file import Run
 from vqjax.pipeline.sources import EMBEDDED
@@ -30,11 +32,14 @@ class Cost:
       seconds: by stage.
       memory: peak resident bytes of the quantization; 0 without one.
       disk: bytes of samples and features.
+      uncounted: reference whose number of pictures is not known before it is opened; their features
+        are in none of the numbers.
     """
 
     seconds: dict[str, float]
     memory: int
     disk: int
+    uncounted: str | None = None
 
     def describe(self) -> str:
         """One line."""
@@ -42,7 +47,8 @@ class Cost:
         parts = ", ".join(f"{stage} {duration(s)}" for stage, s in self.seconds.items())
         memory = f"; about {size(self.memory)} of memory" if self.memory else ""
         device = jax.devices()[0].device_kind
-        return f"about {whole} on {device} ({parts}){memory}; {size(self.disk)} on disk"
+        more = f"; beside that, the features of {self.uncounted}" if self.uncounted else ""
+        return f"about {whole} on {device} ({parts}){memory}; {size(self.disk)} on disk{more}"
 
 
 def config_of(
@@ -73,7 +79,7 @@ def predict(run: Run) -> Cost | None:
     sizes = calibrate.trace_layers(config, params)
     budget = planning.budget(config, shapes, run.quantize or settings.QuantizeSettings())
     plan = make_plan(shapes, **budget)
-    seconds, peak, disk = {}, 0, 0
+    seconds, peak, disk, uncounted = {}, 0, 0, None
     if run.quantize is not None:
         division = quantize.division_of(config, shapes, plan, sizes, run.quantize)
         expected = quantize.expected_of(config, shapes, plan, sizes, run.quantize, division)
@@ -87,7 +93,8 @@ def predict(run: Run) -> Cost | None:
         twins = 2 if run.quantize is not None or run.evaluate.against else 1
         more, disk = _evaluation(config, run.evaluate, float(forward), twins)
         seconds |= more
-    return Cost(seconds, peak, disk)
+        uncounted = _uncounted(run.evaluate)
+    return Cost(seconds, peak, disk, uncounted)
 
 
 def _evaluation(
@@ -103,8 +110,16 @@ def _evaluation(
     disk = count * (3 * config.first_stage.resolution**2 + 4 * height * width * channels)
     seconds = {"sample": count * flops / speed / estimate.NETWORK_SHARE}
     if wanted.inception is not None:
-        seen = count + (_REFERENCE_PICTURES if wanted.reference is not None else 0)
+        known = wanted.reference is not None and _uncounted(wanted) is None
+        seen = count + (_REFERENCE_PICTURES if known else 0)
         share = _INCEPTION_SHARE_CPU if jax.default_backend() == "cpu" else _INCEPTION_SHARE
         seconds["features"] = seen * _INCEPTION_FLOPS / speed / share
         disk += seen * _FEATURE_BYTES
     return seconds, disk
+
+
+def _uncounted(wanted: settings.EvaluateSettings) -> str | None:
+    """The reference, unless it is the published one, whose size is known, or needs no features."""
+    if wanted.reference is None or wanted.inception is None:
+        return None
+    return None if pathlib.Path(wanted.reference).name in published.FILES else str(wanted.reference)

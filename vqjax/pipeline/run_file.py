@@ -126,12 +126,13 @@ def parse(content: Any, path: pathlib.Path) -> Run:
     where = str(path)
     if not isinstance(content, dict):
         raise VqjaxError(f"{where}: expected a run file (a JSON object), found a list or a value")
-    for part in ("settings", "results", "environment", "inputs"):
+    for part in ("settings", "results", "environment", "inputs", "sha256"):
         if not isinstance(content.get(part, {}), dict):
             raise VqjaxError(f"{where}: {part}: found {content[part]!r}, expected a JSON object")
     if "run" in content:
         run = parse(content["run"], path)
         recorded, there = content.get("results", {}), content.get("environment", {})
+        run_results.check(recorded, f"{where}: results")
         notes = content.get("notes", [])
         if not isinstance(notes, list) or not all(isinstance(note, str) for note in notes):
             raise VqjaxError(f"{where}: notes: found {notes!r}, expected a list of texts")
@@ -167,6 +168,10 @@ def resolved(run: Run, files: pathlib.Path) -> Run:
             named = getattr(wanted, field, None)
             if named is None or (field in ("source", "against") and str(named) == EMBEDDED):
                 continue
+            if not str(named):
+                raise VqjaxError(
+                    f"{run.name}: {field}: found an empty text, expected a file's name"
+                )
             if str(named).startswith(tfds_images.PREFIX):  # a dataset: what reads it finds it
                 continue
             path = next((p for p in (files / named, pathlib.Path(named)) if p.exists()), None)
@@ -262,5 +267,5 @@ def _module(command: str) -> str:
 def _json(text: bytes, where: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise VqjaxError(f"{where}: not JSON ({error})") from error

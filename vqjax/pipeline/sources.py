@@ -100,5 +100,6 @@ def hash_of_pictures(where: str) -> str:
         return published.sha256_of(path) if path.exists() else ""  # what opens it says so
     digest = hashlib.sha256()
     for file in sorted(filter(_is_picture, path.iterdir())):
-        digest.update(f"{file.name} {published.sha256_of(file)}\n".encode())
+        line = f"{file.name} {published.sha256_of(file)}\n"
+        digest.update(line.encode(errors="surrogateescape"))  # names need not be UTF-8
     return digest.hexdigest()

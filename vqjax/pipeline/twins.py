@@ -40,8 +40,9 @@ class Pair:
     after: np.ndarray
 
 
-def check(source: ImageSet, against: ImageSet) -> None:
-    """Raises VqjaxError unless the sets are as many pictures of one size."""
+def check(source: ImageSet, against: ImageSet, *, with_lpips: bool) -> None:
+    """Raises VqjaxError unless the sets are as many pictures of one size, large enough for LPIPS
+    where that is asked for."""
     if source.count != against.count or source.size != against.size:
         described = (
             f"{s.where} has {s.count:,} of {s.size[1]} x {s.size[0]}" for s in (source, against)
@@ -49,6 +50,11 @@ def check(source: ImageSet, against: ImageSet) -> None:
         raise VqjaxError(
             f"pictures are compared one by one: {' and '.join(described)}; give the same number of "
             f"one size"
+        )
+    if with_lpips and min(source.size) < perceptual.SMALLEST:
+        raise VqjaxError(
+            f"--lpips: {source.where} has pictures of {source.size[1]} x {source.size[0]}, "
+            f"expected sides of at least {perceptual.SMALLEST}; leave it out"
         )
 
 
@@ -66,7 +72,7 @@ def compare(
       standard error of the mean as `<score>_se`, `n` and `ssim_variant`; and up to `WORST` pairs
       that differ, lowest PSNR first. What was not measured is None.
     """
-    check(source, against)
+    check(source, against, with_lpips=lpips_params is not None)
     found: dict[str, list[np.ndarray]] = {"psnr": [], "ssim": [], "lpips": []}
     worst: list[Pair] = []
     with_ssim = min(source.size) >= _SSIM_SIDE

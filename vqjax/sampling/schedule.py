@@ -38,9 +38,9 @@ def check(steps: int, eta: float, timesteps: int | None = None) -> None:
       timesteps: that the model was trained on; None where the model is not known.
 
     Raises:
-      VqjaxError: if `steps` is no whole number in [1, timesteps - 1] or `eta` not in [0, 1]: above 1
-        there can be more noise than a latent has (arXiv 2010.02502, eq. 12 takes a root of what is
-        left), and samples are NaN.
+      VqjaxError: if `steps` is no whole number in [1, timesteps - 1], or `eta` not in [0, 1]: above
+        1 there can be more noise than a latent has (arXiv 2010.02502, eq. 12 takes a root of what
+        is left), and samples are NaN.
     """
     if not isinstance(steps, int | np.integer):
         raise VqjaxError(f"steps: found {steps!r}, expected a whole number")
