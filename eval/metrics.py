@@ -53,8 +53,8 @@ class Accumulator:
 
     def add(self, rows_NF: np.ndarray) -> None:
         """Takes one batch, any float dtype, at least one row."""
-        rows = _matrix(rows_NF, "features")
-        mean_F = rows.mean(0)
+        rows = _rows(rows_NF, "features")
+        mean_F = rows.mean(0, dtype=np.float64)
         total = self.count + len(rows)
         step = mean_F - self.mean
         centred = np.empty((len(rows) + 1, rows.shape[1]))
@@ -321,7 +321,11 @@ def _classes_in_splits(labels_N: np.ndarray, split: int) -> float:
 
 
 def _matrix(rows: np.ndarray, what: str) -> np.ndarray:
-    rows = np.asarray(rows, np.float64)
+    return np.asarray(_rows(rows, what), np.float64)
+
+
+def _rows(rows: np.ndarray, what: str) -> np.ndarray:
+    rows = np.asarray(rows)
     if rows.ndim != 2 or rows.size == 0:
         raise VqjaxError(f"{what} must be rows of a matrix, found shape {rows.shape}")
     return rows

@@ -431,7 +431,7 @@ class Lessons:
         self._recipe, self._sharding, self._config = recipe, sharding, config
         self._params = jax.device_put(teacher.params, NamedSharding(sharding.mesh, PartitionSpec()))
         self._teach = functools.partial(trajectories, config, recipe.guidance, dtype=recipe.dtype)
-        self._round = -1
+        self._round, self._pool = -1, None
         mixed = recipe.order == "mixed"
         self._together = recipe.trajectories if mixed else recipe.batch
         self._pairs = self._together * len(self.grid_T)
@@ -441,6 +441,7 @@ class Lessons:
         """The batch of step `index`, split over the devices."""
         number, place = divmod(index, self.steps_per_round)
         if number != self._round:
+            self._pool = None  # or two rounds would be in memory
             self._pool, self._round = self._sample(number), number
         pairs = self._order(number)[place * self._recipe.batch :][: self._recipe.batch]
         batch = jax.tree.map(lambda rows: rows[pairs], self._pool)

@@ -158,8 +158,18 @@ def test_only_a_living_leader_has_opened_the_folder(tmp_path, monkeypatch):
     assert Journal.open(out, {"fingerprint": "f"}, Team(1, 2)).done
 
 
-def test_numbers_of_processes_that_make_no_sense(monkeypatch):
-    for name in ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID"):
-        monkeypatch.setenv(f"JAX_{name}", "two")
-    with pytest.raises(VqjaxError, match="JAX_NUM_PROCESSES=two JAX_PROCESS_ID=two: expected"):
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        (("two", "two", "two"), "JAX_NUM_PROCESSES=two JAX_PROCESS_ID=two: expected"),
+        (("host:1", "two", None), "JAX_NUM_PROCESSES=two JAX_PROCESS_ID=None: expected"),
+        (("host", "2", "0"), "JAX_COORDINATOR_ADDRESS=host: expected host:port"),
+    ],
+)
+def test_numbers_of_processes_that_make_no_sense(monkeypatch, found, message):
+    for name, text in zip(("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID"), found):
+        monkeypatch.delenv(f"JAX_{name}", raising=False)
+        if text is not None:
+            monkeypatch.setenv(f"JAX_{name}", text)
+    with pytest.raises(VqjaxError, match=message):
         processes.initialize()

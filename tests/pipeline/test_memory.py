@@ -135,6 +135,21 @@ def test_the_published_model_does_with_what_the_documentation_says(batch, accele
         divided(batch=batch, limit=(least - 0.1) * 1e9, accelerated=accelerated)
 
 
+def test_lessons_of_a_teacher_wait_in_the_memory_of_the_host():
+    taught = 100_000 * 25
+    on_cpu, on_gpu = (
+        [
+            memory.divide(
+                *published(), Calibration(), limit=None, workers=1, tuned=32, **more, **device
+            ).parts["tuning"]
+            for more in ({"taught": 0}, {"taught": taught})
+        ]
+        for device in ({"accelerated": False}, {"accelerated": True})
+    )
+    assert on_cpu[1] - on_cpu[0] == 2 * 3 * 4 * taught * 64 * 64 * 3
+    assert on_gpu[0] == on_gpu[1]
+
+
 @pytest.mark.parametrize(
     ("free", "advice"),
     [

@@ -184,6 +184,7 @@ def test_a_plan_can_be_fed_back(source, tmp_path):
     [
         ({"bits": 0.1}, "--bits 0.1: expected 0.5 to 8"),
         ({"samples": 1}, "--samples 1: expected 4 or more"),
+        ({"least_psnr": float("nan")}, "--least-psnr nan: expected a finite number"),
         ({"source": "no-such-file.ckpt"}, "no-such-file.ckpt"),
     ],
 )

@@ -80,6 +80,7 @@ def estimate(
     division: Division,
     *,
     tune_pairs: int = 0,
+    taught_pairs: int = 0,
     ranges: bool = False,
 ) -> Estimate:
     """Predicts a run.
@@ -91,6 +92,7 @@ def estimate(
       folded_weights: removed before; they count in `bytes_before`.
       division: how the run divides its memory.
       tune_pairs: latents that tuning sees, each in both branches.
+      taught_pairs: those that the teacher makes, in whole rounds.
       ranges: whether ranges of activations are looked for, and stored.
     """
     unet = {path: shape for path, shape in shapes.items() if path.startswith("unet/")}
@@ -116,7 +118,7 @@ def estimate(
     looked = 2 * calibration.images * calibration.steps if ranges else 0
     tried = TRIED / (2 * min(calibration.batch, calibration.images))  # of one image in one branch
     rounded = CANDIDATES * sum(min(size.numbers, tried) for size in sizes.values())
-    tuned = 2 * tune_pairs * (1 + _TRAINED)
+    tuned = 2 * (taught_pairs + tune_pairs * _TRAINED)
     alike = len({(unet[path], plan[path]) for path in plan})
     compiled = _COMPILE_NETWORKS + alike * _COMPILE_LAYER
     if tune_pairs:

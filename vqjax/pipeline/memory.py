@@ -28,6 +28,7 @@ _MOMENT_COPIES = 2  # sums or what was read, and what is written
 _SEARCH_MATRICES = 8  # of one layer, fan-in by fan-in: moment, metric, factors, their workspace
 _ACTIVATION_COPIES = 4  # of the largest layer's inputs, in and around it
 _TUNING_COPIES = 5  # of what is trained: decoded, its gradient, targets of codes, two moments
+_TAUGHT = 2 * 3  # latents of a pair of a lesson, seen and predicted twice; parts and the whole
 _KEPT_INPUTS, _KEPT_ATTENTION = 4, 2  # copies of layers' inputs and of attention for the way back
 _REMAT_SHARE = 0.25  # of these, where blocks are computed again: their inputs, and one block's own
 _REMAT_WEIGHTS = 100_000_000
@@ -64,6 +65,7 @@ def divide(
     limit: float | None,
     workers: int,
     tuned: int = 0,
+    taught: int = 0,
     accelerated: bool = False,
 ) -> Division:
     """Chooses passes of the calibration, layers side by side and parts of the batches of tuning so
@@ -75,6 +77,7 @@ def divide(
       limit: bytes that the run may take; None divides as if memory were plenty.
       workers: most layers side by side.
       tuned: pairs of one step of tuning; 0 for none.
+      taught: pairs that the teacher makes together.
       accelerated: the memory is that of an accelerator: programs, and models that are not at work,
         are in the host's.
 
@@ -104,6 +107,9 @@ def divide(
             return fixed | max(calibrating, search, key=_total)
         return fixed | {"programs": int(_PROGRAMS) * alike} | calibrating | search
 
+    # The teacher's lessons wait in the host's memory.
+    lessons = 0 if accelerated else _TAUGHT * taught * 4 * math.prod(config.latent_shape)
+
     def tuning(pairs: int) -> dict[str, int]:
         copies = _TUNING_COPIES + (pairs < tuned)  # sums of the parts' gradients
         kept = 4 * pairs * _kept(config, sizes)
@@ -112,7 +118,7 @@ def divide(
         return fixed | {
             # Programs of the search are gone by then, but their memory is not given back.
             "programs": int(_PROGRAMS + _STEP_PROGRAMS) * alike,
-            "tuning": copies * 4 * _trained(shapes) + kept,
+            "tuning": copies * 4 * _trained(shapes) + kept + lessons,
         }
 
     def division(moments: int, count: int, pairs: int) -> Division:

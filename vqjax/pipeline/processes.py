@@ -43,8 +43,12 @@ def initialize() -> None:
         return
     names = ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     found = [os.environ.get(name) for name in names]
-    if None not in found and not all(str(text).isdecimal() for text in found):
+    if not all(text is None or text.isdecimal() for text in found):
         raise VqjaxError(f"{names[0]}={found[0]} {names[1]}={found[1]}: expected whole numbers")
+    if ":" not in address:
+        raise VqjaxError(
+            f"JAX_COORDINATOR_ADDRESS={address}: expected host:port of the first process"
+        )
     count, index = (None if text is None else int(text) for text in found)
     # Nothing is computed across processes: what tried to would fail at once instead of waiting.
     jax.config.update("jax_cpu_collectives_implementation", None)

@@ -287,6 +287,7 @@ def division_of(
         limit=None if wanted.memory is None else wanted.memory * 1e9,
         workers=layers.side_by_side(),
         tuned=wanted.tuning.batch if tune_steps_of(config, wanted) else 0,
+        taught=wanted.tuning.trajectories * wanted.calibration.steps,
         accelerated=jax.default_backend() != "cpu",
     )
 
@@ -306,6 +307,8 @@ def expected_of(
     Args:
       folded: weights that folding removed.
     """
+    tune_pairs = tune_steps_of(config, wanted) * wanted.tuning.batch
+    round_of_teacher = wanted.tuning.trajectories * wanted.calibration.steps
     return estimate.estimate(
         config,
         shapes,
@@ -315,7 +318,8 @@ def expected_of(
         samples_of(config, wanted),
         folded,
         division,
-        tune_pairs=tune_steps_of(config, wanted) * wanted.tuning.batch,
+        tune_pairs=tune_pairs,
+        taught_pairs=-(-tune_pairs // round_of_teacher) * round_of_teacher,
         ranges=wanted.act_bits < settings.FLOAT_BITS,
     )
 

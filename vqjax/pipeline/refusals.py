@@ -75,6 +75,8 @@ def _problems(wanted: QuantizeSettings) -> Iterator[str]:
         )
     if wanted.samples is not None and wanted.samples < 4:
         yield f"--samples {wanted.samples}: expected 4 or more images per model"
+    if wanted.least_psnr is not None and not math.isfinite(wanted.least_psnr):
+        yield f"--least-psnr {wanted.least_psnr:g}: expected a finite number of dB"
     if wanted.memory is not None and not 0 < wanted.memory < math.inf:
         yield f"--memory {wanted.memory:g}: expected a number of GB above 0"
     if wanted.export is not None:

@@ -50,8 +50,8 @@ TOLERANCES = {
 }
 """By the last part of a number's name, for another kind of device or other versions: a code that
 falls to the other side of a tie changes everything after it a little. Chosen from how far seeds
-move the scores of digits at N = 10,000; not measured across devices. An error of a bootstrap is itself
-uncertain: another course of tuning has given .061 where .038 was recorded."""
+move the scores of digits at N = 10,000; not measured across devices. An error of a bootstrap is
+itself uncertain: another course of tuning has given .061 where .038 was recorded."""
 
 
 class Agreement(NamedTuple):
