@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import io
 import pathlib
+import sys
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, cast
 
@@ -16,8 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import vqjax.train
-from vqjax import core, progress, sampling
+from vqjax import progress, sampling
 from vqjax.bench import results
 from vqjax.core import tree
 from vqjax.core.model import Model
@@ -29,11 +29,8 @@ from vqjax.eval.judge import SCORES
 from vqjax.eval.judges import DIGITS
 from vqjax.io import native
 from vqjax.pipeline import (
-    activations,
-    calibrate,
-    planning,
+    environment,
     quantize,
-    sensitivity,
     timesteps,
     tuning,
 )
@@ -95,10 +92,9 @@ class Compressed(NamedTuple):
 
 
 def identity() -> list[Any]:
-    """What every result depends on: versions, device, the source of calibration, plans, search and
-    tuning."""
-    stages = activations, calibrate, planning, sensitivity, timesteps, tuning
-    return [results.here(), results.source_digest(core, vqjax.train, *stages)]
+    """What every result depends on: versions, device, and all source but that of other benches."""
+    own = results.source_digest(sys.modules[__name__])
+    return [results.here(), environment.code(), own]
 
 
 def folder(work: pathlib.Path) -> pathlib.Path:
