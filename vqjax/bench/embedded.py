@@ -28,12 +28,7 @@ from vqjax.eval import fidelity, metrics
 from vqjax.eval.judge import SCORES
 from vqjax.eval.judges import DIGITS
 from vqjax.io import native
-from vqjax.pipeline import (
-    environment,
-    quantize,
-    timesteps,
-    tuning,
-)
+from vqjax.pipeline import environment, quantize, timesteps, tuning
 from vqjax.pipeline.journal import Journal, fingerprint
 from vqjax.settings import QuantizeSettings, Tuning
 from vqjax.train import distill, pv, scalar
