@@ -107,9 +107,8 @@ def scores(
       delta method, None where N <= 2048 or the samples' file has statistics), `is_sd` (over
       splits, None for one split), `precision_se` and `recall_se` (binomial); `n`, `reference_n`,
       `reference_manifold_n` (pictures that precision and recall saw), `reference_statistics`
-      ("stored" or "pictures"),
-      `inception_sha256`, `published_weights`, `name`, and `notes`: sentences that belong beside
-      the numbers. Without a reference, what needs one is absent.
+      ("stored" or "pictures"), `inception_sha256`, `published_weights`, `name`, and `notes`:
+      sentences that belong beside the numbers. Without a reference, what needs one is absent.
     """
     splits = found.splits.scores()
     content = {

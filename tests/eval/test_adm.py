@@ -159,6 +159,12 @@ def test_stored_statistics_go_before_pictures(small):
     rows = [_fake({}, images).pooled for images in (real, made)]
     assert (found["precision"], found["recall"]) == metrics.precision_recall(*rows)
     assert found["reference_statistics"] == "stored"
+    assert found["fid_se"] is not None
+    samples = dataclasses.replace(image_set.from_array(made), statistics=stored)
+    of_file = adm.evaluate(samples, reference, WEIGHTS)
+    assert of_file["fid"] == pytest.approx(0, abs=1e-6)
+    assert of_file["fid_se"] is None
+    assert any("that the samples' file stores" in note for note in of_file["notes"])
 
 
 def _never(size):

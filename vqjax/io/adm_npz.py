@@ -27,6 +27,18 @@ from vqjax.io.image_set import ImageSet, Statistics, check_shape
 
 IMAGES, LABELS = "arr_0", "arr_1"
 _SYMMETRY = 1e-5  # relative: sigma may have been stored in float32
+_DAMAGE = (
+    OSError,
+    EOFError,
+    ValueError,
+    RuntimeError,
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    # By headers, which NumPy reads as Python.
+    tokenize.TokenError,
+    MemoryError,
+)
 
 
 def open_npz(path: str | os.PathLike) -> ImageSet:
@@ -128,20 +140,6 @@ def _readable(path: pathlib.Path) -> Iterator[None]:
         raise
     except _DAMAGE as error:
         raise VqjaxError(f"{path}: not a readable .npz file ({error}); save it again") from error
-
-
-_DAMAGE = (
-    OSError,
-    EOFError,
-    ValueError,
-    RuntimeError,
-    zipfile.BadZipFile,
-    zlib.error,
-    lzma.LZMAError,
-    # By headers, which NumPy reads as Python.
-    tokenize.TokenError,
-    MemoryError,
-)
 
 
 def _header(member: IO[bytes], where: str) -> tuple[tuple[int, ...], np.dtype]:

@@ -287,9 +287,14 @@ def division_of(
         limit=None if wanted.memory is None else wanted.memory * 1e9,
         workers=layers.side_by_side(),
         tuned=wanted.tuning.batch if tune_steps_of(config, wanted) else 0,
-        taught=wanted.tuning.trajectories * wanted.calibration.steps,
+        taught=_taught_together(wanted),
         accelerated=jax.default_backend() != "cpu",
     )
+
+
+def _taught_together(wanted: settings.QuantizeSettings) -> int:
+    """Pairs of a latent and a timestep in one round of the teacher."""
+    return wanted.tuning.trajectories * wanted.calibration.steps
 
 
 def expected_of(
@@ -308,7 +313,7 @@ def expected_of(
       folded: weights that folding removed.
     """
     tune_pairs = tune_steps_of(config, wanted) * wanted.tuning.batch
-    round_of_teacher = wanted.tuning.trajectories * wanted.calibration.steps
+    together = _taught_together(wanted)
     return estimate.estimate(
         config,
         shapes,
@@ -319,7 +324,7 @@ def expected_of(
         folded,
         division,
         tune_pairs=tune_pairs,
-        taught_pairs=-(-tune_pairs // round_of_teacher) * round_of_teacher,
+        taught_pairs=-(-tune_pairs // together) * together,
         ranges=wanted.act_bits < settings.FLOAT_BITS,
     )
 
